@@ -1,0 +1,103 @@
+"""What the caller can ask for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from neuron_attn_rewrite.errors import ConfigError
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+)
+"""Largest accepted difference of one attention's output, relative to the largest magnitude in it."""
+
+CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "target": ("trn1", "inf2", "trn2", "trn3"),
+        "lnc": (None, 1, 2),
+        "policy": ("sdk", "always"),
+        "sdk": ("2.26", "2.29"),
+        "padding": ("exact", "right"),
+        "empty_rows": ("exact", "any"),
+        "verify": (True, False),
+    }
+)
+TWO_CORE_TARGETS = ("trn2", "trn3")
+
+
+@dataclass(frozen=True)
+class RewriteConfig:
+    """How to rewrite. Every field has a default that keeps the model's numbers exactly.
+
+    Raises:
+        ConfigError: a field is unknown, or its value is not one of those listed.
+    """
+
+    target: str = "trn2"
+    """Hardware: "trn1", "inf2", "trn2" or "trn3"."""
+    lnc: int | None = None
+    """Physical cores in a logical NeuronCore, 1 or 2; None takes the target's default (2 on trn2 and trn3)."""
+    policy: str = "sdk"
+    """"sdk" follows the rule table of the SDK generation, "always" takes a kernel at every legal site."""
+    sdk: str = "2.29"
+    """The generation whose rule table `policy="sdk"` follows: "2.26" or "2.29"."""
+    strategy: FlashAttentionStrategy | None = None
+    """Force one strategy on every site at which it is legal."""
+    padding: str = "exact"
+    """"right" promises that every `attention_mask` pads on the right: key padding under a causal mask is then
+    dropped, and output rows past a sequence's length are undefined."""
+    empty_rows: str = "exact"
+    """"any" says that output rows which see no key at all do not matter."""
+    verify: bool = True
+    """Compare each replaced site with the original on the example inputs, and put back those that differ."""
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
+    """Overrides of `TOLERANCES`, by dtype."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> RewriteConfig:
+        names = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(names)}."
+                raise ConfigError(f"RewriteConfig has no field {name!r}: {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.policy == "profitable":
+            raise ConfigError(
+                'RewriteConfig.policy="profitable" needs a cost model, which is not there yet: use "sdk" or "always".'
+            )
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+                raise ConfigError(
+                    f"RewriteConfig.{name}={value!r} is not possible: choose one of {', '.join(map(repr, allowed))}."
+                )
+        if self.lnc == 2 and self.target not in TWO_CORE_TARGETS:
+            raise ConfigError(
+                f"RewriteConfig.lnc=2 needs one of {', '.join(TWO_CORE_TARGETS)}: {self.target} has no logical pairs of cores."
+            )
+        if self.strategy is not None and not isinstance(self.strategy, FlashAttentionStrategy):
+            raise ConfigError(f"RewriteConfig.strategy={self.strategy!r} is not a FlashAttentionStrategy.")
+        for dtype, tolerance in self.tolerances.items():
+            if not isinstance(dtype, torch.dtype) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+                raise ConfigError(
+                    f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number between 0 and 1."
+                )
+        object.__setattr__(self, "tolerances", MappingProxyType({**TOLERANCES, **self.tolerances}))
+
+    @property
+    def logical_cores(self) -> int:
+        """`lnc`, or the target's default."""
+        return self.lnc or (2 if self.target in TWO_CORE_TARGETS else 1)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The largest accepted relative difference for outputs of this dtype."""
+        return self.tolerances.get(dtype, TOLERANCES[torch.float32])

@@ -1,0 +1,23 @@
+"""The errors and the warning that users meet. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class RewriteError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(RewriteError, ValueError):
+    """A `RewriteConfig` field is unknown or has an impossible value."""
+
+
+class CaptureError(RewriteError, RuntimeError):
+    """The model could not be turned into one graph with shapes."""
+
+
+class InputError(RewriteError, TypeError):
+    """The arguments of a call do not fit what was captured."""
+
+
+class RewriteWarning(UserWarning):
+    """The rewrite succeeded, but something in it deserves to be read."""
