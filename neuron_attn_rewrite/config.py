@@ -57,7 +57,7 @@ class RewriteConfig:
     """"any" says that output rows which see no key at all do not matter."""
     verify: bool = True
     """Compare each replaced site with the original on the example inputs, and put back those that differ."""
-    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     """Overrides of `TOLERANCES`, by dtype."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RewriteConfig:
@@ -82,16 +82,16 @@ class RewriteConfig:
                 )
         if self.lnc == 2 and self.target not in TWO_CORE_TARGETS:
             raise ConfigError(
-                f"RewriteConfig.lnc=2 needs one of {', '.join(TWO_CORE_TARGETS)}: {self.target} has no logical pairs of cores."
+                f"RewriteConfig.lnc=2 needs one of {', '.join(TWO_CORE_TARGETS)}: {self.target} has no pairs of cores."
             )
         if self.strategy is not None and not isinstance(self.strategy, FlashAttentionStrategy):
             raise ConfigError(f"RewriteConfig.strategy={self.strategy!r} is not a FlashAttentionStrategy.")
         for dtype, tolerance in self.tolerances.items():
             if not isinstance(dtype, torch.dtype) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
                 raise ConfigError(
-                    f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number between 0 and 1."
+                    f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number in (0, 1)."
                 )
-        object.__setattr__(self, "tolerances", MappingProxyType({**TOLERANCES, **self.tolerances}))
+        object.__setattr__(self, "tolerances", {**TOLERANCES, **self.tolerances})
 
     @property
     def logical_cores(self) -> int:
