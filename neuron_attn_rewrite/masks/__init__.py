@@ -1,0 +1,1 @@
+"""What masks say, and the proof of it."""

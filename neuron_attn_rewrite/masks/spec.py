@@ -1,7 +1,7 @@
 """The algebra of masks: what a mask says, free of any graph.
 
 A `MaskSpec` is a conjunction of claims about which key each query row sees. Every claim is about *all* inputs
-that the graph accepts, and has one plain meaning, given by its `visible` method.
+that the graph accepts, and has one plain meaning, given by its `rows`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-
-
-def _grid(q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
 
 
 @dataclass(frozen=True)
@@ -29,15 +25,12 @@ class Band:
     lower: int | None = None
     upper: int | None = None
 
-    def visible(self, q_len: int, kv_len: int) -> Tensor:
-        """Bool [q_len, kv_len], True where the key is seen."""
-        i, j = _grid(q_len, kv_len)
-        seen = torch.ones(q_len, kv_len, dtype=torch.bool)
-        if self.lower is not None:
-            seen &= j >= i + self.lower
-        if self.upper is not None:
-            seen &= j <= i + self.upper
-        return seen
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row sees."""
+        i = torch.arange(q_len)
+        first = torch.zeros_like(i) if self.lower is None else i + self.lower
+        end = torch.full_like(i, kv_len) if self.upper is None else i + self.upper + 1
+        return torch.stack([first, end], 1)
 
     def __str__(self) -> str:
         if self.lower is None:
@@ -56,10 +49,10 @@ class Chunked:
 
     size: int
 
-    def visible(self, q_len: int, kv_len: int) -> Tensor:
-        """Bool [q_len, kv_len], True where the key is seen."""
-        i, j = _grid(q_len, kv_len)
-        return i // self.size == j // self.size
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row sees."""
+        first = torch.arange(q_len) // self.size * self.size
+        return torch.stack([first, first + self.size], 1)
 
     def __str__(self) -> str:
         return f"chunked({self.size})"
@@ -71,11 +64,9 @@ class Intervals:
 
     bounds: tuple[tuple[int, int], ...]
 
-    def visible(self, q_len: int, kv_len: int) -> Tensor:
-        """Bool [q_len, kv_len], True where the key is seen."""
-        lo, hi = torch.tensor(self.bounds, dtype=torch.int64).reshape(q_len, 2, 1).unbind(1)
-        j = torch.arange(kv_len)[None, :]
-        return (lo <= j) & (j < hi)
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row sees."""
+        return torch.tensor(self.bounds, dtype=torch.int64).reshape(q_len, 2)
 
     def __str__(self) -> str:
         return f"intervals({len(self.bounds)} rows)"
@@ -87,9 +78,9 @@ class KeyPadding:
 
     source: str
 
-    def visible(self, q_len: int, kv_len: int) -> Tensor:
-        """Bool [q_len, kv_len], True where the key can be seen for some value of the vector."""
-        return torch.ones(q_len, kv_len, dtype=torch.bool)
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see."""
+        return torch.tensor([[0, kv_len]]).expand(q_len, 2)
 
     def __str__(self) -> str:
         return f"key_padding({self.source})"
@@ -107,12 +98,32 @@ class MaskSpec:
     def __and__(self, other: MaskSpec) -> MaskSpec:
         return MaskSpec((*self.claims, *(c for c in other.claims if c not in self.claims)))
 
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each row can see; empty rows are [0, 0)."""
+        bounds = torch.tensor([[0, kv_len]]).repeat(q_len, 1)
+        for claim in self.claims:
+            first, end = claim.rows(q_len, kv_len).unbind(1)
+            bounds = torch.stack([bounds[:, 0].maximum(first), bounds[:, 1].minimum(end)], 1)
+        return bounds.where((bounds[:, 0] < bounds[:, 1])[:, None], 0)
+
     def visible(self, q_len: int, kv_len: int) -> Tensor:
         """Bool [q_len, kv_len], True where the key is seen, with every run-time vector all true."""
-        seen = torch.ones(q_len, kv_len, dtype=torch.bool)
-        for claim in self.claims:
-            seen &= claim.visible(q_len, kv_len)
-        return seen
+        first, end = self.rows(q_len, kv_len)[:, :, None].unbind(1)
+        j = torch.arange(kv_len)
+        return (first <= j) & (j < end)
+
+    @property
+    def band(self) -> Band:
+        """The intersection of all bands."""
+        bands = [c for c in self.claims if isinstance(c, Band)]
+        lowers = [b.lower for b in bands if b.lower is not None]
+        uppers = [b.upper for b in bands if b.upper is not None]
+        return Band(max(lowers, default=None), min(uppers, default=None))
+
+    @property
+    def runs(self) -> MaskSpec:
+        """The claims that a band can't express."""
+        return MaskSpec(tuple(c for c in self.claims if isinstance(c, (Chunked, Intervals))))
 
     def __str__(self) -> str:
         return " & ".join(map(str, self.claims)) or "none"
