@@ -1,0 +1,398 @@
+"""From a model to one flat ATen graph with shapes on every node.
+
+Everything after this step may rely on: one level of `torch.ops` calls, no bookkeeping nodes of torch.export, every
+tensor attribute a parameter or buffer, no device baked in, and `node.meta["val"]` on every tensor node.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.graph import eliminate_dead_code, fake_mode, mutates
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A flat graph and the example inputs that it was made with (None where only shapes were known)."""
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...] | None
+
+
+def capture(
+    model: nn.Module | torch.export.ExportedProgram, args: Any = (), kwargs: Mapping[str, Any] | None = None
+) -> Captured:
+    """Turn a module, an exported program or a GraphModule into one flat ATen graph. Weights are shared.
+
+    Raises:
+        InputError: the example inputs are missing or don't fit the model's signature.
+        CaptureError: no tracer gets the model into one graph.
+    """
+    args, kwargs = (args,) if isinstance(args, torch.Tensor) else args, dict(kwargs or {})
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}.")
+    args, given = tuple(args), bool(args or kwargs)
+    program: torch.export.ExportedProgram | fx.GraphModule
+    if isinstance(model, torch.export.ExportedProgram):
+        program, training = model, False
+        if not given and model.example_inputs:
+            (args, kwargs), given = model.example_inputs, True
+    elif not isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be an nn.Module, an ExportedProgram or an FX GraphModule, not {type(model).__name__}."
+        )
+    elif isinstance(model, fx.GraphModule) and _is_aten(model):
+        program, training = model, model.training
+    else:
+        args = args if given else _zeros_from_shapes(model)
+        kwargs = _in_signature_order(model, args, kwargs)
+        program, training = _export(model, args, kwargs), model.training
+    module = normalise(_copied(program) if isinstance(program, fx.GraphModule) else _unlift(program))
+    for part in module.modules():
+        part.training = training
+    return Captured(module, tuple(pytree.tree_leaves((args, kwargs))) if given else None)
+
+
+def _is_aten(module: fx.GraphModule) -> bool:
+    calls = [n for n in module.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    return any(isinstance(n.target, torch._ops.OpOverload) for n in calls) and all(
+        n.op == "call_function" and "val" in n.meta for n in calls
+    )
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """The caller's GraphModule with a graph of its own and the caller's tensors."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(t): t for t in tensors})
+
+
+def _zeros_from_shapes(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Stand-in inputs for a GraphModule whose placeholders carry shapes."""
+    if not isinstance(model, fx.GraphModule):
+        raise InputError("rewrite needs example inputs: pass args=(...) and kwargs={...} as for a call of the model.")
+    zeros = []
+    for node in model.graph.find_nodes(op="placeholder"):
+        like = node.meta.get("val", node.meta.get("example_value", node.meta.get("tensor_meta")))
+        if like is None:
+            raise InputError(
+                f"the GraphModule's placeholder {node.name!r} carries no shape: pass example inputs, "
+                "or run torch.fx.passes.shape_prop.ShapeProp over it first."
+            )
+        zeros.append(torch.zeros(tuple(like.shape), dtype=like.dtype))
+    return tuple(zeros)
+
+
+def _in_signature_order(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of `forward`, so that the result can also be called by position."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+    return {name: kwargs[name] for name in [*(p for p in signature.parameters if p in kwargs), *kwargs]}
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """torch.export without, then with Dynamo."""
+    causes: list[str] = []
+    first: Exception | None = None
+    for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
+        try:
+            return torch.export.export(model, args, kwargs, strict=strict)
+        except Exception as error:  # any failure of a tracer is a failed capture
+            first = first or error
+            causes.append(f"{how}: {type(error).__name__}: {_first_line(error)}")
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured as one graph.\n  "
+        + "\n  ".join(causes)
+        + "\nTry: rewrite the part of the model (a submodule) that holds its attention; remove what branches on "
+        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own."
+    ) from first
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    quiet = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    module = program.module(**quiet)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+# Normalisation
+
+
+def normalise(module: fx.GraphModule) -> fx.GraphModule:
+    """Apply every pass of `PASSES`, in order. The module is changed: it must not be the caller's own."""
+    for apply in PASSES:
+        apply(module)
+    eliminate_dead_code(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Inline what export wraps for a change of grad mode or autocast; no-grad regions end in a detach."""
+    wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if node.op != "call_function" or name not in wrappers:
+            continue
+        if name == "wrap_with_autocast" and node.args[2]:
+            raise CaptureError("the model runs a region under torch.autocast: cast the model itself and turn it off.")
+        lead = wrappers[name]
+        body = module.get_submodule(node.args[lead].target)
+        assert isinstance(body, fx.GraphModule)
+        inline_regions(body)
+        for inner in body.graph.find_nodes(op="get_attr"):
+            value = _attribute(body, inner.target)
+            inner.target = f"{node.args[lead].target}_{inner.target}".replace(".", "_")
+            setattr(module, inner.target, value)
+        inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[lead + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            result = module.graph.graph_copy(body.graph, inputs)
+            if name == "wrap_with_set_grad_enabled" and not node.args[0]:
+                result = pytree.tree_map_only(fx.Node, lambda n: _detach(module.graph, n), result)
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+
+
+def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
+
+
+def flatten_vmap(module: fx.GraphModule) -> None:
+    """Turn the batch dims of a recorded torch.vmap into plain dims.
+
+    Export records vmap as bookkeeping calls without data edges. Each outermost region is traced again, so that
+    torch's own batching rules say what it computes.
+    """
+    for region in list(_vmap_regions(module.graph)):
+        _flatten_region(module, region)
+
+
+def _flatten_region(module: fx.GraphModule, region: list[fx.Node]) -> None:
+    members = set(region)
+    outside = [n for n in dict.fromkeys(i for r in region for i in r.all_input_nodes) if n not in members]
+    inputs = [n for n in outside if n.op != "get_attr"]
+    outputs = [n for n in region if any(u not in members for u in n.users)]
+    body = fx.Graph()
+    copies = {n: body.placeholder(n.name) for n in inputs}
+    for n in [n for n in outside if n.op == "get_attr"] + region:
+        copies[n] = body.node_copy(n, lambda x: copies[x])
+    body.output(tuple(copies[n] for n in outputs))
+    trace = make_fx(fx.Interpreter(fx.GraphModule(module, body)).run, _allow_non_fake_inputs=True)
+    plain = trace(*(n.meta["val"] for n in inputs))
+    with module.graph.inserting_before(region[0]):
+        actual = dict(zip(plain.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        results = module.graph.graph_copy(plain.graph, actual)
+    assert isinstance(results, (list, tuple))
+    for old, new in zip(outputs, results, strict=True):
+        assert isinstance(new, fx.Node)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in members)
+    for n in reversed(region):
+        module.graph.erase_node(n)
+
+
+def _vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    region: list[fx.Node] = []
+    depth = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "lazy_load_decompositions" and not depth:
+            region = [node]
+            continue
+        depth += name == "_vmap_increment_nesting"
+        if depth or region:
+            region.append(node)
+        if name == "_vmap_decrement_nesting":
+            depth -= 1
+            if not depth:
+                yield region
+                region = []
+
+
+def functionalise(module: fx.GraphModule) -> None:
+    """Turn writes into intermediate tensors into new tensors, so that no value changes after it was computed.
+
+    Writes into inputs and buffers (caches) are effects of the model and stay, and so do writes through views whose
+    inverse is not in `SCATTERS`.
+    """
+    if any(mutates(node) for node in module.graph.nodes):
+        _Functionalisation(module.graph).run()
+
+
+SCATTERS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+    aten.detach.default: None,
+    aten.alias.default: None,
+}
+"""What puts a changed view back into its base; None where the view is the base."""
+
+
+class _Functionalisation:
+    """Walks a graph in order and knows which node holds the present value of each original node."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.base: dict[fx.Node, fx.Node] = {}
+        self.present: dict[fx.Node, fx.Node] = {}
+        self.stale: set[fx.Node] = set()
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            with self.graph.inserting_before(node):
+                originals = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+                node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), self._now)
+                alias = _first_alias(node)
+                if originals is None or alias is None:
+                    continue
+                if not alias.is_write:
+                    self.base[node] = originals
+                elif self._write(node, originals):
+                    self.graph.erase_node(node)
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """The present value; a view of something that has changed since is taken again."""
+        if node in self.stale:
+            self.stale.discard(node)
+            view = self.graph.node_copy(node)
+            view.args = (self._now(self.base[node]), *node.args[1:])
+            self.present[node] = view
+        return self.present.get(node, node)
+
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        path = [node]
+        while path[-1] in self.base:
+            path.append(self.base[path[-1]])
+        return path
+
+    def _write(self, write: fx.Node, target: fx.Node) -> bool:
+        path = self._path(target)
+        functional = _functional(write)
+        known = all(view.target in SCATTERS for view in path[:-1])
+        if functional is None or path[-1].op != "call_function" or not known:
+            return False
+        value = self._call(functional, write.args, write.kwargs, like=write)
+        self.present[write] = self.present[target] = value
+        write.replace_all_uses_with(value)
+        for view, base in itertools.pairwise(path):
+            scatter = SCATTERS[view.target]
+            if scatter is not None:
+                value = self._call(scatter, (self._now(base), value, *view.args[1:]), view.kwargs, like=base)
+            self.present[base] = value
+        self.stale |= {v for v in self.base if self._path(v)[-1] is path[-1]} - {*path, write}
+        return True
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = dict(like.meta)
+        return node
+
+
+def _first_alias(node: fx.Node) -> Any:
+    """The alias annotation of the first argument; None where the result is a tensor of its own."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
+        return None
+    alias = node.target._schema.arguments[0].alias_info
+    if alias is not None and not alias.is_write and node.target.overloadpacket is aten.to:
+        source = node.args[0]
+        same = isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
+        return alias if same else None
+    return alias
+
+
+def _functional(write: fx.Node) -> Any:
+    """The operator that computes what this one writes; None if there is none of the same result."""
+    assert isinstance(write.target, torch._ops.OpOverload)
+    name = write.target.overloadpacket.__name__
+    plain = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
+    packet = getattr(aten, plain, None)
+    found = getattr(packet, write.target._overloadname, None)
+    if found is None:
+        return None
+    args, kwargs = fx.node.map_arg((write.args, write.kwargs), lambda n: n.meta.get("val"))
+    kwargs = {k: "cpu" if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+    return found if found(*args, **kwargs).dtype == write.meta["val"].dtype else None
+
+
+def drop_guards(module: fx.GraphModule) -> None:
+    """Remove assertions and guards: the rewritten module checks its inputs itself."""
+    checks = {
+        getattr(aten, name)
+        for name in ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size")
+        if hasattr(aten, name)
+    }
+    for node in reversed(module.graph.nodes):
+        is_guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
+        is_check = isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in checks
+        if is_guard or is_check:
+            module.graph.erase_node(node)
+
+
+def register_constants(module: fx.GraphModule) -> None:
+    """Make every tensor attribute that is neither parameter nor buffer a non-persistent buffer, so that it moves."""
+    mode = fake_mode(module.graph)
+    for node in module.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        owner = module.get_submodule(path)
+        value = getattr(owner, name)
+        if isinstance(value, torch.Tensor) and name not in owner._parameters and name not in owner._buffers:
+            delattr(owner, name)
+            owner.register_buffer(name, value, persistent=False)
+        if isinstance(value, torch.Tensor) and "val" not in node.meta:
+            node.meta["val"] = mode.from_tensor(value)
+
+
+def follow_input_device(module: fx.GraphModule) -> None:
+    """Replace each baked device by the device of the first tensor input."""
+    users = [n for n in module.graph.nodes if any(isinstance(a, torch.device) for a in _leaves(n))]
+    tensors = [n for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
+    if not users or not tensors:
+        return
+    last = list(module.graph.find_nodes(op="placeholder"))[-1]
+    with module.graph.inserting_after(last):
+        device = module.graph.call_function(getattr, (tensors[0], "device"))
+    swap: Callable[[Any], Any] = lambda a: device if isinstance(a, torch.device) else a  # noqa: E731
+    for n in users:
+        n.args, n.kwargs = fx.node.map_aggregate(n.args, swap), fx.node.map_aggregate(n.kwargs, swap)
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    return pytree.tree_leaves((node.args, dict(node.kwargs)))
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    path, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(path), name)
+
+
+PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
+    inline_regions,
+    drop_guards,
+    flatten_vmap,
+    functionalise,
+    register_constants,
+    follow_input_device,
+)

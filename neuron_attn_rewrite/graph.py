@@ -1,0 +1,116 @@
+"""Reading an ATen graph: names, arguments, shapes, and which tensors change in place."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+aten = torch.ops.aten
+PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
+
+
+def op_name(node: fx.Node) -> str:
+    """The operator without namespace, overload and in-place mark, such as `softmax`; "" for no operator."""
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = str(node.target.overloadpacket.__name__)
+        return name if name.startswith("__") else name.rstrip("_")
+    return str(getattr(node.target, "__name__", ""))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by their names in the schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            values[argument.name] = node.args[i]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    """The node's fake tensor, None if it isn't one tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    value = tensor(node)
+    assert value is not None, node
+    return tuple(value.shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    value = tensor(node)
+    assert value is not None, node
+    return value.dtype
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and tensor(value) is not None
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the call writes into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that made this node, such as `model.layers.0.self_attn`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", paths[-1]) if paths else ""
+    return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".") or node.name
+
+
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors that some call writes into, with everything that may share memory with them."""
+    owner: dict[fx.Node, fx.Node] = {}
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        for argument, given in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is None or not isinstance(given, fx.Node):
+                continue
+            owner[node] = owner.get(given, given)
+            if argument.alias_info.is_write:
+                changed.add(owner[node])
+    return {n for n in graph.nodes if owner.get(n, n) in changed}
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode in which the graph's fake tensors live."""
+    return next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Drop what nothing reads. An attention or dropout whose dropout is off draws no random number, and may go."""
+
+    def has_effect(node: fx.Node) -> bool:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return node.op != "call_function" and node.op != "get_attr"
+        if mutates(node):
+            return True
+        draws = torch.Tag.nondeterministic_seeded in node.target.tags
+        values = arguments(node) if draws else {}
+        inactive = values.get("dropout_p", values.get("p")) == 0 or values.get("train") is False
+        return draws and not inactive
+
+    graph.eliminate_dead_code(has_effect)
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """The order of an operator of `PERMUTES`, read off what it does to a tensor whose sizes are all different."""
+    rank = len(shape(node))
+    probe = torch.empty(*range(rank), device="meta")
+    moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return list(moved.shape)

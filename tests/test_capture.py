@@ -1,0 +1,150 @@
+"""From models to flat graphs: what is inlined, flattened, functionalised and moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neuron_attn_rewrite import CaptureError, InputError
+from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.graph import mutates, op_name
+from tests.helpers import Function
+
+
+def names(model: nn.Module, *args: Any) -> list[str]:
+    return [op_name(node) for node in capture(model, args).module.graph.nodes]
+
+
+def same(model: nn.Module, *args: Any) -> bool:
+    captured = capture(model, args).module
+    return torch.equal(captured(*args), model(*args))
+
+
+def test_no_grad_regions_are_inlined_and_stay_without_gradient() -> None:
+    def f(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return x + y
+
+    x = torch.ones(3, requires_grad=True)
+    captured = capture(Function(f), (x,)).module
+    assert "detach" in names(Function(f), x)
+    captured(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))  # type: ignore[arg-type]
+
+
+def test_vmap_becomes_plain_dims() -> None:
+    def f(x: Tensor) -> Tensor:
+        inner = torch.vmap(lambda i, j: (i <= j) & (x.sum() > 0), (None, 0))
+        return torch.vmap(inner, (0, None))(torch.arange(3), torch.arange(4))
+
+    found = names(Function(f), torch.ones(3))
+    assert not [name for name in found if "vmap" in name or "batch_dim" in name]
+    assert same(Function(f), torch.ones(3))
+
+
+def fill(x: Tensor) -> Tensor:
+    y = torch.zeros(4)
+    y.fill_(2.0)
+    return x + y
+
+
+def write_slice(x: Tensor) -> Tensor:
+    y = torch.zeros(4, 4)
+    y[1:3] = x
+    return y * 2
+
+
+def write_slice_of_slice(x: Tensor) -> Tensor:
+    y = torch.zeros(4, 4)
+    row = y[2]
+    row[1:3].add_(x[:2])
+    return y + row
+
+
+def write_into_a_clone(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.masked_fill_(x > 0, -1.0)
+    return y
+
+
+@pytest.mark.parametrize("function", [fill, write_slice, write_slice_of_slice, write_into_a_clone])
+def test_writes_into_intermediates_become_values(function: Any) -> None:
+    x = torch.randn(4)
+    captured = capture(Function(function), (x,)).module
+    assert not [node for node in captured.graph.nodes if mutates(node)]
+    assert same(Function(function), x)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return x + self.count
+
+
+def test_writes_into_buffers_are_effects_and_stay() -> None:
+    model = Counter()
+    captured = capture(model, (torch.ones(1),)).module
+    assert model.count == 0
+    captured(torch.ones(1))
+    assert model.count == 1
+
+
+def test_devices_follow_the_input() -> None:
+    captured = capture(Function(lambda x: x + torch.arange(4)), (torch.ones(4),)).module
+    baked = [a for n in captured.graph.nodes for a in (*n.args, *n.kwargs.values()) if isinstance(a, torch.device)]
+    assert not baked
+
+
+def test_constants_are_buffers_and_not_in_the_state_dict() -> None:
+    captured = capture(Function(lambda x: x + torch.tensor([1.0, 2.0])), (torch.ones(2),)).module
+    assert len(list(captured.buffers())) == 1
+    assert not captured.state_dict()
+
+
+def test_every_node_has_a_shape() -> None:
+    captured = capture(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (torch.randn(2, 5, 16),)).module
+    tensors = [n for n in captured.graph.nodes if n.op in ("call_function", "get_attr") and op_name(n) != "getattr"]
+    assert all("val" in node.meta for node in tensors)
+
+
+def test_dynamo_is_the_second_try() -> None:
+    """Tracing with example tensors can't go through numpy; Dynamo can."""
+    assert same(Function(lambda x: torch.as_tensor(x.numpy() * 2) + 1), torch.ones(3))
+
+
+def test_what_no_tracer_takes_is_one_clear_error() -> None:
+    model = Function(lambda x: x * 2 if x.sum() > 0 else x)
+    with pytest.raises(CaptureError, match=r"(?s)could not be captured.*torch\.export:.*Dynamo.*Try:"):
+        capture(model, (torch.ones(3),))
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return x * scale
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), None, "needs example inputs"),
+        ((torch.ones(1),), None, r"do not fit Named\.forward"),
+        ((torch.ones(1),), {"scal": torch.ones(1)}, r"do not fit Named\.forward"),
+        ("text", None, "args must be a tuple"),
+    ],
+)
+def test_wrong_example_inputs(args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        capture(Named(), args, kwargs)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(InputError, match=r"model must be an nn\.Module"):
+        capture(lambda x: x, (torch.ones(1),))  # type: ignore[arg-type]
