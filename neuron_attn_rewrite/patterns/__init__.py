@@ -1,0 +1,1 @@
+"""What attention looks like in a graph."""

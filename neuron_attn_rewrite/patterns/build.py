@@ -1,0 +1,171 @@
+"""From what a family of patterns found to a site: roles named, operands brought into the kernel's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import dtype, module_path, op_name
+from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.patterns import views
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged, plan
+from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
+from neuron_attn_rewrite.patterns.roles import assign_roles
+from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Term, UnknownAttention
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of the graph and what its dims run over."""
+
+    node: fx.Node
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention as a family of patterns found it, its axes not yet named."""
+
+    pattern: str
+    anchor: fx.Node
+    output: View
+    scores: Dims
+    """The dims of what the softmax runs over, without a sink."""
+    key_dim: int
+    """The softmax' dim among them."""
+    query: View
+    key: View
+    value: View
+    scale: float
+    factors: tuple[Factor, ...] = ()
+    terms: tuple[Term, ...] = ()
+    is_causal: bool = False
+    softcap: float | None = None
+    sink: View | None = None
+    safe: bool = False
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One tensor on the chain behind an operand, and the scale between the two."""
+
+    view: View
+    scale: float
+
+
+def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
+    """The operand and what it was made from by views, widening casts and scales by a number."""
+    chain = [_Stage(view, 1.0)]
+    while True:
+        node, dims, scale = chain[-1].view.node, chain[-1].view.dims, chain[-1].scale
+        scaled = scaled_by_number(evaluator, node)
+        moved = views.before(node, dims)
+        if scaled is not None:
+            chain.append(_Stage(View(scaled[0], dims), scale * scaled[1]))
+        elif moved is not None and (op_name(node) not in views.CASTS or views.widens(node)):
+            chain.append(_Stage(View(*moved), scale))
+        else:
+            return chain
+
+
+def _operand(chain: list[_Stage], target: Dims) -> Operand | None:
+    """The deepest tensor of the chain that has the layout already, else the deepest one and the steps to the layout."""
+    last = chain[-1]
+    for stage in reversed(chain):
+        if stage.scale == last.scale and stage.view.dims == target:
+            return Operand(stage.view.node)
+    layout = plan(last.view.dims, target, full=True)
+    return None if layout is None else Operand(last.view.node, layout)
+
+
+def _features(a: Dims, b: Dims, scores: Dims) -> Dim:
+    """What two tensors run over together and the scores don't."""
+    known = {atom.axis for atom in atoms(scores)}
+    common = {atom.axis for atom in atoms(b)} - known
+    return merged(atom for atom in atoms(a) if atom.axis in common)
+
+
+def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
+    """Name the axes and lay out the operands; `UnknownAttention` where that can't be done exactly."""
+    name = module_path(found.anchor)
+
+    def unknown(reason: str) -> UnknownAttention:
+        return UnknownAttention(name, found.pattern, found.anchor, reason)
+
+    query, key, value = (_chain(view, evaluator) for view in (found.query, found.key, found.value))
+    roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
+    if isinstance(roles, str):
+        return unknown(roles)
+    feature = _features(found.query.dims, found.key.dims, found.scores)
+    v_feature = _features(found.output.dims, found.value.dims, found.scores)
+    if not feature:
+        return unknown("query and key share no feature dim")
+    dims = roles.scores
+    operands = (
+        _operand(query, (roles.batch, roles.heads, roles.rows, feature)),
+        _operand(key, (*roles.kv, feature)),
+        _operand(value, (*roles.kv, v_feature)),
+    )
+    output_layout = plan((roles.batch, roles.heads, roles.rows, v_feature), found.output.dims)
+    factors = [plan(factor.dims, (*dims[:3], ())) for factor in found.factors]
+    sink = _sink(found.sink, roles.heads, evaluator)
+    if None in operands or output_layout is None:
+        return unknown("an operand is not laid out along the axes of the scores")
+    if None in factors:
+        return unknown("a tensor scale differs from key to key")
+    if found.sink is not None and sink is None:
+        return unknown("the sink is not one number a head")
+    q, k, v = operands
+    assert q and k and v
+    return AttentionSite(
+        name=name,
+        pattern=found.pattern,
+        anchor=found.anchor,
+        output=found.output.node,
+        output_layout=output_layout,
+        query=q,
+        key=k,
+        value=v,
+        dims=dims,
+        batch=dim_size(roles.batch),
+        num_heads=dim_size(roles.heads),
+        num_kv_heads=dim_size(roles.kv_heads),
+        q_len=dim_size(roles.rows),
+        kv_len=dim_size(roles.keys),
+        head_dim=dim_size(feature),
+        v_head_dim=dim_size(v_feature),
+        dtype=reduce(torch.promote_types, (dtype(o.node) for o in (q, k, v))),
+        scale=found.scale * query[-1].scale * key[-1].scale,
+        value_scale=value[-1].scale,
+        factors=tuple(
+            (Operand(factor.node, layout), factor.divides)
+            for factor, layout in zip(found.factors, factors, strict=True)
+            if layout is not None
+        ),
+        terms=tuple(_narrowed(term, evaluator) for term in found.terms),
+        is_causal=found.is_causal,
+        softcap=found.softcap,
+        sink=sink,
+        safe=found.safe,
+    )
+
+
+def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None:
+    if view is None:
+        return None
+    chain = _chain(view, evaluator)
+    return _operand(chain, (heads,)) if chain[-1].scale == 1.0 else None
+
+
+def _narrowed(term: Term, evaluator: Evaluator) -> Term:
+    """The term before it was expanded: the smallest tensor that says the same."""
+    if term.kind == "add":
+        last = _chain(View(term.node, term.dims), evaluator)[-1]
+        return Term("add", last.view.node, last.view.dims, term.multiplier * last.scale)
+    node, dims = term.node, term.dims
+    while (moved := views.before(node, dims)) is not None and op_name(node) not in views.CASTS:
+        node, dims = moved
+    return Term(term.kind, node, dims, fill=term.fill)

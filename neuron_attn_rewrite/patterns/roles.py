@@ -1,0 +1,78 @@
+"""From axes to roles: which atoms are the kernel's batch, heads, kv heads, query rows and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuron_attn_rewrite.patterns.axes import Atom, Dim, Dims, atoms, dim_size, merged, refine
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The kernel's dims in the axes of the scores; query head = kv head * group size + member of the group."""
+
+    batch: Dim
+    kv_heads: Dim
+    group: Dim
+    rows: Dim
+    keys: Dim
+
+    @property
+    def heads(self) -> Dim:
+        return merged((*self.kv_heads, *self.group))
+
+    @property
+    def scores(self) -> Dims:
+        """(batch, heads, query, key)."""
+        return (self.batch, self.heads, self.rows, self.keys)
+
+    @property
+    def kv(self) -> Dims:
+        """(batch, kv heads, key)."""
+        return (self.batch, self.kv_heads, self.keys)
+
+
+def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims) -> Roles | str:
+    """Roles of the axes, from which operand runs over what; a reason where the product isn't an attention.
+
+    The keys are what the softmax runs over: key and value have all of it and the query none. The query rows are the
+    last other dim over which key and value don't run. Of the rest, what key and value lack is the group of a kv head.
+    """
+    keys = scores[key_dim]
+    if not keys:
+        return "there is only one key"
+    everything = [*atoms(scores), *atoms(query), *atoms(key), *atoms(value)]
+
+    def fine(dims: Dims) -> set[Atom]:
+        return set(refine(atoms(dims), everything))
+
+    of_query, of_key, of_value, key_atoms = fine(query), fine(key), fine(value), set(refine(keys, everything))
+    if not key_atoms <= of_key or of_query & key_atoms:
+        return "the softmax does not run over the keys alone"
+    if not key_atoms <= of_value:
+        return "the product after the softmax does not sum over the keys"
+    shared = of_key | of_value
+    others = [refine(dim, everything) for i, dim in enumerate(scores) if i != key_dim]
+    row_dims = [i for i, dim in enumerate(others) if not set(dim) & shared]
+    rows = others.pop(row_dims[-1]) if row_dims else ()
+    batch, heads = _batch_and_heads(others, shared)
+    return Roles(
+        merged(batch),
+        merged(a for a in heads if a in shared),
+        merged(a for a in heads if a not in shared),
+        merged(rows),
+        keys,
+    )
+
+
+def _batch_and_heads(others: list[Dim], shared: set[Atom]) -> tuple[Dim, Dim]:
+    """The last dim is the heads (with the one before it if it is a group alone); a single folded dim is cut."""
+    if len(others) > 2 and others[-1] and not set(others[-1]) & shared:
+        others = [*others[:-2], (*others[-2], *others[-1])]
+    if len(others) > 1:
+        return tuple(a for dim in others[:-1] for a in dim), others[-1]
+    folded = others[0] if others else ()
+    kv = [a for a in folded if a in shared]
+    if len(kv) > 1 and dim_size(kv[:-1]) > 1:
+        return tuple(kv[:-1]), tuple(a for a in folded if a not in kv[:-1])
+    return tuple(kv), tuple(a for a in folded if a not in kv)

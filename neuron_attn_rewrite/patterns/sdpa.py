@@ -1,0 +1,92 @@
+"""Attention written as one operator: scaled_dot_product_attention and what it becomes in other dialects."""
+
+from __future__ import annotations
+
+import operator
+from itertools import count
+from math import sqrt
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import arguments, dtype, module_path, op_name, shape
+from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
+from neuron_attn_rewrite.patterns.build import Found, View, build
+from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
+from neuron_attn_rewrite.patterns.views import broadcast
+
+PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    return op_name(node).startswith(PREFIXES) and "backward" not in op_name(node)
+
+
+def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAttention | None:
+    """The attention that an SDPA call computes. Its arguments are read by their names in the schema."""
+    values = arguments(node)
+    query, key, value = values["query"], values["key"], values["value"]
+    output = _output(node)
+
+    def unknown(reason: str) -> UnknownAttention:
+        return UnknownAttention(module_path(node), op_name(node), node, reason)
+
+    if output is None:
+        return unknown("its log-sum-exp is used")
+    if values.get("dropout_p"):
+        return unknown("dropout is active")
+    mask = values.get("attn_mask", values.get("attn_bias"))
+    fresh = count()
+    *batch, q_len, head_dim = shape(query)
+    kv_len, v_head_dim = shape(value)[-2:]
+    kv_batch = [max(sizes) for sizes in zip(shape(key)[:-2], shape(value)[:-2], strict=True)]
+    if len(kv_batch) != len(batch):
+        return unknown("query and key have different ranks")
+    grouped = values.get("enable_gqa") or False
+    lead: Dims = tuple(
+        axis_dim(next(fresh), q if grouped and i == len(batch) - 1 else max(q, kv))
+        for i, (q, kv) in enumerate(zip(batch, kv_batch, strict=True))
+    )
+    rows, keys, features, v_features = (axis_dim(next(fresh), n) for n in (q_len, kv_len, head_dim, v_head_dim))
+    scores = (*lead, rows, keys)
+    scale = values.get("scale")
+    found = Found(
+        pattern=op_name(node),
+        anchor=node,
+        output=View(output, (*lead, rows, v_features)),
+        scores=scores,
+        key_dim=len(scores) - 1,
+        query=View(query, (*_leading(lead, shape(query)[:-2]), rows, features)),
+        key=View(key, (*_leading(lead, shape(key)[:-2]), keys, features)),
+        value=View(value, (*_leading(lead, shape(value)[:-2]), keys, v_features)),
+        scale=1 / sqrt(head_dim) if scale is None else float(scale),
+        terms=() if mask is None else (_term(mask, scores),),
+        is_causal=bool(values.get("is_causal")),
+        safe=True,
+    )
+    return build(found, evaluator)
+
+
+def _output(node: fx.Node) -> fx.Node | None:
+    """The tensor result; variants that also give a log-sum-exp count only if nobody reads it."""
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        return node
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is operator.getitem and users[0].args[1] == 0:
+        return users[0]
+    return None
+
+
+def _leading(lead: Dims, given: tuple[int, ...]) -> Dims:
+    """Batch dims of one operand: whole, broadcast, or the slow digits where a group of query heads shares one."""
+    dims = []
+    for dim, size in zip(lead, given, strict=True):
+        cut = split(dim, max(1, dim_size(dim) // size))
+        assert cut is not None
+        dims.append(cut[0] if size > 1 else ())
+    return tuple(dims)
+
+
+def _term(mask: fx.Node, scores: Dims) -> Term:
+    return Term("show" if dtype(mask) == torch.bool else "add", mask, broadcast(mask, scores))

@@ -1,0 +1,88 @@
+"""The normal form of a found attention: `softmax(softcap(scale * q k^T) + terms, sink) v` with every axis named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.patterns.axes import Dims, Layout
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the graph and the steps that bring it into the kernel's layout."""
+
+    node: fx.Node
+    layout: Layout = ()
+
+
+@dataclass(frozen=True)
+class Term:
+    """Something that changes the scores before the softmax.
+
+    `add` adds `multiplier * node`; `show` replaces the scores by `fill` where the bool node is False, `hide` where
+    it is True.
+    """
+
+    kind: str
+    node: fx.Node
+    dims: Dims
+    multiplier: float = 1.0
+    fill: float = -torch.inf
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the graph, ready to be proven and chosen for."""
+
+    name: str
+    """Path of the module that computes it, such as `model.layers.0.self_attn`."""
+    pattern: str
+    """How it was written: the operator, or the products around the softmax with what was peeled between them."""
+    anchor: fx.Node
+    """The softmax or scaled_dot_product_attention node."""
+    output: fx.Node
+    """The node whose value the kernel computes."""
+    output_layout: Layout
+    """From [batch, num_heads, q_len, v_head_dim] to the output's shape."""
+    query: Operand
+    """To [batch, num_heads, q_len, head_dim]."""
+    key: Operand
+    """To [batch, num_kv_heads, kv_len, head_dim]."""
+    value: Operand
+    """To [batch, num_kv_heads, kv_len, v_head_dim]."""
+    dims: Dims
+    """What (batch, heads, query, key) of the kernel run over, in the axes of the scores."""
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    scale: float
+    value_scale: float = 1.0
+    """A scale on the value: it multiplies the output."""
+    factors: tuple[tuple[Operand, bool], ...] = ()
+    """Tensor scales, as [batch | 1, heads | 1, q_len | 1, 1], and whether they divide the query or multiply."""
+    terms: tuple[Term, ...] = ()
+    is_causal: bool = False
+    """The operator's own top-left causal flag."""
+    softcap: float | None = None
+    sink: Operand | None = None
+    """To [num_heads]."""
+    safe: bool = False
+    """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
+
+
+@dataclass(frozen=True)
+class UnknownAttention:
+    """Something that looks like attention, with the node at which understanding stopped."""
+
+    name: str
+    pattern: str
+    anchor: fx.Node
+    reason: str

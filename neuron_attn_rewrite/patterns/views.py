@@ -1,0 +1,103 @@
+"""Data movement: what each operator does to the dims of its tensor, both ways."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, permutation, shape, tensor
+from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
+
+RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
+EXPANDS = {"expand", "expand_as", "broadcast_to"}
+IDENTITIES = {"clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh"}
+CASTS = {"to", "_to_copy", "type_as"}
+DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The tensor that a one-tensor operator reads."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def is_inactive_dropout(node: fx.Node) -> bool:
+    if op_name(node) not in DROPOUTS:
+        return False
+    values = arguments(node)
+    return not values["train"] or values["p"] == 0
+
+
+def keeps_values(node: fx.Node) -> bool:
+    """Whether the node's elements are those of its source, one for one and in place (casts included)."""
+    name = op_name(node)
+    if name in IDENTITIES or name in CASTS or is_inactive_dropout(node):
+        return True
+    return name in EXPANDS | {"slice"} and shape(node) == shape(source(node))
+
+
+def before(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
+    """Undo a data movement: the source and its dims, given the dims of the result. None if it isn't one."""
+    name = op_name(node)
+    if keeps_values(node):
+        return source(node), dims
+    undone: Dims | None = None
+    if name in RESHAPES:
+        undone = regroup(dims, shape(source(node)))
+    elif name in PERMUTES:
+        order = permutation(node)
+        undone = permute(dims, [order.index(i) for i in range(len(order))])
+    elif name in EXPANDS:
+        inner = shape(source(node))
+        tail = dims[len(dims) - len(inner) :]
+        undone = tuple(() if size == 1 else dim for size, dim in zip(inner, tail, strict=True))
+    elif name == "repeat":
+        undone = _unrepeat(dims, shape(source(node)))
+    elif name == "repeat_interleave":
+        undone = _uninterleave(node, dims)
+    return None if undone is None else (source(node), undone)
+
+
+def after(node: fx.Node, dims: Dims) -> Dims | None:
+    """The dims of the result, given those of the source. None if the node isn't a data movement that keeps all."""
+    name = op_name(node)
+    if keeps_values(node):
+        return dims
+    if name in RESHAPES:
+        return regroup(dims, shape(node))
+    if name in PERMUTES:
+        return permute(dims, permutation(node))
+    return None
+
+
+def broadcast(node: fx.Node, dims: Dims) -> Dims:
+    """The dims of an operand that broadcasts against a tensor over `dims`."""
+    inner = shape(node)
+    tail = dims[len(dims) - len(inner) :]
+    return tuple(() if size == 1 else dim for size, dim in zip(inner, tail, strict=True))
+
+
+def widens(node: fx.Node) -> bool:
+    """Whether the node's dtype holds every value of its source's dtype."""
+    return torch.promote_types(dtype(node), dtype(source(node))) == dtype(node)
+
+
+def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:
+    """Tiling repeats the fast digits: the source runs over those alone."""
+    cuts = [split(dim, size) for dim, size in zip(dims[len(dims) - len(inner) :], inner, strict=True)]
+    return None if None in cuts else tuple(cut[1] for cut in cuts if cut)
+
+
+def _uninterleave(node: fx.Node, dims: Dims) -> Dims | None:
+    """Interleaving repeats each element in place: the source runs over the slow digits alone."""
+    values = arguments(node)
+    repeats, dim, inner = values.get("repeats"), values.get("dim"), tensor(source(node))
+    if not isinstance(repeats, int) or not isinstance(dim, int) or inner is None:
+        return None
+    cut = split(dims[dim], repeats)
+    if cut is None:
+        return None
+    undone = list(dims)
+    undone[dim] = cut[0]
+    return tuple(undone)
