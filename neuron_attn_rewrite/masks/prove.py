@@ -1,0 +1,270 @@
+"""The proof: what the masks of a site say for every input, or why nothing can be said.
+
+Each term is read (`masks/read.py`), fitted to claims of the algebra, and the fit compared row by row. A term that says
+something else stays what it is: a dense additive operand of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
+from neuron_attn_rewrite.masks.read import MASKED, read
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, KeyPadding, MaskSpec, Unproven
+from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan
+from neuron_attn_rewrite.patterns.site import AttentionSite, Term
+from neuron_attn_rewrite.patterns.views import broadcast
+from neuron_attn_rewrite.problem import EmptyRows
+
+ABSORBS = 1e6
+"""Scores below this magnitude vanish when they are added to a number whose rounding step is larger."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The run-time vector behind a `KeyPadding`: rows `[start, start + kv_len)` of the 0/1 tensor `node`."""
+
+    node: fx.Node
+    start: int
+    inverted: bool
+    """True where 1 means hidden."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A term that the kernel gets as an additive operand, brought to [batch | 1, heads | 1, q_len | 1, kv_len | 1]."""
+
+    term: Term
+    layout: Layout
+    fill: float = -torch.inf
+    """What a `show` or `hide` term adds to a hidden score."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of all terms of a site together."""
+
+    mask: MaskSpec = field(default_factory=MaskSpec)
+    paddings: tuple[Padding, ...] = ()
+    dense: tuple[Dense, ...] = ()
+    empty_rows: EmptyRows = EmptyRows.NEVER
+    reasons: tuple[str, ...] = ()
+    promised: tuple[Padding, ...] = ()
+    """Key padding that was dropped because the caller promised right padding."""
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    """One term that is fully proven."""
+
+    spec: MaskSpec
+    fill: float | None = None
+    """The number by which it hides keys, None if it uses several."""
+    padding: Padding | None = None
+    assumption: str = ""
+
+
+class Prover:
+    """Proves the masks of the sites of one graph; sites that share a mask share the work."""
+
+    def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
+        self.evaluator = Evaluator(module)
+        self.config = config
+        self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
+
+    def prove(self, site: AttentionSite) -> Proof | Unproven:
+        """Everything that the site's terms say; `Unproven` only where a term can't even be an operand."""
+        proof = Proof(MaskSpec((Band(upper=0),)) if site.is_causal else MaskSpec())
+        hides = [EmptyRows.ZERO] if site.is_causal else []
+        read = list(self._read(site.terms, site.dims))
+        for term, claimed in read:
+            alone = len(read) == 1 and not site.is_causal
+            if isinstance(claimed, _Claimed):
+                proof = _extended(proof, claimed)
+                if claimed.spec.claims:
+                    hides.append(_meaning(term, claimed.fill, alone, site.safe))
+                continue
+            layout = plan(term.dims, site.dims)
+            if layout is None:
+                return Unproven(f"{term.node.name} does not run along the axes of the scores")
+            if term.kind != "add":
+                if term.fill > MASKED:
+                    return Unproven(f"{term.node.name}: {claimed.reason}")
+                hides.append(_meaning(term, term.fill, alone, site.safe))
+            reason = f"{term.node.name} is a dense operand: {claimed.reason}"
+            proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
+        proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, hides)
+        return _all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
+
+    def _read(self, terms: tuple[Term, ...], dims: Dims) -> Iterator[tuple[Term, _Claimed | Unproven]]:
+        """Each term with its claim; what can't be claimed as a whole is read part by part."""
+        for term in terms:
+            if (term, dims) not in self._known:
+                self._known[term, dims] = self._claim(term, dims)
+            claimed = self._known[term, dims]
+            parts = self._parts(term) if isinstance(claimed, Unproven) else ()
+            if parts:
+                yield from self._read(parts, dims)
+            else:
+                yield term, claimed
+
+    def _parts(self, term: Term) -> tuple[Term, ...]:
+        """What an added tensor is made of: the two sides of a sum, or a bias and the mask that overwrites it."""
+        if term.kind != "add":
+            return ()
+        node = term.node
+        name, args = op_name(node), node.args
+
+        def part(kind: str, tensor: object, fill: float | None = None) -> Term:
+            assert isinstance(tensor, fx.Node)
+            dims = broadcast(tensor, term.dims)
+            return replace(term, node=tensor, dims=dims) if fill is None else Term(kind, tensor, dims, fill=fill)
+
+        if name == "add" and arguments(node)["alpha"] == 1 and all(is_tensor(a) for a in args[:2]):
+            return part("add", args[0]), part("add", args[1])
+        overwrites = {"where": [("show", 0, 1, 2), ("hide", 0, 2, 1)], "masked_fill": [("hide", 1, 0, 2)]}
+        for kind, mask, bias, value in overwrites.get(name, []):
+            fill = self.evaluator.constant(args[value]) if len(args) == 3 else None
+            if fill is not None and fill * term.multiplier <= MASKED and is_tensor(args[bias]):
+                return part("add", args[bias]), part(kind, args[mask], fill * term.multiplier)
+        return ()
+
+    def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
+        reading = read(term, dims, self.evaluator)
+        if isinstance(reading, Unproven):
+            return reading
+        claims = fit_rows(reading.rows, dim_size(dims[3]))
+        if reading.cells is None:
+            return _Claimed(MaskSpec(claims), reading.fill)
+        padding = self._padding(reading.cells, reading.inverted)
+        if isinstance(padding, Unproven):
+            return padding
+        leaf = self.evaluator.leaf(padding.node)
+        assumption = f"{leaf.node.name} holds only 0 and 1" if leaf.assumed else ""
+        return _Claimed(MaskSpec((*claims, KeyPadding(leaf.node.name))), reading.fill, padding, assumption)
+
+    def _padding(self, cells: Tensor, inverted: bool) -> Padding | Unproven:
+        """The 0/1 tensor of which each key reads its own element, in order."""
+        leaf = self.evaluator.leaf_of(int(cells.max()))
+        width = shape(leaf.node)[-1] if shape(leaf.node) else 1
+        batch, kv_len = cells.shape
+        offset = cells - leaf.first - torch.arange(batch)[:, None] * width - torch.arange(kv_len)
+        used = cells >= 0
+        start = int(offset[used][0])
+        if vectors_of(leaf.node) != batch or (offset[used] != start).any() or not 0 <= start <= width - kv_len:
+            return Unproven(f"it does not read {leaf.node.name} key by key")
+        return Padding(leaf.node, start, inverted)
+
+    def _with_padding_promise(self, proof: Proof, site: AttentionSite) -> Proof:
+        """Under right padding, a causal row that is itself real sees real keys only."""
+        causal = any(isinstance(c, Band) and c.upper is not None and c.upper <= 0 for c in proof.mask.claims)
+        padded = [c for c in proof.mask.claims if isinstance(c, KeyPadding)]
+        if not padded or not causal or site.q_len != site.kv_len:
+            return proof
+        if self.config.padding != "right":
+            return replace(proof, reasons=(*proof.reasons, 'padding="right" would drop the key padding'))
+        kept = MaskSpec(tuple(c for c in proof.mask.claims if c not in padded))
+        reason = 'padding="right": key padding dropped, rows past the length are undefined'
+        return replace(proof, mask=kept, paddings=(), promised=proof.paddings, reasons=(*proof.reasons, reason))
+
+    def _with_empty_rows(self, proof: Proof, site: AttentionSite, hides: list[EmptyRows]) -> Proof:
+        """What the model gives for a row that sees no key, if there can be one."""
+        possible = (
+            bool(proof.paddings)
+            or any(d.term.kind != "add" for d in proof.dense)
+            or not (proof.mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all()
+        )
+        if not possible:
+            meaning = EmptyRows.NEVER
+        elif site.sink is not None:
+            meaning = EmptyRows.ZERO  # the sink takes the whole probability
+        elif self.config.empty_rows == "any":
+            meaning = EmptyRows.ANY
+        elif len(hides) == 1 or set(hides) <= {EmptyRows.ZERO} or set(hides) <= {EmptyRows.ANY}:
+            meaning = hides[0]
+        else:
+            meaning = EmptyRows.OTHER
+        return replace(proof, empty_rows=meaning)
+
+
+def _extended(proof: Proof, claimed: _Claimed) -> Proof:
+    padding = (claimed.padding,) if claimed.padding and claimed.padding not in proof.paddings else ()
+    said = (claimed.assumption,) if claimed.assumption and claimed.assumption not in proof.reasons else ()
+    return replace(
+        proof,
+        mask=proof.mask & claimed.spec,
+        paddings=(*proof.paddings, *padding),
+        reasons=(*proof.reasons, *said),
+    )
+
+
+def _all_dense(site: AttentionSite) -> Proof | None:
+    """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes.
+
+    None where the model's own rounding is coarser than float32, or an addend would not stand for the term exactly.
+    """
+    dense = []
+    for term in site.terms:
+        layout = plan(term.dims, site.dims)
+        kind = dtype(term.node) if term.kind == "add" else site.dtype
+        rounds = kind.is_floating_point and torch.finfo(kind).eps > torch.finfo(torch.float32).eps
+        if layout is None or rounds or (term.kind != "add" and not _absorbs(term.fill, site.dtype)):
+            return None
+        dense.append(Dense(term, layout, term.fill))
+    if site.is_causal:
+        return None
+    reason = (
+        "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
+        '(empty_rows="any" says that such rows do not matter)'
+    )
+    return Proof(dense=tuple(dense), reasons=(reason,))
+
+
+def vectors_of(node: fx.Node) -> int:
+    """How many vectors of its last dim a tensor holds."""
+    sizes = shape(node)
+    return 1 if not sizes else int(torch.Size(sizes[:-1]).numel())
+
+
+def _meaning(term: Term, fill: float | None, alone: bool, safe: bool) -> EmptyRows:
+    """What a row gives in which this term hides every key."""
+    if fill is None:
+        return EmptyRows.OTHER
+    if fill == -torch.inf:
+        return EmptyRows.ZERO if safe else EmptyRows.ANY
+    replaces_all = term.kind != "add" and alone
+    return EmptyRows.MEAN if replaces_all or _absorbs(fill, dtype(term.node)) else EmptyRows.OTHER
+
+
+def _absorbs(fill: float, kind: torch.dtype) -> bool:
+    """Whether any reasonable score vanishes when this number is added to it."""
+    step = torch.finfo(kind if kind.is_floating_point else torch.float32).eps
+    return -fill * step > ABSORBS
+
+
+def fit_rows(rows: Tensor, kv_len: int) -> tuple[Claim, ...]:
+    """The claims whose conjunction gives exactly these int [q_len, 2] intervals.
+
+    Candidates are read off the ends that are not those of the keys, and accepted only if every row agrees.
+    """
+    q_len = len(rows)
+    first, end = rows.unbind(1)
+    i, seen = torch.arange(q_len), first < end
+    uppers = set((end - 1 - i)[seen & (end < kv_len)].tolist())
+    lowers = set((first - i)[seen & (first > 0)].tolist())
+    band = Band(min(lowers) if len(lowers) == 1 else None, min(uppers) if len(uppers) == 1 else None)
+    causal: tuple[Claim, ...] = () if band.upper is None else (Band(upper=band.upper),)
+    candidates: list[tuple[Claim, ...]] = [(), (band,)] if band != Band() else [()]
+    if size := int(i[seen & (first > 0)][0]) if lowers else 0:
+        chunk = Chunked(size)
+        candidates += [(*causal, chunk), (chunk,)]
+    for claims in candidates:
+        if torch.equal(MaskSpec(claims).rows(q_len, kv_len), rows):
+            return claims
+    return (Intervals(tuple((lo, hi) for lo, hi in rows.tolist())),)

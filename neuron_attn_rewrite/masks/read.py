@@ -1,0 +1,147 @@
+"""Reading one term: which keys each query sees, for every value of the run-time masks.
+
+A term is read as
+
+    visible(b, h, i, j) = rows[i][0] <= j < rows[i][1]  and  cell[b, j]
+
+with `rows` constant and `cell` one element of a 0/1 tensor for every key, or not at all. It is read some query rows at
+a time, so that no mask of all rows is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.graph import shape
+from neuron_attn_rewrite.masks.regions import Region
+from neuron_attn_rewrite.masks.spec import Unproven
+from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Opaque, Table
+from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, plan, run_layout
+from neuron_attn_rewrite.patterns.site import Term
+
+MASKED = -9984.0
+"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
+
+BLOCK = 2**22
+"""Elements of a mask that are looked at together."""
+
+NO_CELL = torch.iinfo(torch.int32).max
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one term says."""
+
+    rows: Tensor
+    """Int64 [q_len, 2]: the interval of keys that each query can see, [0, 0) for none."""
+    cells: Tensor | None
+    """Int64 [batch | 1, kv_len]: the 0/1 element that each key depends on, -1 for none; None without any."""
+    inverted: bool
+    """Whether 1 means hidden."""
+    fill: float | None
+    """The number by which keys are hidden, None if there are several."""
+
+
+def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
+    """Read a term along `dims`, the (batch, heads, query, key) of the kernel."""
+    if plan(term.dims, dims) is None:
+        return Unproven("it does not run along the axes of the scores")
+    kv_len = dim_size(dims[3])
+    rows: list[Tensor] = []
+    first = torch.tensor([[NO_CELL]]).expand(1, kv_len)
+    last = torch.tensor([[-1]]).expand(1, kv_len)
+    always = torch.zeros(1, kv_len, dtype=torch.bool)
+    senses: set[bool] = set()
+    fills: set[float] = set()
+    for table, height in _blocks(term, dims, evaluator):
+        if isinstance(table, Unproven):
+            return table
+        seen = _visibility(term, table, fills)
+        if isinstance(seen, Unproven):
+            return seen
+        lo, hi, cell = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi, seen.cell))
+        either = lo | hi
+        if not (either == either[:1, :1]).all():
+            return Unproven("its visible keys differ between batch elements or heads")
+        intervals = row_intervals(either[0, 0])
+        if intervals is None:
+            return Unproven("the visible keys of a query are not one interval")
+        rows.append(intervals)
+        depends = lo != hi
+        if depends.any():
+            if (depends & (cell == UNKNOWN)).any():
+                return Unproven("some element depends on more than one element of a mask")
+            first = torch.minimum(first, cell.where(depends, NO_CELL).amin((1, 2)))
+            last = torch.maximum(last, cell.where(depends, -1).amax((1, 2)))
+            senses |= {sense for sense in (False, True) if (depends & (lo == sense)).any()}
+        always = always | (either & ~depends).any(1).any(1)
+    evaluator.forget_regions()
+    found = torch.cat(rows).expand(dim_size(dims[2]), 2)
+    fill = next(iter(fills)) if len(fills) == 1 else None
+    used = last >= 0
+    if not used.any():
+        return Reading(found, None, False, fill)
+    if (used & (first != last)).any() or always.any():
+        return Unproven("its padding is not the same for every query and key")
+    if len(senses) > 1:
+        return Unproven("it mixes both senses of a padding mask")
+    return Reading(found, last, senses.pop(), fill)
+
+
+def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Table | Unproven, int]]:
+    """The term's table in the kernel's layout, some query rows at a time."""
+    q_len = dim_size(dims[2])
+    along = [i for i, dim in enumerate(term.dims) if dim and dim == dims[2]]
+    others = {atom.axis for i, dim in enumerate(term.dims) for atom in dim if i not in along}
+    whole = len(along) != 1 or len(dims[2]) != 1 or dims[2][0].axis in others
+    per_row = max(1, int(torch.Size(shape(term.node)).numel()) // q_len)
+    height = q_len if whole else min(q_len, max(1, BLOCK // per_row))
+    for start in range(0, q_len, height):
+        length = min(height, q_len - start)
+        region = None if length == q_len else Region(along[0], start, length)
+        evaluator.forget_regions()
+        table = evaluator.table(term.node, region)
+        if isinstance(table, Opaque):
+            yield Unproven(f"it depends on {evaluator.cause(table.cause).name}, which is not a mask"), length
+            return
+        part = axis_dim(dims[2][0].axis, length) if dims[2] else ()
+        cut = tuple(part if i in along and region else dim for i, dim in enumerate(term.dims))
+        layout = plan(cut, (*dims[:2], part if region else dims[2], dims[3]))
+        assert layout is not None
+        yield table.move(lambda t, layout=layout: run_layout(layout, t, _apply)), length
+
+
+def _apply(op: str, value: Tensor, arg: tuple[int, ...]) -> Tensor:
+    moved = getattr(value, op)(arg)
+    assert isinstance(moved, Tensor)
+    return moved
+
+
+def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven:
+    """The term as a table of bools, True where the key is seen; what hides keys is added to `fills`."""
+    if term.kind in ("show", "hide"):
+        if term.fill > MASKED:
+            return Unproven(f"it fills hidden scores with {term.fill:g}, which does not hide them")
+        fills.add(term.fill)
+        return table if term.kind == "show" else Table(~table.lo, ~table.hi, table.cell)
+    if (table.cell == UNKNOWN).any():
+        return Unproven("some element depends on more than one element of a mask")
+    for values in (table.lo, table.hi):
+        scaled = values.double() * term.multiplier
+        hidden = scaled[scaled != 0]
+        if hidden.numel() and not hidden.max() <= MASKED:
+            return Unproven("it adds numbers that are neither 0 nor low enough to hide a key")
+        fills |= {float(f(hidden)) for f in (torch.min, torch.max) if hidden.numel()}
+    return Table(table.lo == 0, table.hi == 0, table.cell)
+
+
+def row_intervals(visible: Tensor) -> Tensor | None:
+    """Int64 [rows, 2] of the one interval that each row of a bool [rows, keys] sees; None if some row sees two."""
+    count = visible.sum(1)
+    first = visible.int().argmax(1)
+    end = torch.where(count > 0, visible.shape[1] - visible.flip(1).int().argmax(1), 0)
+    return torch.stack([first, end], 1) if torch.equal(end - first, count) else None
