@@ -1,0 +1,255 @@
+"""The attention ops `torch.ops.neuron_attn.*`. Importing this module registers them.
+
+`flash_fwd` has a fast CPU implementation, a decomposition for every other device, a fake one, and gradients by
+`flash_bwd`, which recomputes the scores. `flash_fwd` computes
+
+    softmax(softcap(scale * query key^T) + bias, sink) value
+
+with query [batch, num_heads, q_len, head_dim], key [batch, num_kv_heads, kv_len, head_dim] and value [batch,
+num_kv_heads, kv_len, v_head_dim] of one floating dtype and any strides. Query head h reads kv head
+`h // (num_heads // num_kv_heads)`. The result is [batch, num_heads, q_len, v_head_dim], contiguous, in query's
+dtype; scores and softmax are float32 (float64 for float64).
+
+Query row i of batch element b sees key j iff all of these hold that are given:
+
+* `i + band_lower <= j`, `j <= i + band_upper`
+* `key_padding[b, j]`, bool [batch | 1, kv_len]
+* `bounds[b, i, 0] <= j < bounds[b, i, 1]`, int [batch | 1, q_len, 2]
+* the bias, float [batch | 1, num_heads | 1, q_len | 1, kv_len | 1], is not -inf
+
+`softcap` replaces scores s by `softcap * tanh(s / softcap)`; `sink`, float [num_heads], is the logit of one more
+column, whose probability is thrown away. A row that sees no key gives zeros, or with `empty_rows="mean"` the mean
+of all values of its kv head. `strategy` and `lnc` say how to launch, and change no number.
+
+Arguments that do not fit raise `InputError`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.kernels import cpu, reference
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BOUNDS_DTYPES = (torch.int32, torch.int64)
+
+TERMS = (
+    "float scale, int? band_lower=None, int? band_upper=None, Tensor? key_padding=None, Tensor? bounds=None, "
+    'Tensor? bias=None, float? softcap=None, Tensor? sink=None, str empty_rows="zero"'
+)
+_untyped: Any = torch.library
+LIBRARY = _untyped.Library("neuron_attn", "DEF")
+LIBRARY.define(
+    f"flash_fwd(Tensor query, Tensor key, Tensor value, *, {TERMS}, "
+    'str strategy="UNSHARDED_KERNEL", int lnc=1) -> Tensor',
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    f"flash_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, *, {TERMS}, bool bias_grad=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    band_lower: int | None = None,
+    band_upper: int | None = None,
+    key_padding: Tensor | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    empty_rows: str = "zero",
+    strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
+    lnc: int = 1,
+) -> Terms:
+    """The terms among the arguments of `flash_fwd`.
+
+    Raises:
+        InputError: an argument does not fit; the message names it.
+    """
+    for name, tensor, dims in (
+        ("query", query, "[batch, num_heads, q_len, head_dim]"),
+        ("key", key, "[batch, num_kv_heads, kv_len, head_dim]"),
+        ("value", value, "[batch, num_kv_heads, kv_len, v_head_dim]"),
+    ):
+        if tensor.dim() != 4:
+            raise _error(name, f"must be {dims}", tensor)
+        if tensor.dtype not in DTYPES:
+            raise _error(name, f"must be one of {', '.join(map(str, DTYPES))}", tensor)
+        if tensor.dtype != query.dtype:
+            raise _error(name, f"must have query's dtype {query.dtype}", tensor)
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    if head_dim == 0:
+        raise _error("query", "must have a head_dim of at least 1", query)
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise _error("key", f"must have query's batch {batch} and head_dim {head_dim}", key)
+    if kv_heads == 0 or heads % kv_heads:
+        raise _error("key", f"must have a number of heads that divides query's {heads}", key)
+    if value.shape[:3] != key.shape[:3]:
+        raise _error("value", f"must have the batch, heads and length of key, {list(key.shape[:3])}", value)
+    for name, operand, full, dtypes, broadcast in (
+        ("key_padding", key_padding, (batch, kv_len), (torch.bool,), (True, False)),
+        ("bounds", bounds, (batch, q_len, 2), BOUNDS_DTYPES, (True, False, False)),
+        ("bias", bias, (batch, heads, q_len, kv_len), DTYPES, (True, True, True, True)),
+        ("sink", sink, (heads,), DTYPES, (False,)),
+    ):
+        if operand is None:
+            continue
+        if operand.dtype not in dtypes:
+            raise _error(name, f"must be one of {', '.join(map(str, dtypes))}", operand)
+        if operand.dim() != len(full) or any(
+            size != wanted and not (may_be_one and size == 1)
+            for size, wanted, may_be_one in zip(operand.shape, full, broadcast, strict=True)
+        ):
+            dims = ", ".join(f"{n} | 1" if one else f"{n}" for n, one in zip(full, broadcast, strict=True))
+            raise _error(name, f"must be [{dims}]", operand)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.device != query.device:
+            raise _error(name, f"must be on query's device {query.device}", tensor)
+    for name, operand in (("key_padding", key_padding), ("bounds", bounds), ("bias", bias), ("sink", sink)):
+        if operand is not None and operand.device != query.device:
+            raise _error(name, f"must be on query's device {query.device}", operand)
+    if not math.isfinite(scale):
+        raise InputError(f"flash_fwd: scale must be finite, not {scale}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise InputError(f"flash_fwd: softcap must be positive and finite, not {softcap}.")
+    if empty_rows not in ("zero", "mean"):
+        raise InputError(f'flash_fwd: empty_rows must be "zero" or "mean", not {empty_rows!r}.')
+    if strategy not in FlashAttentionStrategy.__members__ or strategy == FlashAttentionStrategy.NONE.name:
+        names = [s.name for s in FlashAttentionStrategy if s is not FlashAttentionStrategy.NONE]
+        raise InputError(f"flash_fwd: strategy must be one of {', '.join(names)}, not {strategy!r}.")
+    if lnc not in (1, 2):
+        raise InputError(f"flash_fwd: lnc must be 1 or 2, not {lnc}.")
+    return Terms(scale, band_lower, band_upper, key_padding, bounds, bias, softcap, sink, empty_rows)
+
+
+def _error(name: str, rule: str, tensor: Tensor) -> InputError:
+    return InputError(f"flash_fwd: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}.")
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    check(query, key, value, **options)
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return cpu.attention(query, key, value, check(query, key, value, **options))
+
+
+def _decomposed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return reference.attention(query, key, value, check(query, key, value, **options))
+
+
+def _autograd(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    bias, sink = options.get("bias"), options.get("sink")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias, sink)):
+        result: Tensor = cast(Any, _Attention).apply(query, key, value, bias, sink, options)
+        return result
+    return _below_autograd(query, key, value, options)
+
+
+def _below_autograd(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = torch.ops.neuron_attn.flash_fwd.default(query, key, value, **options)
+        return result
+
+
+class _Attention(torch.autograd.Function):
+    """`flash_fwd`, with `flash_bwd` for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        sink: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
+        tensors = ("bias", "sink", "key_padding", "bounds")
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "lnc")}
+        return _below_autograd(query, key, value, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, sink, key_padding, bounds = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grads = torch.ops.neuron_attn.flash_bwd.default(
+            grad,
+            query,
+            key,
+            value,
+            **ctx.numbers,
+            key_padding=key_padding,
+            bounds=bounds,
+            bias=bias,
+            sink=sink,
+            bias_grad=needed[3],
+        )
+        return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=False)), None)
+
+
+def _backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
+    terms = check(query, key, value, **options)
+    bias = terms.bias if bias_grad else None
+    # An op cannot return an optional tensor: the gradient of an absent operand has no elements.
+    return tuple(
+        query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, bias, terms.sink)
+    )
+
+
+def _backward_cpu(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
+    terms = check(query, key, value, **options)
+    return _like_operands(cpu.attention_backward(grad, query, key, value, terms, bias_grad), query, terms)
+
+
+def _backward_decomposed(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
+    terms = check(query, key, value, **options)
+    by_query, by_key, by_value, by_bias, by_sink = reference.attention_backward(grad, query, key, value, terms)
+    by_bias = by_bias if bias_grad else query.new_empty(0)
+    return _like_operands((by_query, by_key, by_value, by_bias, by_sink), query, terms)
+
+
+def _like_operands(grads: tuple[Tensor, ...], query: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of what they belong to."""
+    operands = (query, query, query, terms.bias, terms.sink)
+    return tuple(
+        grad.to(query.dtype if operand is None or not grad.numel() else operand.dtype).contiguous()
+        for grad, operand in zip(grads, operands, strict=True)
+    )
+
+
+LIBRARY.impl("flash_fwd", _autograd, "Autograd")
+for _op, _on_cpu, _elsewhere, _meta in (
+    ("flash_fwd", _cpu, _decomposed, _fake),
+    ("flash_bwd", _backward_cpu, _backward_decomposed, _backward_fake),
+):
+    LIBRARY.impl(_op, _on_cpu, "CPU")
+    # Every other device. The launch of the NKI kernel goes here, as an implementation for "XLA": an explicit one
+    # takes precedence over this.
+    LIBRARY.impl(_op, _elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"neuron_attn::{_op}", _meta, lib=LIBRARY)
