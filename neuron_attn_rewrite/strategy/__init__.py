@@ -1,0 +1,1 @@
+"""Which kernel a site gets, and why."""
