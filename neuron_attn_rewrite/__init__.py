@@ -1,0 +1,22 @@
+"""Rewrites the attention of PyTorch models into NKI flash attention kernels, where it can be proven equal."""
+
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.errors import CaptureError, ConfigError, InputError, RewriteError, RewriteWarning
+from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.rewriter import rewrite
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "FlashAttentionStrategy",
+    "InputError",
+    "RewriteConfig",
+    "RewriteError",
+    "RewriteReport",
+    "RewriteWarning",
+    "RewrittenModule",
+    "SiteReport",
+    "rewrite",
+]

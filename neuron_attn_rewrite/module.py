@@ -1,0 +1,138 @@
+"""What `rewrite` gives back: the rewritten graph as a module that is called like the original."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.errors import InputError, RewriteError
+
+if TYPE_CHECKING:
+    from neuron_attn_rewrite.report.model import RewriteReport
+
+
+class RewrittenModule(fx.GraphModule):
+    """A rewritten model: same weights, same arguments by position or name, same output structure, and a `report`.
+
+    It is made for the shapes, dtypes and mode (train or eval) of the example inputs, and says so when it gets others.
+    """
+
+    @classmethod
+    def wrap(cls, module: fx.GraphModule, report: RewriteReport) -> RewrittenModule:
+        """Take over graph, parameters and buffers of `module`."""
+        wrapped = cls(module, module.graph, class_name="RewrittenModule")
+        _adopt(module, wrapped)
+        for part in wrapped.modules():
+            part.training = module.training
+        wrapped.meta = {**module.meta, "neuron_attn_rewrite": report}
+        return wrapped
+
+    @property
+    def report(self) -> RewriteReport:
+        """What was replaced, what was kept, and why."""
+        report: RewriteReport = self.meta["neuron_attn_rewrite"]
+        return report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
+            args, kwargs = (), self._bind(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> RewrittenModule:
+        """Only the mode that was captured is there.
+
+        Raises:
+            RewriteError: the other mode is asked for.
+        """
+        if mode != self.training:
+            has, wants = ("train", "eval") if self.training else ("eval", "train")
+            raise RewriteError(f"this graph was captured in {has} mode: call model.{wants}() and rewrite again.")
+        return self
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, checked against what was captured."""
+        expected = self._expected()
+        if len(args) > len(expected):
+            raise InputError(
+                f"{len(args)} positional arguments given, but the captured ones are {', '.join(expected)}."
+            )
+        given = dict(zip(expected, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise InputError(f"argument {name!r} is given twice, by position and by name.")
+            if name in expected:
+                given[name] = value
+            elif value is not None:
+                raise InputError(
+                    f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
+                    "Pass it as an example input and rewrite again."
+                )
+        for name, values in expected.items():
+            if name not in given:
+                if any(isinstance(v, torch.Tensor) for v in values):
+                    raise InputError(f"argument {name!r} is missing: it was captured as {_describe(values)}.")
+                given[name] = values[0] if values else ()
+                continue
+            found = pytree.tree_leaves(given[name])
+            if list(map(_signature, found)) != list(map(_signature, values)):
+                was = _describe(values)
+                raise InputError(f"argument {name!r} is {_describe(found)}, but was captured as {was}.")
+        return {name: given[name] for name in expected}
+
+    def _expected(self) -> dict[str, list[Any]]:
+        """The example value of each leaf of each argument."""
+        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        values = [
+            node.meta.get("val", node.args[0] if node.args else None)
+            for node in self.graph.find_nodes(op="placeholder")
+        ]
+        expected: dict[str, list[Any]] = {}
+        for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
+            expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]
+        return expected
+
+
+def _per_argument(in_spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    positional, by_name = (pytree_children(child) for child in pytree_children(in_spec))
+    return [*positional, *by_name]
+
+
+def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    return list(children)
+
+
+def _signature(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _describe(values: list[Any]) -> str:
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return repr(value)
+
+    return ", ".join(map(one, values)) or "nothing"
+
+
+def _adopt(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` every parameter and buffer of `source` under the same name and with the same persistence."""
+    for path, owner in source.named_modules():
+        tensors = {**owner._parameters, **owner._buffers}
+        if not tensors:
+            continue
+        place = target
+        for part in path.split(".") if path else ():
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        for name in tensors:
+            if name in owner._parameters:
+                place.register_parameter(name, owner._parameters[name])
+            else:
+                place._buffers.pop(name, None)
+                persistent = name not in owner._non_persistent_buffers_set
+                place.register_buffer(name, owner._buffers[name], persistent=persistent)

@@ -1,0 +1,229 @@
+"""The one step that changes the graph.
+
+`graft` adds the kernel calls beside the attentions they stand for, and touches nothing that is there. `commit` then
+lets the accepted ones take over, and what nobody reads any more goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
+from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
+from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, atoms, dim_size, run_layout
+from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
+from neuron_attn_rewrite.patterns.views import RESHAPES
+from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.strategy.choose import Decision
+
+aten = torch.ops.aten
+LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was decided for one site, before anything is changed."""
+
+    site: AttentionSite
+    proof: Proof | Unproven
+    problem: AttentionProblem | None
+    """None where nothing is proven."""
+    decision: Decision
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """A kernel call that stands beside the attention of its plan."""
+
+    plan: Plan
+    proof: Proof
+    result: fx.Node
+    """The node that can take over from `plan.site.output`."""
+    added: tuple[fx.Node, ...]
+
+
+def describe(site: AttentionSite, proof: Proof) -> AttentionProblem:
+    """What is to be computed at a site, without its nodes."""
+    shapes = [_broadcast_shape(dense.term.dims, site.dims) for dense in proof.dense]
+    return AttentionProblem(
+        batch=site.batch,
+        num_heads=site.num_heads,
+        num_kv_heads=site.num_kv_heads,
+        q_len=site.q_len,
+        kv_len=site.kv_len,
+        head_dim=site.head_dim,
+        v_head_dim=site.v_head_dim,
+        dtype=site.dtype,
+        scale=site.scale,
+        mask=proof.mask,
+        bias_shape=tuple(max(dims) for dims in zip(*shapes, strict=True)) if shapes else None,
+        softcap=site.softcap,
+        sink=site.sink is not None,
+        empty_rows=proof.empty_rows,
+    )
+
+
+def _broadcast_shape(dims: Dims, target: Dims) -> tuple[int, ...]:
+    """1 for each target dim of which a tensor over `dims` has nothing."""
+    axes = {atom.axis for atom in atoms(dims)}
+    return tuple(dim_size(dim) if any(atom.axis in axes for atom in dim) else 1 for dim in target)
+
+
+def graft(module: fx.GraphModule, plans: Sequence[Plan]) -> list[Graft]:
+    """Add one kernel call for each plan. Nothing that exists is changed."""
+    emitter = _Emitter(module)
+    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    grafts = []
+    for plan in sorted(plans, key=lambda plan: position[plan.site.output]):
+        assert isinstance(plan.proof, Proof)
+        emitter.added = []
+        result = emitter.kernel_call(plan.site, plan.proof, plan.decision)
+        grafts.append(Graft(plan, plan.proof, result, tuple(emitter.added)))
+    return grafts
+
+
+def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> None:
+    """Let the accepted grafts take over, and drop every node that nothing reads."""
+    for g in accepted:
+        for user in list(g.plan.site.output.users):
+            if user not in g.added:
+                user.replace_input_with(g.plan.site.output, g.result)
+        _allow_any_strides(g.result)
+    eliminate_dead_code(module.graph)
+    module.graph.lint()
+    module.recompile()
+
+
+def _allow_any_strides(node: fx.Node) -> None:
+    """Views behind a replaced output relied on its strides: a reshape does not."""
+    for user in node.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        if op_name(user) in RESHAPES | PERMUTES:
+            _allow_any_strides(user)
+
+
+class _Emitter:
+    """Adds nodes; the same operator on the same tensors is added once."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.added: list[fx.Node] = []
+        self._known: dict[str, fx.Node] = {}
+        self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+    def kernel_call(self, site: AttentionSite, proof: Proof, decision: Decision) -> fx.Node:
+        """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
+        mask, output = proof.mask, site.output
+        query = self._operand(site.query, site.dtype)
+        for factor, divides in site.factors:
+            scaled = aten.div.Tensor if divides else aten.mul.Tensor
+            query = self._cast(self._join(scaled, output, query, self._laid_out(factor)), site.dtype)
+        options = {
+            "scale": site.scale,
+            "band_lower": mask.band.lower,
+            "band_upper": mask.band.upper,
+            "key_padding": self._key_padding(proof.paddings, site),
+            "bounds": self._bounds(mask.runs, site),
+            "bias": self._bias(proof.dense, output),
+            "softcap": site.softcap,
+            "sink": self._laid_out(site.sink) if site.sink else None,
+            "empty_rows": "mean" if proof.empty_rows is EmptyRows.MEAN else None,
+            "strategy": decision.strategy.name,
+            "lnc": decision.lnc,
+        }
+        result = self._insert(
+            output.next,
+            torch.ops.neuron_attn.flash_fwd.default,
+            query,
+            self._operand(site.key, site.dtype),
+            self._operand(site.value, site.dtype),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        if site.value_scale != 1.0:
+            result = self._on(result, aten.mul.Scalar, site.value_scale)
+        return self._cast(self._moved(result, site.output_layout), dtype(output))
+
+    def _operand(self, operand: Operand, to: torch.dtype) -> fx.Node:
+        return self._cast(self._laid_out(operand), to)
+
+    def _laid_out(self, operand: Operand) -> fx.Node:
+        return self._moved(operand.node, operand.layout)
+
+    def _moved(self, node: fx.Node, layout: Layout) -> fx.Node:
+        moved = run_layout(layout, node, lambda op, value, arg: self._on(value, LAYOUT_OPS[op], list(arg)))
+        assert isinstance(moved, fx.Node)
+        return moved
+
+    def _cast(self, node: fx.Node, to: torch.dtype) -> fx.Node:
+        return node if dtype(node) == to else self._on(node, aten.to.dtype, to)
+
+    def _key_padding(self, paddings: tuple[Padding, ...], site: AttentionSite) -> fx.Node | None:
+        """Bool [batch | 1, kv_len], True where the key is seen."""
+        vectors = []
+        for padding in paddings:
+            node = self._cast(padding.node, torch.bool)
+            if len(shape(node)) != 2:
+                node = self._on(node, aten.reshape.default, [-1, shape(node)[-1]])
+            if shape(node)[1] != site.kv_len:
+                node = self._on(node, aten.slice.Tensor, 1, padding.start, padding.start + site.kv_len)
+            vectors.append(self._on(node, aten.logical_not.default) if padding.inverted else node)
+        return self._joined(aten.logical_and.default, site.output, vectors)
+
+    def _bias(self, dense: tuple[Dense, ...], output: fx.Node) -> fx.Node | None:
+        """The sum of all dense terms, each as small as it broadcasts."""
+        return self._joined(aten.add.Tensor, output, [self._moved(self._additive(d), d.layout) for d in dense])
+
+    def _additive(self, dense: Dense) -> fx.Node:
+        term = dense.term
+        if term.kind == "add":
+            return term.node if term.multiplier == 1.0 else self._on(term.node, aten.mul.Scalar, term.multiplier)
+        yes, no = (0.0, dense.fill) if term.kind == "show" else (dense.fill, 0.0)
+        return self._on(term.node, aten.where.Scalar, yes, no)
+
+    def _bounds(self, runs: MaskSpec, site: AttentionSite) -> fx.Node | None:
+        """A constant int32 [1, q_len, 2] of the keys that each row sees."""
+        if not runs.claims:
+            return None
+        key = f"{runs} {runs.claims} {site.q_len} {site.kv_len}"
+        if key not in self._known:
+            name = f"_attention_bounds_{sum(name.startswith('_attention_bounds') for name in self.module._buffers)}"
+            rows = runs.rows(site.q_len, site.kv_len)[None].int()
+            self.module.register_buffer(name, rows, persistent=False)
+            with self.graph.inserting_before(self._body):
+                node = self.graph.get_attr(name)
+            node.meta["val"] = fake_mode(self.graph).from_tensor(rows)
+            self._known[key] = node
+        return self._known[key]
+
+    def _joined(self, target: Any, before: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
+        return reduce(lambda a, b: self._join(target, before, a, b), nodes) if nodes else None
+
+    def _join(self, target: Any, before: fx.Node, *nodes: fx.Node) -> fx.Node:
+        """An operator on several tensors, all computed before `before`."""
+        return self._insert(before, target, *nodes)
+
+    def _on(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """An operator on one tensor, right behind it."""
+        return self._insert(self._behind(node), target, node, *args)
+
+    def _behind(self, node: fx.Node) -> fx.Node:
+        return self._body if node.op == "placeholder" else node.next
+
+    def _insert(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        key = f"{target}{args}{kwargs}"
+        if key not in self._known:
+            with self.graph.inserting_before(before):
+                node = self.graph.call_function(target, args, kwargs)
+            fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = target(*fakes[0], **fakes[1])
+            self.added.append(node)
+            self._known[key] = node
+        return self._known[key]

@@ -1,0 +1,1 @@
+"""What was found, proven, chosen and replaced, and why."""

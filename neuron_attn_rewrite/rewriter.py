@@ -1,0 +1,74 @@
+"""The whole way: capture, find, prove, choose, replace, verify, report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.errors import RewriteWarning
+from neuron_attn_rewrite.masks.prove import Prover
+from neuron_attn_rewrite.masks.spec import Unproven
+from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.patterns.find import find
+from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
+from neuron_attn_rewrite.replace import Plan, commit, describe, graft
+from neuron_attn_rewrite.report.build import make_report, snapshot
+from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.verify import measure
+
+
+def rewrite(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: RewriteConfig | None = None,
+) -> RewrittenModule:
+    """Give back a module that computes what `model` computes, with every provable attention as one kernel call.
+
+    Args:
+        model: an nn.Module, an ExportedProgram, or an FX GraphModule. It is not changed; weights are shared.
+        args: example positional inputs, with the shapes and dtypes that the result is to be called with.
+        kwargs: example keyword inputs.
+        config: see `RewriteConfig`.
+
+    Raises:
+        InputError: the example inputs are missing or don't fit.
+        CaptureError: the model can't be captured as one graph.
+    """
+    config = config or RewriteConfig()
+    captured = capture(model, args, kwargs)
+    module = captured.module
+    prover = Prover(module, config)
+    plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
+    before = snapshot(module.graph)
+    grafts = graft(module, [p for p in plans if isinstance(p, Plan) and p.decision.kernel != NATIVE])
+    errors = measure(module, grafts, captured.inputs) if config.verify and captured.inputs is not None else {}
+    commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.dtype)])
+    report = make_report(module.graph, before, plans, grafts, errors, config)
+    for text in report.warnings:
+        warnings.warn(text, RewriteWarning, stacklevel=2)
+    return RewrittenModule.wrap(module, report)
+
+
+def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: RewriteConfig) -> Plan | UnknownAttention:
+    """What is to become of one site, with every reason. Nothing is changed."""
+    if isinstance(site, UnknownAttention):
+        return site
+    proof = prover.prove(site)
+    if isinstance(proof, Unproven):
+        return Plan(
+            site, proof, None, Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (str(proof),))
+        )
+    problem = describe(site, proof)
+    decision = choose(problem, config)
+    return Plan(site, proof, problem, replace(decision, reasons=(*proof.reasons, *decision.reasons)))

@@ -1,0 +1,92 @@
+"""Old against new, site by site, on the example inputs.
+
+Both stand in the graph while it runs once, so every kernel call gets exactly what the attention beside it got, and
+one site's error can't hide in another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from neuron_attn_rewrite.graph import changed_in_place
+from neuron_attn_rewrite.masks.prove import Padding
+from neuron_attn_rewrite.patterns.axes import run_layout
+from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.replace import Graft
+
+
+def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
+    """The largest difference of each site's output, relative to the largest magnitude in it.
+
+    Rows for which the caller or the model leaves the output undefined don't count. The module's buffers and the inputs
+    are as before afterwards.
+    """
+    errors: dict[Graft, float] = {}
+    by_result = {g.result: g for g in grafts}
+
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if node in by_result:
+                graft = by_result[node]
+                errors[graft] = _difference(self.env[graft.plan.site.output], value, _defined(graft, self.env))
+            return value
+
+    keep_alive = [p.node for g in grafts for p in (*g.proof.paddings, *g.proof.promised)]
+    runner = Compare(module)
+    for nodes in runner.user_to_last_uses.values():
+        nodes[:] = [n for n in nodes if n not in keep_alive]
+    with _unchanged(module), torch.no_grad():
+        runner.run(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+    return errors
+
+
+def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
+    old, new = old.double(), new.double()
+    if defined is not None:
+        keep = defined.expand(old.shape) & ~old.isnan()
+        old, new = old.where(keep, 0), new.where(keep, 0)
+    scale = old.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    difference = float((old - new).abs().max() / scale)
+    return difference if difference == difference else torch.inf
+
+
+def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
+    """Bool in the shape of the output, True where a query row has a defined result; None if all have."""
+    site, proof = graft.plan.site, graft.proof
+    if proof.empty_rows is not EmptyRows.ANY and not proof.promised:
+        return None
+    first, end = proof.mask.rows(site.q_len, site.kv_len).unbind(1)
+    paddings = [_vector(p, env[p.node], site.kv_len) for p in (*proof.paddings, *proof.promised)]
+    keys = reduce(torch.logical_and, paddings, torch.ones(1, site.kv_len, dtype=torch.bool))
+    so_far = torch.cat([torch.zeros(len(keys), 1), keys.cumsum(1)], 1)
+    rows = so_far[:, end] > so_far[:, first]
+    for padding in proof.promised:
+        rows = rows & _vector(padding, env[padding.node], site.kv_len)
+    full = rows[:, None, :, None].expand(site.batch, site.num_heads, site.q_len, site.v_head_dim)
+    moved = run_layout(site.output_layout, full, lambda op, value, arg: getattr(value, op)(arg))
+    assert isinstance(moved, Tensor)
+    return moved
+
+
+def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
+    rows = value.reshape(-1, value.shape[-1])[:, padding.start : padding.start + kv_len].bool()
+    return ~rows if padding.inverted else rows
+
+
+@contextmanager
+def _unchanged(module: fx.GraphModule) -> Iterator[None]:
+    """Put back the buffers that the graph writes into (all of them in training, where batch norm writes unseen)."""
+    written = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers() if name in written or module.training}
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            module.get_buffer(name).copy_(value)
