@@ -12,12 +12,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_attn_rewrite import RewriteConfig, RewriteWarning, rewrite
-from neuron_attn_rewrite.masks.prove import fit_rows
+from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.masks.prove import Proof, Prover, fit_rows
 from neuron_attn_rewrite.masks.read import row_intervals
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.patterns.find import find
+from neuron_attn_rewrite.patterns.site import AttentionSite
 from tests.helpers import ALWAYS, check, relative_error
+from tests.models import FAMILIES
 
 LOW = torch.finfo(torch.float32).min
 S = 12
@@ -281,6 +286,42 @@ def test_a_soft_minus_infinity_keeps_its_empty_rows() -> None:
 def test_the_assumption_is_reported() -> None:
     model, _ = PADDINGS["additive"]
     assert "attention_mask holds only 0 and 1" in rewrite(model, inputs(), config=ALWAYS).report.sites[0].reasons
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operator gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() >= result.numel():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_table_of_the_whole_mask_is_held(monkeypatch: pytest.MonkeyPatch, name: str, implementation: str) -> None:
+    """Read in blocks of rows: the same verdict, and nothing near the size of the mask."""
+    length, block = 512, 2**13
+    monkeypatch.setattr("neuron_attn_rewrite.masks.read.BLOCK", block)
+    family = next(f for f in FAMILIES if f.name == name)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    module = capture(
+        family.build(implementation), (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ).module
+    prover = Prover(module, ALWAYS)
+    for site in find(module, prover.evaluator):
+        assert isinstance(site, AttentionSite)
+        with Largest() as largest:
+            proof = prover.prove(site)
+        claim = "sliding_window(16)" if name == "mistral" else "causal(offset=0)"
+        assert isinstance(proof, Proof)
+        assert str(proof.mask) == f"{claim} & key_padding(attention_mask)"
+        assert largest.elements <= 2 * block
 
 
 # Soundness: whatever is claimed of a random mask program holds for all inputs

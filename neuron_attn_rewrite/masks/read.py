@@ -26,7 +26,7 @@ from neuron_attn_rewrite.patterns.site import Term
 MASKED = -9984.0
 """A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
 
-BLOCK = 2**22
+BLOCK = 2**20
 """Elements of a mask that are looked at together."""
 
 NO_CELL = torch.iinfo(torch.int32).max
@@ -54,7 +54,7 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     rows: list[Tensor] = []
     first = torch.tensor([[NO_CELL]]).expand(1, kv_len)
     last = torch.tensor([[-1]]).expand(1, kv_len)
-    always = torch.zeros(1, kv_len, dtype=torch.bool)
+    always = False
     senses: set[bool] = set()
     fills: set[float] = set()
     for table, height in _blocks(term, dims, evaluator):
@@ -63,29 +63,29 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
         seen = _visibility(term, table, fills)
         if isinstance(seen, Unproven):
             return seen
-        lo, hi, cell = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi, seen.cell))
+        lo, hi = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi))
         either = lo | hi
-        if not (either == either[:1, :1]).all():
+        if either.shape[:2] != (1, 1) and not torch.equal(either, either[:1, :1].expand_as(either)):
             return Unproven("its visible keys differ between batch elements or heads")
         intervals = row_intervals(either[0, 0])
         if intervals is None:
             return Unproven("the visible keys of a query are not one interval")
         rows.append(intervals)
-        depends = lo != hi
-        if depends.any():
-            if (depends & (cell == UNKNOWN)).any():
+        always |= bool(any_of(lo & hi))
+        depends = lo ^ hi
+        if any_of(depends):
+            if any_of(depends & (seen.cell == UNKNOWN)):
                 return Unproven("some element depends on more than one element of a mask")
-            first = torch.minimum(first, cell.where(depends, NO_CELL).amin((1, 2)))
-            last = torch.maximum(last, cell.where(depends, -1).amax((1, 2)))
-            senses |= {sense for sense in (False, True) if (depends & (lo == sense)).any()}
-        always = always | (either & ~depends).any(1).any(1)
+            lowest, highest = _cells_of_keys(depends, seen.cell)
+            first, last = torch.minimum(first, lowest), torch.maximum(last, highest)
+            senses |= {sense for sense, side in ((False, hi), (True, lo)) if any_of(depends & side)}
     evaluator.forget_regions()
     found = torch.cat(rows).expand(dim_size(dims[2]), 2)
     fill = next(iter(fills)) if len(fills) == 1 else None
     used = last >= 0
     if not used.any():
         return Reading(found, None, False, fill)
-    if (used & (first != last)).any() or always.any():
+    if always or (used & (first != last)).any():
         return Unproven("its padding is not the same for every query and key")
     if len(senses) > 1:
         return Unproven("it mixes both senses of a padding mask")
@@ -130,18 +130,43 @@ def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven
         return table if term.kind == "show" else Table(~table.lo, ~table.hi, table.cell)
     if (table.cell == UNKNOWN).any():
         return Unproven("some element depends on more than one element of a mask")
-    for values in (table.lo, table.hi):
-        scaled = values.double() * term.multiplier
-        hidden = scaled[scaled != 0]
-        if hidden.numel() and not hidden.max() <= MASKED:
+    seen = Table(table.lo == 0, table.hi == 0, table.cell)
+    for values, visible in ((table.lo, seen.lo), (table.hi, seen.hi)):
+        found = hiding(values, visible, term.multiplier)
+        if found is None:
             return Unproven("it adds numbers that are neither 0 nor low enough to hide a key")
-        fills |= {float(f(hidden)) for f in (torch.min, torch.max) if hidden.numel()}
-    return Table(table.lo == 0, table.hi == 0, table.cell)
+        fills |= found
+    return seen
+
+
+def hiding(values: Tensor, visible: Tensor, multiplier: float) -> set[float] | None:
+    """The lowest and the highest number, times the multiplier, that hides a key; None if one is not low enough."""
+    scaled = values if multiplier == 1.0 else values.double() * multiplier
+    lowest = scaled.min()
+    uniform = (visible | (scaled == lowest)).all()
+    hidden = lowest[lowest != 0] if uniform else scaled[~visible]
+    if hidden.numel() and not hidden.max() <= MASKED:
+        return None
+    return {float(f(hidden)) for f in (torch.min, torch.max) if hidden.numel()}
+
+
+def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Int32 [batch | 1, kv_len] twice: the lowest and the highest cell on which a key depends, for all rows."""
+    if cell.dim() == 4 and cell.shape[1:3] == (1, 1):  # the usual case: nothing of the size of the mask
+        any_row, cell = any_of(depends, 1, 2), cell[:, 0, 0]
+        return cell.where(any_row, NO_CELL), cell.where(any_row, -1)
+    return cell.where(depends, NO_CELL).amin((1, 2)), cell.where(depends, -1).amax((1, 2))
 
 
 def row_intervals(visible: Tensor) -> Tensor | None:
     """Int64 [rows, 2] of the one interval that each row of a bool [rows, keys] sees; None if some row sees two."""
-    count = visible.sum(1)
-    first = visible.int().argmax(1)
-    end = torch.where(count > 0, visible.shape[1] - visible.flip(1).int().argmax(1), 0)
+    bits = visible.view(torch.uint8)
+    count = bits.sum(1, dtype=torch.int64)
+    first = bits.argmax(1)
+    end = torch.where(count > 0, visible.shape[1] - bits.flip(1).argmax(1), 0)
     return torch.stack([first, end], 1) if torch.equal(end - first, count) else None
+
+
+def any_of(flags: Tensor, *dims: int) -> Tensor:
+    """`flags.any(dims)`, which on the CPU is many times slower."""
+    return flags.view(torch.uint8).amax(dims).bool()

@@ -75,15 +75,22 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Table:
-    """Elements as functions of one cell each; `cell` is int32 and `CONSTANT` where `lo` equals `hi`."""
+    """Elements as functions of one cell each."""
 
     lo: Tensor
     hi: Tensor
     cell: Tensor
+    """Int32, broadcasts to `lo`: the one cell on which an element can depend, `CONSTANT` for none, `UNKNOWN` for
+    several."""
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`lo`, `hi` and `cell`, of one shape."""
+        return self.lo, self.hi, self.cell.expand(self.lo.shape)
 
     def move(self, apply: Any) -> Table:
         """The same data movement on all three tensors."""
-        return Table(apply(self.lo), apply(self.hi), apply(self.cell))
+        return Table(*map(apply, self.parts))
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Evaluator:
     def table(self, node: fx.Node, region: Region | None = None) -> Table | Opaque:
         """The node's value as a table, whole or restricted to a region."""
         value = self.value(node, region)
-        return value if isinstance(value, (Table, Opaque)) else _constant_table(value)
+        return value if isinstance(value, Opaque) else _as_table(value)
 
     def forget_regions(self) -> None:
         """Free everything that was computed for a part of a tensor."""
@@ -267,9 +274,11 @@ def _shape_stand_in(node: fx.Node) -> Any:
     return torch.empty((), dtype=value.dtype).expand(tuple(value.shape))
 
 
-def _constant_table(value: Any) -> Table:
+def _as_table(value: Any) -> Table:
+    if isinstance(value, Table):
+        return value
     value = torch.as_tensor(value)
-    return Table(value, value, torch.full(value.shape, CONSTANT, dtype=torch.int32))
+    return Table(value, value, torch.tensor(CONSTANT, dtype=torch.int32))
 
 
 def _elementwise(node: fx.Node, tables: Sequence[Table], args: Any, kwargs: Any) -> Table:
@@ -282,6 +291,8 @@ def _elementwise(node: fx.Node, tables: Sequence[Table], args: Any, kwargs: Any)
         )
         outcomes[choice] = node.target(*picked_args, **picked_kwargs)  # type: ignore[operator]
     lo, hi = outcomes[(False,) * len(tables)], outcomes[(True,) * len(tables)]
+    if len(tables) == 1 and not (tables[0].cell == UNKNOWN).any():
+        return Table(lo, hi, tables[0].cell)
     cell = torch.full(lo.shape, CONSTANT, dtype=torch.int32)
     for i, table in enumerate(tables):
         depends = torch.zeros(lo.shape, dtype=torch.bool)
@@ -290,9 +301,8 @@ def _elementwise(node: fx.Node, tables: Sequence[Table], args: Any, kwargs: Any)
                 depends |= _differs(outcome, outcomes[(*choice[:i], True, *choice[i + 1 :])])
         if table.lo.dtype != torch.bool:
             depends |= table.cell == UNKNOWN  # the two values of an unknown number are not all it can be
-        own = table.cell.expand(lo.shape)
-        clash = depends & (cell != CONSTANT) & (cell != own)
-        cell = torch.where(depends, own, cell).masked_fill_(clash, UNKNOWN)
+        clash = depends & (cell != CONSTANT) & (cell != table.cell)
+        cell = torch.where(depends, table.cell, cell).masked_fill_(clash, UNKNOWN)
     unknown = cell == UNKNOWN
     if lo.dtype == torch.bool and unknown.any():
         lo, hi = lo & ~unknown, hi | unknown
@@ -307,27 +317,20 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 def _movement(node: fx.Node, name: str, args: Any, kwargs: Any) -> Table | Opaque:
     """Run the operator on the low values, the high values and the cells."""
     if name in ("slice_scatter", "select_scatter"):
-        whole, part = (v if isinstance(v, Table) else _constant_table(v) for v in args[:2])
-        return Table(
-            *(
-                node.target(getattr(whole, of), getattr(part, of).expand(getattr(part, of).shape), *args[2:], **kwargs)  # type: ignore[operator]
-                for of in ("lo", "hi", "cell")
-            )
-        )
+        whole, part = (_as_table(v).parts for v in args[:2])
+        return Table(*(node.target(w, p, *args[2:], **kwargs) for w, p in zip(whole, part, strict=True)))  # type: ignore[operator]
     if name in ("cat", "stack"):
-        parts = [v if isinstance(v, Table) else _constant_table(v) for v in args[0]]
-        return Table(
-            *(node.target([getattr(p, part) for p in parts], *args[1:], **kwargs) for part in ("lo", "hi", "cell"))  # type: ignore[operator]
-        )
+        pieces = zip(*(_as_table(v).parts for v in args[0]), strict=True)
+        return Table(*(node.target(list(p), *args[1:], **kwargs) for p in pieces))  # type: ignore[operator]
     moved = args[0]
     rest = pytree.tree_leaves((args[1:], kwargs), is_leaf=_is_table)
     if not isinstance(moved, Table) or any(isinstance(v, Table) for v in rest):
         return Opaque(node)
 
-    def apply(t: Tensor) -> Tensor:
-        filled = args[1:]
-        if name == "constant_pad_nd" and t is moved.cell:
-            filled = (args[1], CONSTANT)
-        return node.target(t, *filled, **kwargs)  # type: ignore[operator, no-any-return]
+    def apply(t: Tensor, *given: Any) -> Tensor:
+        return node.target(t, *given, **kwargs)  # type: ignore[operator, no-any-return]
 
-    return moved.move(apply)
+    if name == "constant_pad_nd":
+        lo, hi, cell = moved.parts
+        return Table(apply(lo, *args[1:]), apply(hi, *args[1:]), apply(cell, args[1], CONSTANT))
+    return moved.move(lambda t: apply(t, *args[1:]))
