@@ -66,9 +66,8 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
         return site
     proof = prover.prove(site)
     if isinstance(proof, Unproven):
-        return Plan(
-            site, proof, None, Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (str(proof),))
-        )
+        unproven = proof.reason.behind("unproven: ")
+        return Plan(site, proof, None, Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (unproven,)))
     problem = describe(site, proof)
     decision = choose(problem, config)
     return Plan(site, proof, problem, replace(decision, reasons=(*proof.reasons, *decision.reasons)))

@@ -21,6 +21,7 @@ from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.reasons import Reason
 
 ABSORBS = 1e6
 """Scores below this magnitude vanish when they are added to a number whose rounding step is larger."""
@@ -54,7 +55,7 @@ class Proof:
     paddings: tuple[Padding, ...] = ()
     dense: tuple[Dense, ...] = ()
     empty_rows: EmptyRows = EmptyRows.NEVER
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
     promised: tuple[Padding, ...] = ()
     """Key padding that was dropped because the caller promised right padding."""
 
@@ -67,7 +68,7 @@ class _Claimed:
     fill: float | None = None
     """The number by which it hides keys, None if it uses several."""
     padding: Padding | None = None
-    assumption: str = ""
+    assumption: Reason | None = None
 
 
 class Prover:
@@ -92,12 +93,12 @@ class Prover:
                 continue
             layout = plan(term.dims, site.dims)
             if layout is None:
-                return Unproven(f"{term.node.name} does not run along the axes of the scores")
+                return Unproven(Reason("mask-axes", f"{term.node.name} does not run along the axes of the scores"))
             if term.kind != "add":
                 if term.fill > MASKED:
-                    return Unproven(f"{term.node.name}: {claimed.reason}")
+                    return Unproven(claimed.reason.behind(f"{term.node.name}: "))
                 hides.append(_meaning(term, term.fill, alone, site.safe))
-            reason = f"{term.node.name} is a dense operand: {claimed.reason}"
+            reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
         proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, hides)
         return _all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
@@ -146,7 +147,7 @@ class Prover:
         if isinstance(padding, Unproven):
             return padding
         leaf = self.evaluator.leaf(padding.node)
-        assumption = f"{leaf.node.name} holds only 0 and 1" if leaf.assumed else ""
+        assumption = Reason("binary-input", f"{leaf.node.name} holds only 0 and 1") if leaf.assumed else None
         return _Claimed(MaskSpec((*claims, KeyPadding(leaf.node.name))), reading.fill, padding, assumption)
 
     def _padding(self, cells: Tensor, inverted: bool) -> Padding | Unproven:
@@ -158,7 +159,7 @@ class Prover:
         used = cells >= 0
         start = int(offset[used][0])
         if vectors_of(leaf.node) != batch or (offset[used] != start).any() or not 0 <= start <= width - kv_len:
-            return Unproven(f"it does not read {leaf.node.name} key by key")
+            return Unproven(Reason("mask-padding", f"it does not read {leaf.node.name} key by key"))
         return Padding(leaf.node, start, inverted)
 
     def _with_padding_promise(self, proof: Proof, site: AttentionSite) -> Proof:
@@ -168,9 +169,11 @@ class Prover:
         if not padded or not causal or site.q_len != site.kv_len:
             return proof
         if self.config.padding != "right":
-            return replace(proof, reasons=(*proof.reasons, 'padding="right" would drop the key padding'))
+            possible = Reason("padding-promise", 'padding="right" would drop the key padding')
+            return replace(proof, reasons=(*proof.reasons, possible))
         kept = MaskSpec(tuple(c for c in proof.mask.claims if c not in padded))
-        reason = 'padding="right": key padding dropped, rows past the length are undefined'
+        words = 'padding="right": key padding dropped, rows past the length are undefined'
+        reason = Reason("padding-promise", words)
         return replace(proof, mask=kept, paddings=(), promised=proof.paddings, reasons=(*proof.reasons, reason))
 
     def _with_empty_rows(self, proof: Proof, site: AttentionSite, hides: list[EmptyRows]) -> Proof:
@@ -219,11 +222,11 @@ def _all_dense(site: AttentionSite) -> Proof | None:
         dense.append(Dense(term, layout, term.fill))
     if site.is_causal:
         return None
-    reason = (
+    words = (
         "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
         '(empty_rows="any" says that such rows do not matter)'
     )
-    return Proof(dense=tuple(dense), reasons=(reason,))
+    return Proof(dense=tuple(dense), reasons=(Reason("empty-rows-dense", words),))
 
 
 def vectors_of(node: fx.Node) -> int:

@@ -22,6 +22,7 @@ from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Opaque, Table
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, plan, run_layout
 from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.reasons import Reason
 
 MASKED = -9984.0
 """A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
@@ -49,7 +50,7 @@ class Reading:
 def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     """Read a term along `dims`, the (batch, heads, query, key) of the kernel."""
     if plan(term.dims, dims) is None:
-        return Unproven("it does not run along the axes of the scores")
+        return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
     rows: list[Tensor] = []
     first = torch.tensor([[NO_CELL]]).expand(1, kv_len)
@@ -66,16 +67,16 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
         lo, hi = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi))
         either = lo | hi
         if either.shape[:2] != (1, 1) and not torch.equal(either, either[:1, :1].expand_as(either)):
-            return Unproven("its visible keys differ between batch elements or heads")
+            return Unproven(Reason("mask-per-head", "its visible keys differ between batch elements or heads"))
         intervals = row_intervals(either[0, 0])
         if intervals is None:
-            return Unproven("the visible keys of a query are not one interval")
+            return Unproven(Reason("mask-not-interval", "the visible keys of a query are not one interval"))
         rows.append(intervals)
         always |= bool(any_of(lo & hi))
         depends = lo ^ hi
         if any_of(depends):
             if any_of(depends & (seen.cell == UNKNOWN)):
-                return Unproven("some element depends on more than one element of a mask")
+                return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
             lowest, highest = _cells_of_keys(depends, seen.cell)
             first, last = torch.minimum(first, lowest), torch.maximum(last, highest)
             senses |= {sense for sense, side in ((False, hi), (True, lo)) if any_of(depends & side)}
@@ -86,9 +87,9 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     if not used.any():
         return Reading(found, None, False, fill)
     if always or (used & (first != last)).any():
-        return Unproven("its padding is not the same for every query and key")
+        return Unproven(Reason("mask-padding", "its padding is not the same for every query and key"))
     if len(senses) > 1:
-        return Unproven("it mixes both senses of a padding mask")
+        return Unproven(Reason("mask-padding", "it mixes both senses of a padding mask"))
     return Reading(found, last, senses.pop(), fill)
 
 
@@ -106,7 +107,8 @@ def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Tabl
         evaluator.forget_regions()
         table = evaluator.table(term.node, region)
         if isinstance(table, Opaque):
-            yield Unproven(f"it depends on {evaluator.cause(table.cause).name}, which is not a mask"), length
+            cause = evaluator.cause(table.cause).name
+            yield Unproven(Reason("mask-computed", f"it depends on {cause}, which is not a mask")), length
             return
         part = axis_dim(dims[2][0].axis, length) if dims[2] else ()
         cut = tuple(part if i in along and region else dim for i, dim in enumerate(term.dims))
@@ -125,16 +127,17 @@ def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven
     """The term as a table of bools, True where the key is seen; what hides keys is added to `fills`."""
     if term.kind in ("show", "hide"):
         if term.fill > MASKED:
-            return Unproven(f"it fills hidden scores with {term.fill:g}, which does not hide them")
+            words = f"it fills hidden scores with {term.fill:g}, which does not hide them"
+            return Unproven(Reason("mask-weak-fill", words))
         fills.add(term.fill)
         return table if term.kind == "show" else Table(~table.lo, ~table.hi, table.cell)
     if (table.cell == UNKNOWN).any():
-        return Unproven("some element depends on more than one element of a mask")
+        return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
     seen = Table(table.lo == 0, table.hi == 0, table.cell)
     for values, visible in ((table.lo, seen.lo), (table.hi, seen.hi)):
         found = hiding(values, visible, term.multiplier)
         if found is None:
-            return Unproven("it adds numbers that are neither 0 nor low enough to hide a key")
+            return Unproven(Reason("mask-bias", "it adds numbers that are neither 0 nor low enough to hide a key"))
         fills |= found
     return seen
 

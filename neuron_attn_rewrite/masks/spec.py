@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.reasons import Reason
+
 
 @dataclass(frozen=True)
 class Band:
@@ -133,7 +135,7 @@ class MaskSpec:
 class Unproven:
     """Why nothing can be claimed about a mask."""
 
-    reason: str
+    reason: Reason
 
     def __str__(self) -> str:
         return f"unproven: {self.reason}"

@@ -15,6 +15,7 @@ from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged
 from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Term, UnknownAttention
+from neuron_attn_rewrite.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,17 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     """Name the axes and lay out the operands; `UnknownAttention` where that can't be done exactly."""
     name = module_path(found.anchor)
 
-    def unknown(reason: str) -> UnknownAttention:
+    def unknown(reason: Reason) -> UnknownAttention:
         return UnknownAttention(name, found.pattern, found.anchor, reason)
 
     query, key, value = (_chain(view, evaluator) for view in (found.query, found.key, found.value))
     roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
-    if isinstance(roles, str):
+    if isinstance(roles, Reason):
         return unknown(roles)
     feature = _features(found.query.dims, found.key.dims, found.scores)
     v_feature = _features(found.output.dims, found.value.dims, found.scores)
     if not feature:
-        return unknown("query and key share no feature dim")
+        return unknown(Reason("axes", "query and key share no feature dim"))
     dims = roles.scores
     operands = (
         _operand(query, (roles.batch, roles.heads, roles.rows, feature)),
@@ -113,11 +114,11 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     factors = [plan(factor.dims, (*dims[:3], ())) for factor in found.factors]
     sink = _sink(found.sink, roles.heads, evaluator)
     if None in operands or output_layout is None:
-        return unknown("an operand is not laid out along the axes of the scores")
+        return unknown(Reason("axes", "an operand is not laid out along the axes of the scores"))
     if None in factors:
-        return unknown("a tensor scale differs from key to key")
+        return unknown(Reason("scale-unknown", "a tensor scale differs from key to key"))
     if found.sink is not None and sink is None:
-        return unknown("the sink is not one number a head")
+        return unknown(Reason("sink-shape", "the sink is not one number a head"))
     q, k, v = operands
     assert q and k and v
     return AttentionSite(

@@ -17,6 +17,9 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.reasons import Reason
+
+NO_RULE = Reason("unknown-node", "no rule knows it")
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,11 @@ class Blocked:
     """Where a walk stopped."""
 
     node: fx.Node
-    why: str = "no rule knows it"
+    why: Reason = NO_RULE
 
-    def __str__(self) -> str:
-        return f"{self.node.name} ({op_name(self.node) or self.node.op}): {self.why}"
+    @property
+    def reason(self) -> Reason:
+        return self.why.behind(f"not understood at {self.node.name} ({op_name(self.node) or self.node.op}): ")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def _enter(scores: Scores, product: Product) -> tuple[Scores, Product] | Blocked
     """The product itself may scale and add (baddbmm)."""
     if product.addend is not None:
         if scores.factors or scores.softcap is not None:
-            return Blocked(scores.node, "a term is added before a tensor scale or a softcap")
+            return Blocked(scores.node, Reason("order", "a term is added before a tensor scale or a softcap"))
         dims = views.broadcast(product.addend, scores.dims)
         term = Term("add", product.addend, dims, scores.multiplier * product.beta)
         scores = replace(scores, terms=(term, *scores.terms))
@@ -123,12 +127,12 @@ def _scale(walk: Walk, scores: Scores) -> Scores | Blocked:
     left, right = node.args[:2]
     divides = op_name(node) == "div"
     if scores.softcap is not None or not is_tensor(left) or not is_tensor(right) or node.kwargs.get("rounding_mode"):
-        return Blocked(node, "the scale is not a number")
+        return Blocked(node, Reason("scale-unknown", "the scale is not a number"))
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     if shape(left) != shape(node):
         left, right = right, left
     if shape(left) != shape(node) or (divides and left is not node.args[0]):
-        return Blocked(node, "the scale broadcasts the scores")
+        return Blocked(node, Reason("scale-unknown", "the scale broadcasts the scores"))
     factor = Factor(right, views.broadcast(right, scores.dims), divides)
     return scores.to(left, trail="tensor scale", factors=(factor, *scores.factors))
 
@@ -138,7 +142,7 @@ def _add(walk: Walk, scores: Scores) -> Scores | Blocked | tuple[Scores, Product
     node = scores.node
     subtracts = op_name(node) == "sub"
     if arguments(node)["alpha"] != 1 or scores.factors or scores.softcap is not None:
-        return Blocked(node, "a sum with alpha, or before a tensor scale or a softcap")
+        return Blocked(node, Reason("order", "a sum with alpha, or before a tensor scale or a softcap"))
     left, right = node.args[:2]
     pairs = [(left, right)] if subtracts else [(left, right), (right, left)]
     sides = [(a, b) for a, b in pairs if isinstance(a, fx.Node) and shape(a) == shape(node)]
@@ -147,7 +151,7 @@ def _add(walk: Walk, scores: Scores) -> Scores | Blocked | tuple[Scores, Product
             return scores.to(inner, trail="shift")
         if subtracts and isinstance(other, fx.Node) and _is_row_maximum(other, scores):
             return scores.to(inner, trail="row maximum")
-    blocked = Blocked(node, "neither side leads to a product")
+    blocked = Blocked(node, Reason("no-product", "neither side leads to a product"))
     for inner, other in sides:
         if not isinstance(other, fx.Node):
             continue
@@ -184,7 +188,7 @@ def _masked_fill(walk: Walk, scores: Scores) -> Scores | Blocked:
 def _where(walk: Walk, scores: Scores) -> Scores | Blocked:
     node = scores.node
     if len(node.args) != 3:
-        return Blocked(node, "it has no replacement value")
+        return Blocked(node, Reason("fill-unknown", "it has no replacement value"))
     mask, yes, no = node.args
     for kind, inner, other in (("show", yes, no), ("hide", no, yes)):
         fill = walk.evaluator.constant(other)
@@ -192,7 +196,7 @@ def _where(walk: Walk, scores: Scores) -> Scores | Blocked:
             fill = _uniform(walk.evaluator, other)
         if fill is not None:
             return _filled(scores, kind, inner, mask, fill)
-    return Blocked(node, "neither side is a number")
+    return Blocked(node, Reason("fill-unknown", "neither side is a number"))
 
 
 def _uniform(evaluator: Evaluator, node: fx.Node) -> float | None:
@@ -205,9 +209,9 @@ def _uniform(evaluator: Evaluator, node: fx.Node) -> float | None:
 def _filled(scores: Scores, kind: str, inner: object, mask: object, fill: float | None) -> Scores | Blocked:
     node = scores.node
     if fill is None or not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node) or shape(inner) != shape(node):
-        return Blocked(node, "the filled value is not a number")
+        return Blocked(node, Reason("fill-unknown", "the filled value is not a number"))
     if scores.softcap is not None or scores.factors:
-        return Blocked(node, "a mask before a softcap or a tensor scale")
+        return Blocked(node, Reason("order", "a mask before a softcap or a tensor scale"))
     term = Term(kind, mask, views.broadcast(mask, scores.dims), fill=fill * scores.multiplier)
     return scores.to(inner, trail="where" if kind == "show" else "masked_fill", terms=(term, *scores.terms))
 
@@ -218,14 +222,14 @@ def _clamp(walk: Walk, scores: Scores) -> Scores | Blocked:
     lower = next((walk.evaluator.constant(a) for a in node.args[1:2]), None)
     upper = node.args[2] if op_name(node) == "clamp" and len(node.args) > 2 else None
     if lower is None or lower > -1e30 or upper is not None or not is_tensor(node.args[0]):
-        return Blocked(node, "a limit that could change scores")
+        return Blocked(node, Reason("limit", "a limit that could change scores"))
     return scores.to(node.args[0], trail="clamp")  # type: ignore[arg-type]
 
 
 def _tanh(walk: Walk, scores: Scores) -> Scores | Blocked:
     """`c * tanh(x / c)`: everything outside so far is c, everything inside is the scale."""
     if scores.softcap is not None or scores.factors or scores.multiplier <= 0:
-        return Blocked(scores.node, "a second softcap, or one with a tensor scale")
+        return Blocked(scores.node, Reason("order", "a second softcap, or one with a tensor scale"))
     return scores.to(views.source(scores.node), trail="softcap", softcap=scores.multiplier, multiplier=1.0)
 
 
@@ -241,7 +245,7 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | Blocked:
     on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
     first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.factors
     if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
-        return Blocked(node, "not one column of sinks beside the keys")
+        return Blocked(node, Reason("sink-shape", "not one column of sinks beside the keys"))
     dims = list(scores.dims)
     dims[dim % rank] = axis_dim(next(walk.fresh_axes), shape(inner)[dim])
     sink_dims = views.broadcast(sink, tuple(dims))

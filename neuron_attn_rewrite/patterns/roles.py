@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neuron_attn_rewrite.patterns.axes import Atom, Dim, Dims, atoms, dim_size, merged, refine
+from neuron_attn_rewrite.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Roles:
         return (self.batch, self.kv_heads, self.keys)
 
 
-def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims) -> Roles | str:
+def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims) -> Roles | Reason:
     """Roles of the axes, from which operand runs over what; a reason where the product isn't an attention.
 
     The keys are what the softmax runs over: key and value have all of it and the query none. The query rows are the
@@ -40,7 +41,7 @@ def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims
     """
     keys = scores[key_dim]
     if not keys:
-        return "there is only one key"
+        return Reason("axes", "there is only one key")
     everything = [*atoms(scores), *atoms(query), *atoms(key), *atoms(value)]
 
     def fine(dims: Dims) -> set[Atom]:
@@ -48,9 +49,9 @@ def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims
 
     of_query, of_key, of_value, key_atoms = fine(query), fine(key), fine(value), set(refine(keys, everything))
     if not key_atoms <= of_key or of_query & key_atoms:
-        return "the softmax does not run over the keys alone"
+        return Reason("axes", "the softmax does not run over the keys alone")
     if not key_atoms <= of_value:
-        return "the product after the softmax does not sum over the keys"
+        return Reason("axes", "the product after the softmax does not sum over the keys")
     shared = of_key | of_value
     others = [refine(dim, everything) for i, dim in enumerate(scores) if i != key_dim]
     row_dims = [i for i, dim in enumerate(others) if not set(dim) & shared]

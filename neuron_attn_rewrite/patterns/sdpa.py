@@ -15,6 +15,7 @@ from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
+from neuron_attn_rewrite.reasons import Reason
 
 PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
 
@@ -29,20 +30,20 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     query, key, value = values["query"], values["key"], values["value"]
     output = _output(node)
 
-    def unknown(reason: str) -> UnknownAttention:
-        return UnknownAttention(module_path(node), op_name(node), node, reason)
+    def unknown(code: str, words: str) -> UnknownAttention:
+        return UnknownAttention(module_path(node), op_name(node), node, Reason(code, words))
 
     if output is None:
-        return unknown("its log-sum-exp is used")
+        return unknown("weights-used", "its log-sum-exp is used")
     if values.get("dropout_p"):
-        return unknown("dropout is active")
+        return unknown("dropout-active", "dropout is active")
     mask = values.get("attn_mask", values.get("attn_bias"))
     fresh = count()
     *batch, q_len, head_dim = shape(query)
     kv_len, v_head_dim = shape(value)[-2:]
     kv_batch = [max(sizes) for sizes in zip(shape(key)[:-2], shape(value)[:-2], strict=True)]
     if len(kv_batch) != len(batch):
-        return unknown("query and key have different ranks")
+        return unknown("axes", "query and key have different ranks")
     grouped = values.get("enable_gqa") or False
     lead: Dims = tuple(
         axis_dim(next(fresh), q if grouped and i == len(batch) - 1 else max(q, kv))

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.patterns.axes import Dims, Layout
+from neuron_attn_rewrite.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -85,4 +86,4 @@ class UnknownAttention:
     name: str
     pattern: str
     anchor: fx.Node
-    reason: str
+    reason: Reason

@@ -19,6 +19,7 @@ from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Blocked, Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
+from neuron_attn_rewrite.reasons import Reason
 
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
 
@@ -43,7 +44,7 @@ def find_softmax_matmul(softmax: fx.Node, evaluator: Evaluator) -> AttentionSite
     scores = start if isinstance(peeled, Blocked) else peeled[0]
 
     def unknown(blocked: Blocked) -> UnknownAttention:
-        return UnknownAttention(module_path(softmax), _pattern(scores), softmax, f"not understood at {blocked}")
+        return UnknownAttention(module_path(softmax), _pattern(scores), softmax, blocked.reason)
 
     followed = _follow(Probabilities(softmax, given, scores.sink is not None), scores)
     if isinstance(peeled, Blocked):
@@ -97,7 +98,7 @@ def _follow(p: Probabilities, scores: Scores) -> tuple[Probabilities, fx.Node] |
         users = list(p.node.users)
         if len(users) != 1:
             names = ", ".join(user.name for user in users) or "nothing"
-            return Blocked(p.node, f"its probabilities go to {names}, not to one product alone")
+            return Blocked(p.node, Reason("weights-used", f"its probabilities go to {names}, not to one product alone"))
         if as_product(users[0]) is not None and not p.has_sink:
             return p, users[0]
         step = _forward(p, users[0], scores)
@@ -112,7 +113,7 @@ def _forward(p: Probabilities, user: fx.Node, scores: Scores) -> Probabilities |
     if dims is not None:
         return replace(p, node=user, dims=dims)
     if op_name(user) in views.DROPOUTS:
-        return Blocked(user, "dropout is active")
+        return Blocked(user, Reason("dropout-active", "dropout is active"))
     if op_name(user) == "slice" and p.has_sink:
         values = arguments(user)
         keys = dim_size(scores.axes[scores.key_dim])
@@ -135,7 +136,7 @@ def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, 
     key_axes = {atom.axis for atom in scores.axes[scores.key_dim]}
     left_has, right_has = (any(a.axis in key_axes for dim in view.dims for a in dim) for view in (left, right))
     if left_has == right_has:
-        return Blocked(scores.node, "the softmax does not run over the keys alone")
+        return Blocked(scores.node, Reason("axes", "the softmax does not run over the keys alone"))
     return (right, left) if left_has else (left, right)
 
 
@@ -144,13 +145,13 @@ def _value_and_output(walk: Walk, scores: Scores, p: Probabilities, node: fx.Nod
     product = as_product(node)
     assert product is not None
     if product.left is product.right or product.addend is not None or product.alpha != 1:
-        return Blocked(node, "the product is not one with a value alone")
+        return Blocked(node, Reason("axes", "the product is not one with a value alone"))
     sides = ((product.left, product.left_labels), (product.right, product.right_labels))
     (_, p_labels), (value, v_labels) = sides if product.left is p.node else sides[::-1]
     by_label = dict(zip(p_labels, p.dims, strict=True))
     summed = [by_label[label] for label in product.summed if by_label[label]]
     if [atom for dim in summed for atom in dim] != list(scores.axes[scores.key_dim]):
-        return Blocked(node, "the product does not sum over the keys")
+        return Blocked(node, Reason("axes", "the product does not sum over the keys"))
     for size, label in zip(shape(value), v_labels, strict=True):
         if size > 1 and not by_label.get(label):
             by_label[label] = axis_dim(next(walk.fresh_axes), size)

@@ -10,8 +10,9 @@ from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.prove import Proof
 from neuron_attn_rewrite.patterns.site import UnknownAttention
+from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace import Graft, Plan
-from neuron_attn_rewrite.report.model import PUT_BACK, RewriteReport, SiteReport
+from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
 
 
 def snapshot(graph: fx.Graph) -> dict[str, list[str]]:
@@ -78,7 +79,8 @@ def _site(
     reasons = decision.reasons
     if made and not removed:
         limit = config.tolerance(site.dtype)
-        reasons += (f"{PUT_BACK} it differs by {error:.1e} of the largest output, more than {limit:g}",)
+        words = f"put back: it differs by {error:.1e} of the largest output, more than {limit:g}"
+        reasons += (Reason("put-back", words),)
     kept = {} if removed else {"strategy": type(decision.strategy).NONE, "kernel": "native"}
     return SiteReport(
         name=site.name,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
+from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-
-PUT_BACK = "put back:"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class SiteReport:
     mask: MaskSpec | Unproven | None = None
     strategy: FlashAttentionStrategy = FlashAttentionStrategy.NONE
     kernel: str = "native"
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
     """Every rule that spoke, in order."""
     removed_nodes: tuple[str, ...] = ()
     added_nodes: tuple[str, ...] = ()
@@ -75,7 +74,7 @@ class RewriteReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a caller should read even if the numbers look right."""
-        back = tuple(f"{s.name} stays native, {r}" for s in self.kept for r in s.reasons if r.startswith(PUT_BACK))
+        back = tuple(f"{s.name} stays native, {r}" for s in self.kept for r in s.reasons if r.code == "put-back")
         unused = tuple(
             f"the captured graph does not read its input {name}: what is passed there changes nothing. "
             "If it matters, capture with an example that uses it, such as a padded attention_mask."
@@ -103,7 +102,7 @@ class RewriteReport:
 
 def _what_matters(site: SiteReport) -> SiteReport:
     """The site without what differs from layer to layer."""
-    reasons = tuple(r.split(" is a dense operand")[-1] for r in site.reasons)
+    reasons = tuple(Reason(r.code, r.split(" is a dense operand")[-1]) for r in site.reasons)
     return replace(site, name="", removed_nodes=(), added_nodes=(), max_error=None, reasons=reasons)
 
 
