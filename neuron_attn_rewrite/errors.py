@@ -19,5 +19,9 @@ class InputError(RewriteError, TypeError):
     """The arguments of a call do not fit what was captured."""
 
 
+class KernelError(RewriteError, RuntimeError):
+    """A kernel was to be launched that is not there."""
+
+
 class RewriteWarning(UserWarning):
     """The rewrite succeeded, but something in it deserves to be read."""

@@ -19,7 +19,8 @@ Query row i of batch element b sees key j iff all of these hold that are given:
 
 `softcap` replaces scores s by `softcap * tanh(s / softcap)`; `sink`, float [num_heads], is the logit of one more
 column, whose probability is thrown away. A row that sees no key gives zeros, or with `empty_rows="mean"` the mean
-of all values of its kv head. `strategy` and `lnc` say how to launch, and change no number.
+of all values of its kv head. `strategy`, `lnc` and `kernel` (ours, or one of the SDK's by its name in
+`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number.
 
 Arguments that do not fit raise `InputError`.
 """
@@ -34,12 +35,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import cpu, reference
+from neuron_attn_rewrite.kernels import cpu, reference, vendor
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BOUNDS_DTYPES = (torch.int32, torch.int64)
+KERNELS = ("flash_fwd", *vendor.ADAPTERS)
+"""What the op can launch on a Neuron device: ours, and the SDK's."""
 
 TERMS = (
     "float scale, int? band_lower=None, int? band_upper=None, Tensor? key_padding=None, Tensor? bounds=None, "
@@ -49,7 +52,7 @@ _untyped: Any = torch.library
 LIBRARY = _untyped.Library("neuron_attn", "DEF")
 LIBRARY.define(
     f"flash_fwd(Tensor query, Tensor key, Tensor value, *, {TERMS}, "
-    'str strategy="UNSHARDED_KERNEL", int lnc=1) -> Tensor',
+    'str strategy="UNSHARDED_KERNEL", int lnc=1, str kernel="flash_fwd") -> Tensor',
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -75,6 +78,7 @@ def check(
     empty_rows: str = "zero",
     strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
     lnc: int = 1,
+    kernel: str = "flash_fwd",
 ) -> Terms:
     """The terms among the arguments of `flash_fwd`.
 
@@ -135,6 +139,8 @@ def check(
         raise InputError(f"flash_fwd: strategy must be one of {', '.join(names)}, not {strategy!r}.")
     if lnc not in (1, 2):
         raise InputError(f"flash_fwd: lnc must be 1 or 2, not {lnc}.")
+    if kernel not in KERNELS:
+        raise InputError(f"flash_fwd: kernel must be one of {', '.join(KERNELS)}, not {kernel!r}.")
     return Terms(scale, band_lower, band_upper, key_padding, bounds, bias, softcap, sink, empty_rows)
 
 
@@ -184,7 +190,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
         tensors = ("bias", "sink", "key_padding", "bounds")
-        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "lnc")}
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "lnc", "kernel")}
         return _below_autograd(query, key, value, options)
 
     @staticmethod

@@ -1,0 +1,43 @@
+"""The attention kernels that the Neuron SDK ships, one module a generation. Importing this imports no SDK."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from neuron_attn_rewrite.errors import KernelError
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter
+from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_FWD
+from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_CTE
+from neuron_attn_rewrite.kernels.vendor.nxd_inference import SLIDING_WINDOW
+
+ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
+    {adapter.name: adapter for adapter in (ATTENTION_CTE, ATTENTION_ISA, FLASH_FWD, SLIDING_WINDOW)}
+)
+"""By the name that a decision and the op's `kernel` give it."""
+
+
+def find(name: str) -> Adapter | None:
+    """The adapter of an installed kernel, ready to be called; None if it is not installed or not of this package."""
+    return ADAPTERS[name].resolve() if name in ADAPTERS else None
+
+
+def require(name: str) -> Adapter:
+    """As `find`.
+
+    Raises:
+        KernelError: the kernel is not installed.
+    """
+    adapter = find(name)
+    if adapter is None:
+        places = ", ".join(p.replace(":", ".") for p in ADAPTERS[name].places) if name in ADAPTERS else "nothing"
+        raise KernelError(
+            f"this graph was rewritten for the SDK's kernel {name!r}, not installed here (looked for {places}). "
+            'Install the SDK that ships it, or rewrite with RewriteConfig(kernels=("flash_fwd",)).'
+        )
+    return adapter
+
+
+def installed() -> tuple[str, ...]:
+    """The names of the kernels that can be called here."""
+    return tuple(name for name in ADAPTERS if find(name))

@@ -1,0 +1,111 @@
+"""What an adapter is: a kernel of the SDK, found by import and signature, and the way to call it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from neuron_attn_rewrite.kernels.reference import Terms
+
+Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
+"""(kernel, physical cores) to something that takes the kernel's arguments."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One kernel of the SDK: where it may lie, how it is launched, and how an attention becomes its arguments."""
+
+    name: str
+    places: tuple[str, ...]
+    """`module:attribute`, newest release first."""
+    needs: frozenset[str]
+    """Parameters without which it is not the kernel that is meant."""
+    launch: Launch
+    run: Callable[[Adapter, Tensor, Tensor, Tensor, Terms, int], Tensor]
+    kernel: Any = None
+    """What `resolve` has found."""
+    parameters: frozenset[str] = frozenset()
+    """Of the kernel that was found: a release is known by what its kernel takes, not by its number."""
+
+    def resolve(self) -> Adapter | None:
+        """The adapter of the installed kernel; None if no place has one with the needed parameters."""
+        for place in self.places:
+            module, attribute = place.split(":")
+            kernel = _attribute(module, attribute)
+            if kernel is not None:
+                parameters = _parameters(kernel)
+                if self.needs <= parameters:
+                    return replace(self, kernel=kernel, parameters=parameters)
+        return None
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+        """Launch the kernel on `lnc` physical cores.
+
+        Operands as in `torch.ops.neuron_attn.flash_fwd`: [batch, heads, length, dim]. What the kernel can't compute has
+        been refused before, by its clauses in `strategy.legality`; here nothing is checked again.
+        """
+        return self.run(self, query, key, value, terms, lnc)
+
+    def __call__(self, lnc: int, **arguments: Any) -> Any:
+        """The launch itself: by keyword only, because positions move between releases."""
+        return self.launch(self.kernel, lnc)(**arguments)
+
+
+def _attribute(module: str, attribute: str) -> Any:
+    try:
+        if find_spec(module.partition(".")[0]) is None:
+            return None
+        return getattr(import_module(module), attribute, None)
+    except (ImportError, ValueError):
+        # A ValueError is a module without a spec, such as an empty stand-in for a package.
+        return None
+
+
+def _parameters(kernel: Any) -> frozenset[str]:
+    """Names of the parameters, of the function inside if a decorator hides it."""
+    for candidate in (getattr(kernel, "func", None), getattr(kernel, "sign", None), kernel):
+        if isinstance(candidate, inspect.Signature):
+            return frozenset(candidate.parameters)
+        if callable(candidate):
+            try:
+                names = frozenset(inspect.signature(candidate).parameters)
+            except (TypeError, ValueError):
+                continue
+            if names and not names <= {"args", "kwargs"}:
+                return names
+    return frozenset()
+
+
+def own_grid(kernel: Any, lnc: int) -> Callable[..., Any]:
+    """Kernels whose grid depends on the shapes: their adapter indexes them."""
+    return kernel  # type: ignore[no-any-return]
+
+
+def nki_jit(kernel: Any, lnc: int) -> Callable[..., Any]:
+    """`nki` 0.2 and later: the grid is one number."""
+    launched: Callable[..., Any] = import_module("nki").jit(kernel)[lnc]
+    return launched
+
+
+def isa_jit(kernel: Any, lnc: int) -> Callable[..., Any]:
+    """neuronxcc up to SDK 2.28: closed kernels, whose output is an argument; on one core without a grid."""
+    launched = import_module("torch_neuronx.xla_impl.ops").nki_jit()(kernel)
+    return launched[(import_module("neuronxcc.nki.language").nc(lnc),)] if lnc > 1 else launched  # type: ignore[no-any-return]
+
+
+KV_TILES = (2048, 512)
+"""Keys that the first `flash_fwd` kernels take at a time: the number of keys must be a multiple of one of them."""
+
+
+def flash_config(adapter: Adapter, kv_len: int, **options: Any) -> Any:
+    """The `FlashConfig` that lies beside the kernel, with the largest tile that divides the keys."""
+    tile = next(tile for tile in KV_TILES if kv_len % tile == 0)
+    modules = (getattr(adapter.kernel, "__module__", None), *(place.split(":")[0] for place in adapter.places))
+    found = (_attribute(module, "FlashConfig") for module in modules if module)
+    return next(config for config in found if config)(seq_tile_size=tile, **options)

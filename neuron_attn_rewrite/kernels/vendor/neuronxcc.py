@@ -1,0 +1,82 @@
+"""neuronx-cc up to SDK 2.28: closed ISA kernels and the first open `flash_fwd`.
+
+Sources: NxD Inference 2.26 and 2.28, modules/attention/attention_base.py and experimental/functional/attention;
+nki-samples, reference/attention.py.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, flash_config, isa_jit, own_grid
+from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, repeated, scaled
+
+FULL, CAUSAL = "AttentionMMSoftmaxMMWithoutSwap", "CausalAttentionMMSoftmaxMMWithoutSwap"
+
+
+def _attention_isa(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+    """query, key and output as [batch * heads, dim, length], value as [batch * heads, length, dim], one head each."""
+    batch, heads, q_len, dim = query.shape
+    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
+    out = torch.zeros(batch * heads, dim, q_len, dtype=query.dtype, device=query.device)
+    adapter(
+        lnc,
+        q=folded(scaled(query, terms.scale)).mT.contiguous(),
+        k=folded(repeated(key, heads)).mT.contiguous(),
+        v=folded(repeated(value, heads)),
+        scale=1.0,
+        out=out,
+        kernel_name=CAUSAL if mask.kind == "causal" else FULL,
+    )
+    return out.reshape(batch, heads, dim, q_len).mT.contiguous()
+
+
+def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+    """query and key as [batch, heads, dim, length], value and output as [batch, heads, length, dim]."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, kv_len)
+    arguments: dict[str, Any] = {} if terms.bias is None else {"logit_bias": terms.bias}
+    out: Tensor = adapter.kernel[query.shape[0], _heads(key, lnc)](
+        q=query.mT.contiguous(),
+        k=key.mT.contiguous(),
+        v=value.contiguous(),
+        seed=None,
+        softmax_scale=terms.scale,
+        use_causal_mask=mask.kind == "causal",
+        sliding_window=-1 if mask.window is None else mask.window,
+        mixed_precision=True,
+        dropout_p=0.0,
+        config=flash_config(adapter, kv_len, training=False),
+        **arguments,
+    )
+    return out
+
+
+def _heads(key: Tensor, lnc: int) -> Any:
+    """The second axis of the grid: the kv heads, in pairs for two physical cores."""
+    heads = key.shape[1]
+    return import_module("neuronxcc.nki.language").nc(lnc) * (heads // lnc) if lnc > 1 else heads
+
+
+ATTENTION_ISA = Adapter(
+    name="attention_isa_kernel",
+    places=(
+        "neuronxcc.nki._private_kernels.attention:attention_isa_kernel",
+        "neuronxcc.nki.kernels.attention:attention_isa_kernel",
+    ),
+    needs=frozenset("q k v scale out kernel_name".split()),
+    launch=isa_jit,
+    run=_attention_isa,
+)
+FLASH_FWD = Adapter(
+    name="neuronxcc_flash_fwd",
+    places=("neuronxcc.nki.kernels.attention:flash_fwd", "neuronxcc.nki.kernels:flash_fwd"),
+    needs=frozenset("q k v seed logit_bias softmax_scale use_causal_mask sliding_window mixed_precision".split()),
+    launch=own_grid,
+    run=_flash_fwd,
+)

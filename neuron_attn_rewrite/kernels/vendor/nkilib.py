@@ -1,0 +1,92 @@
+"""nkilib, SDK 2.28 and later: open kernels, launched by `nki.jit(kernel)[lnc]`.
+
+Sources: nki-library `nkilib/core/attention/attention_cte.py`; SDK documentation nki/library/api/attention-cte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, nki_jit
+from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, multiple, padded, row_bounds, scaled
+
+QUERY_GROUP = 128
+"""Bounds and bias come in groups of this many query rows."""
+HIDDEN = -1e30
+"""What a hidden key adds to a score: far below any score, and finite in bfloat16 (not in float16)."""
+MOST_HIDDEN = -3e38
+"""The least bias that the kernel may add: its own fill is the least float32."""
+
+
+def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+    """query, key and output as [batch * heads, length, dim], grouped heads as they are, scale folded into the query."""
+    batch, heads, q_len, _ = query.shape
+    kv_len, v_dim = value.shape[2:]
+    mask = mask_of(terms.band_lower, terms.band_upper, terms.bounds is not None, q_len, kv_len)
+    query = scaled(query, terms.scale)
+    if terms.key_padding is not None:
+        # Key padding as one more feature: 1 in the query, a huge negative number in the keys that are hidden.
+        hidden = torch.where(terms.key_padding, 0.0, HIDDEN).to(key.dtype)
+        query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+        key = torch.cat([key, hidden[:, None, :, None].expand(*key.shape[:3], 1)], -1)
+    dim = max(query.shape[3], v_dim)
+    query, key, value = (padded(t, -1, dim) for t in (query, key, value))
+    arguments: dict[str, Any] = {
+        "scale": 1.0,
+        "causal_mask": mask.kind in ("causal", "prior"),
+        "tp_q": True,
+        "tp_k": True,
+        "tp_out": False,
+    }
+    if mask.kind == "rows" or terms.bias is not None:
+        query = padded(query, 2, multiple(q_len, QUERY_GROUP))
+    rows = query.shape[2]
+    if mask.kind == "rows":
+        arguments |= _bounds(adapter, row_bounds(terms, q_len, kv_len, query.device), batch, heads, q_len, rows)
+    if mask.window is not None:
+        arguments["sliding_window"] = mask.window
+    if mask.kind == "prior":
+        prior = folded(key[:, :, : mask.offset]), folded(value[:, :, : mask.offset])
+        used = torch.full((1,), mask.offset, dtype=torch.int32, device=query.device)
+        arguments |= {"k_prior": prior[0], "v_prior": prior[1], "prior_used_len": used}
+        # Keys behind the band's end are seen by no row.
+        key, value = (t[:, :, mask.offset : mask.offset + q_len] for t in (key, value))
+    if terms.sink is not None:
+        arguments["sink"] = terms.sink.float().repeat(batch)[:, None]
+    if terms.bias is not None:
+        # The kernel computes scale * (q k^T + bias), and its scale is 1 here.
+        full = terms.bias.to(torch.float32).clamp_min(MOST_HIDDEN).expand(batch, heads, q_len, kv_len)
+        arguments["position_bias"] = folded(padded(full, 2, rows))
+    out: Tensor = adapter(lnc, q=folded(query), k=folded(key), v=folded(value), **arguments)
+    return out.reshape(batch, heads, rows, dim)[:, :, :q_len, :v_dim].contiguous()
+
+
+def _bounds(
+    adapter: Adapter, bounds: tuple[Tensor, Tensor], batch: int, heads: int, q_len: int, rows: int
+) -> dict[str, Any]:
+    """float32 [rows, 1], one for all heads; [batch * heads, rows, 1] where the kernel takes a bias too (2.31)."""
+    # A row that was only added sees the first key, so that it is a number.
+    first, end = (padded(b, 1, rows, fill=fill).float() for b, fill in zip(bounds, (0, 1), strict=True))
+    if "position_bias" in adapter.parameters:
+        first, end = (b[:, None].expand(-1, heads, -1).expand(batch, -1, -1).reshape(-1, rows, 1) for b in (first, end))
+    else:
+        first, end = first[0, :, None], end[0, :, None]
+    return {"bound_min": first.contiguous(), "bound_max": end.contiguous()}
+
+
+ATTENTION_CTE = Adapter(
+    name="attention_cte",
+    places=(
+        "nkilib.core.attention.attention_cte:attention_cte",
+        "nkilib_standalone.nkilib.core.attention.attention_cte:attention_cte",
+    ),
+    needs=frozenset(
+        "q k v scale causal_mask k_prior v_prior prior_used_len sink sliding_window tp_q tp_k tp_out".split()
+    ),
+    launch=nki_jit,
+    run=_attention_cte,
+)

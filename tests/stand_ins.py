@@ -1,0 +1,316 @@
+"""Stand-ins for the SDK's kernels: the public signature, the documented shape checks, and the documented meaning in
+float32. A wrong layout, a double scaling or a wrong window gives a wrong number or an AssertionError.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+FILL = torch.finfo(torch.float32).min
+
+
+@dataclass
+class Recorded:
+    """A kernel that can be launched on a grid, and remembers how it was."""
+
+    func: Callable[..., Any]
+    calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            assert not args, "positions of arguments move between releases"
+            self.calls.append((grid, kwargs))
+            return self.func(**kwargs)
+
+        return launch
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self[None](**kwargs)
+
+
+def put(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
+    """A module under this name, with its parents."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        path = ".".join(parts[:i])
+        if path not in sys.modules or not isinstance(sys.modules[path], types.ModuleType):
+            module = types.ModuleType(path)
+            module.__spec__ = types.SimpleNamespace(name=path)  # type: ignore[assignment]
+            module.__path__ = []  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, path, module)
+    for key, value in attributes.items():
+        monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+
+def softmax_v(scores: Tensor, seen: Tensor, v: Tensor, sink: Tensor | None = None) -> Tensor:
+    """scores [.., q, k] with the finite fill of the kernels where not seen."""
+    scores = torch.where(seen, scores, FILL)
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, :].expand(-1, scores.shape[1], -1)], -1)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights[..., : v.shape[-2]] @ v
+
+
+def attention_cte_2_29(
+    q,
+    k,
+    v,
+    scale=1.0,
+    causal_mask=True,
+    k_prior=None,
+    v_prior=None,
+    prior_used_len=None,
+    sink=None,
+    sliding_window=None,
+    tp_q=True,
+    tp_k=False,
+    tp_out=False,
+    cache_softmax=False,
+    softmax_dtype=torch.float32,
+    mm_out_dtype=torch.float32,
+    cp_offset=None,
+    global_cp_deg=None,
+    cp_strided_q_slicing=False,
+    bound_min=None,
+    bound_max=None,
+):
+    """nkilib 2.29, attention_cte.py: one core's worth of it, all folded heads at once."""
+    return _cte(**locals(), position_bias=None)
+
+
+def attention_cte_2_31(
+    q,
+    k,
+    v,
+    scale=1.0,
+    causal_mask=True,
+    k_prior=None,
+    v_prior=None,
+    prior_used_len=None,
+    sink=None,
+    sliding_window=None,
+    tp_q=True,
+    tp_k=False,
+    tp_out=False,
+    cache_softmax=False,
+    softmax_dtype=torch.float32,
+    mm_out_dtype=torch.float32,
+    cp_offset=None,
+    global_cp_deg=None,
+    cp_strided_q_slicing=False,
+    bound_min=None,
+    bound_max=None,
+    cp_striped_input=False,
+    skip_output_normalization=False,
+    position_bias=None,
+    bias_layout="dense",
+    bias_band_params=None,
+):
+    """nkilib 2.31: bounds for each folded head, and a bias."""
+    arguments = dict(locals())
+    for name in ("cp_striped_input", "skip_output_normalization", "bias_layout", "bias_band_params"):
+        arguments.pop(name)
+    return _cte(**arguments, per_head_bounds=True)
+
+
+def _cte(
+    q,
+    k,
+    v,
+    scale,
+    causal_mask,
+    k_prior,
+    v_prior,
+    prior_used_len,
+    sink,
+    sliding_window,
+    tp_q,
+    tp_k,
+    tp_out,
+    cache_softmax,
+    softmax_dtype,
+    mm_out_dtype,
+    cp_offset,
+    global_cp_deg,
+    cp_strided_q_slicing,
+    bound_min,
+    bound_max,
+    position_bias,
+    per_head_bounds=False,
+):
+    dtype = q.dtype
+    groups, q_len, d = q.shape if tp_q else (q.shape[0], q.shape[2], q.shape[1])
+    assert 0 < groups <= 512 and 0 < d <= 128 and groups % k.shape[0] == 0
+    kv_groups, kv_len = k.shape[0], k.shape[1 if tp_k else 2]
+    assert k.shape == ((kv_groups, kv_len, d) if tp_k else (kv_groups, d, kv_len))
+    assert v.shape == (kv_groups, kv_len, d)
+    assert (k_prior is None) == (v_prior is None) == (prior_used_len is None)
+    assert (bound_min is None) == (bound_max is None)
+    if sliding_window or k_prior is not None or global_cp_deg or bound_min is not None:
+        assert scale == 1.0
+    assert causal_mask or not (sliding_window or global_cp_deg)
+    assert not (bound_min is not None and (k_prior is not None or global_cp_deg))
+    q, k, v = q.float(), k.float(), v.float()
+    q, k = (q if tp_q else q.mT), (k if tp_k else k.mT)
+    i = torch.arange(q_len)[:, None]
+    j = torch.arange(kv_len)[None]
+    offset = 0
+    if global_cp_deg:
+        assert cp_offset.shape == (1, 1) and 1 <= global_cp_deg <= 32
+        i = i * (global_cp_deg if cp_strided_q_slicing else 1) + cp_offset
+    active = j <= i if causal_mask else torch.ones(q_len, kv_len, dtype=torch.bool)
+    prior_len = 0
+    if k_prior is not None:
+        prior_len = k_prior.shape[1 if tp_k else 2]
+        assert prior_used_len.shape == (1,) and v_prior.shape == (kv_groups, prior_len, d)
+        offset = int(prior_used_len)
+        k = torch.cat([(k_prior if tp_k else k_prior.mT).float(), k], 1)
+        v = torch.cat([v_prior.float(), v], 1)
+        prior = torch.arange(prior_len)[None].expand(q_len, -1)
+        active = torch.cat([prior < offset, active], 1)
+        j = torch.cat([torch.arange(prior_len), torch.arange(kv_len) + offset])[None]
+    if sliding_window:
+        active = active & (j > i + offset - sliding_window)
+    seen = active[None]
+    if bound_min is not None:
+        wanted = (groups, q_len, 1) if per_head_bounds else (q_len, 1)
+        assert bound_min.shape == bound_max.shape == wanted and q_len % 128 == 0
+        lo, hi = (b if per_head_bounds else b[None] for b in (bound_min, bound_max))
+        # With causal_mask the upper side is min(row, bound_max), inclusive.
+        upper = (j <= hi) & (j <= i) if causal_mask else j < hi
+        seen = seen & (j >= lo) & upper
+    k, v = (t.repeat_interleave(groups // kv_groups, 0) for t in (k, v))
+    scores = q @ k.mT
+    if position_bias is not None:
+        width = -(-prior_len // 512) * 512 + kv_len
+        assert position_bias.shape == (groups, q_len, width) and q_len % 128 == 0 and not prior_len
+        scores = scores + position_bias.float()
+    if sink is not None:
+        assert sink.shape == (groups, 1) and sink.dtype == torch.float32
+    out = softmax_v(scores * scale, seen, v, sink).to(dtype)
+    return out.mT.contiguous() if tp_out else out
+
+
+def attention_isa_kernel(q, k, v, scale, out, kernel_name, use_dma_transpose=False):
+    """neuronxcc's closed kernel as NxD Inference 2.26 calls it: q, k, out [G, d, S], v [G, S, d]; no grouped heads."""
+    groups, d, q_len = q.shape
+    kv_len = k.shape[2]
+    assert k.shape == (groups, d, kv_len) and v.shape == (groups, kv_len, d) and out.shape == (groups, d, q_len)
+    assert d <= 128 and q_len >= 512 and kv_len > d and q_len > d
+    causal = {"AttentionMMSoftmaxMMWithoutSwap": False, "CausalAttentionMMSoftmaxMMWithoutSwap": True}[kernel_name]
+    assert not causal or q_len == kv_len
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool)
+    seen = seen.tril() if causal else seen
+    out.copy_(softmax_v(q.float().mT @ k.float() * scale, seen, v.float()).mT)
+
+
+@dataclass
+class FlashConfig:
+    """Of the first `flash_fwd`."""
+
+    seq_tile_size: int = 2048
+    attn_core_tile_size: int = 256
+    training: bool = True
+    should_transpose_v: bool = False
+    lse_dtype: str = ""
+
+
+def neuronxcc_flash_fwd(
+    q,
+    k,
+    v,
+    seed,
+    logit_bias=None,
+    softmax_scale=None,
+    use_causal_mask=True,
+    sliding_window=-1,
+    mixed_precision=True,
+    dropout_p=0.0,
+    config=None,
+):
+    """neuronxcc.nki.kernels.attention.flash_fwd: the window counts the token itself."""
+    assert seed is None and dropout_p == 0.0 and not config.training
+    assert logit_bias is None or sliding_window < 0
+    if sliding_window > 0:
+        assert use_causal_mask
+    return _flash(q, k, v, logit_bias, softmax_scale, use_causal_mask, sliding_window, config)
+
+
+def sliding_window_flash_fwd(
+    q, k, v, softmax_scale=None, use_causal_mask=True, window_size=(-1, -1), mixed_precision=True, config=None
+):
+    """NxD Inference's: the left window does not count the token itself, and without a window it fails."""
+    left, right = window_size
+    assert right < 0 and left > 0
+    return _flash(q, k, v, None, softmax_scale, True, left + 1, config or FlashConfig())
+
+
+def _flash(q, k, v, bias, scale, causal, window, config):
+    batch, heads, d, q_len = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[3]
+    assert k.shape == (batch, kv_heads, d, kv_len) and v.shape == (batch, kv_heads, kv_len, d) and d <= 128
+    assert config.seq_tile_size >= 512 and kv_len % config.seq_tile_size == 0 and q_len % 128 == 0
+    i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if causal:
+        seen = seen & (j <= i)
+    if window > 0:
+        seen = seen & (j > i - window)
+    k, v = (t.float().repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    scores = q.float().mT @ k * (scale or d**-0.5)
+    if bias is not None:
+        assert bias.shape == (1, 1, q_len, kv_len)
+        scores = scores + bias
+    return softmax_v(scores, seen, v).to(q.dtype)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention_cte_2_31) -> dict[str, Recorded]:
+    """Every stand-in under the SDK's import paths."""
+    kernels = {
+        "attention_cte": Recorded(cte),
+        "attention_isa_kernel": Recorded(attention_isa_kernel),
+        "neuronxcc_flash_fwd": Recorded(neuronxcc_flash_fwd),
+        "sliding_window_flash_fwd": Recorded(sliding_window_flash_fwd),
+    }
+    put(monkeypatch, "nki", jit=lambda kernel: kernel)
+    put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=kernels["attention_cte"])
+    put(monkeypatch, "torch_neuronx.xla_impl.ops", nki_jit=lambda: lambda kernel: kernel)
+    put(monkeypatch, "neuronxcc.nki.language", nc=Cores)
+    put(
+        monkeypatch,
+        "neuronxcc.nki._private_kernels.attention",
+        attention_isa_kernel=kernels["attention_isa_kernel"],
+    )
+    put(
+        monkeypatch,
+        "neuronxcc.nki.kernels.attention",
+        flash_fwd=kernels["neuronxcc_flash_fwd"],
+        FlashConfig=FlashConfig,
+    )
+    put(
+        monkeypatch,
+        "neuronx_distributed_inference.modules.sliding_window.attention",
+        flash_fwd=kernels["sliding_window_flash_fwd"],
+        FlashConfig=FlashConfig,
+    )
+    return kernels
+
+
+@dataclass(frozen=True)
+class Cores:
+    """neuronxcc.nki.language.nc: physical cores, as a factor of a grid axis."""
+
+    count: int
+    axis: int = 1
+
+    def __mul__(self, axis: int) -> Cores:
+        return Cores(self.count, axis)

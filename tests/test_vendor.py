@@ -1,0 +1,132 @@
+"""The SDK's kernels: what an adapter passes, checked by stand-ins that compute what the documentation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from neuron_attn_rewrite.errors import KernelError
+from neuron_attn_rewrite.kernels import ops, reference, vendor
+from tests import stand_ins
+
+SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
+
+
+def operands(**sizes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    s = SHAPE | sizes
+    query = 2 * torch.randn(s["batch"], s["heads"], s["q_len"], s["dim"])
+    key = 2 * torch.randn(s["batch"], s["kv_heads"], s["kv_len"], s["dim"])
+    return query, key, torch.randn(s["batch"], s["kv_heads"], s["kv_len"], s["v_dim"])
+
+
+def check(name: str, lnc: int, sizes: dict[str, int], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    query, key, value = operands(**sizes)
+    terms = ops.check(query, key, value, **options)
+    adapter = vendor.find(name)
+    assert adapter is not None
+    actual = adapter.call(query, key, value, terms, lnc)
+    expected = reference.attention(query, key, value, terms)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+ROWS = torch.tensor([[i // 100 * 100, i + 1] for i in range(300)])[None]
+PADDING = torch.arange(300) < torch.tensor([[300], [170]])
+CTE: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({}, {"scale": 0.3}),
+    ({"q_len": 100, "kv_len": 300}, {"scale": 0.3}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_upper": 0}),
+    ({"q_len": 100, "kv_len": 300}, {"scale": 0.3, "band_upper": 0}),
+    ({"q_len": 300, "kv_len": 100}, {"scale": 0.3, "band_upper": 0}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_upper": 0, "band_lower": -16}),
+    ({"q_len": 100, "kv_len": 300}, {"scale": 0.3, "band_upper": 200}),
+    ({"q_len": 100, "kv_len": 300}, {"scale": 0.3, "band_upper": 130}),
+    ({"q_len": 100, "kv_len": 300}, {"scale": 0.3, "band_upper": 200, "band_lower": 180}),
+    ({"q_len": 1, "kv_len": 300}, {"scale": 0.3, "band_upper": 299}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_lower": -20, "band_upper": 20}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "bounds": ROWS}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_upper": 0, "bounds": ROWS + torch.tensor([0, 50])}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_upper": 0, "key_padding": PADDING}),
+    ({"q_len": 64, "kv_len": 300}, {"scale": 0.3, "key_padding": PADDING, "sink": torch.randn(4)}),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "band_upper": 0, "band_lower": -40, "sink": torch.randn(4)}),
+    ({"v_dim": 16}, {"scale": 0.3, "band_upper": 0}),
+    ({"v_dim": 48}, {"scale": 0.3, "band_upper": 0}),
+]
+BIASED: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "bias": torch.randn(1, 4, 300, 300)}),
+    ({"q_len": 300, "kv_len": 200}, {"scale": 0.3, "band_upper": 0, "bias": torch.randn(2, 1, 1, 200)}),
+    (
+        {"q_len": 256, "kv_len": 256},
+        {"scale": 0.3, "bias": torch.zeros(1, 1, 256, 256).masked_fill(torch.rand(256, 256) > 0.5, -torch.inf)},
+    ),
+    ({"q_len": 300, "kv_len": 300}, {"scale": 0.3, "bias": torch.randn(1, 4, 300, 300), "bounds": ROWS}),
+]
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("case", range(len(CTE + BIASED)))
+def test_attention_cte(case: int, lnc: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["attention_cte"]
+    check("attention_cte", lnc, *(CTE + BIASED)[case])
+    assert [grid for grid, _ in kernel.calls] == [lnc]
+
+
+@pytest.mark.parametrize("case", range(len(CTE)))
+def test_attention_cte_of_2_29(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins.install(monkeypatch, stand_ins.attention_cte_2_29)
+    check("attention_cte", 2, *CTE[case])
+
+
+def test_attention_cte_takes_grouped_heads_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["attention_cte"]
+    check("attention_cte", 2, {}, {"scale": 0.3, "band_upper": 0})
+    ((_, arguments),) = kernel.calls
+    assert (arguments["q"].shape, arguments["k"].shape) == ((8, 512, 32), (4, 512, 32))
+    assert arguments["causal_mask"] is True and "bound_min" not in arguments and "k_prior" not in arguments
+
+
+@pytest.mark.parametrize(("lnc", "grid"), [(1, None), (2, (stand_ins.Cores(2),))])
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"scale": 0.3, "band_upper": 0}])
+def test_attention_isa_kernel(lnc: int, grid: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["attention_isa_kernel"]
+    check("attention_isa_kernel", lnc, {}, options)
+    assert [grid for grid, _ in kernel.calls] == [grid]
+
+
+@pytest.mark.parametrize(("lnc", "grid"), [(1, (2, 2)), (2, (2, stand_ins.Cores(2, 1)))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 0.3},
+        {"scale": 0.3, "band_upper": 0},
+        {"scale": 0.3, "band_upper": 0, "band_lower": -16},
+        {"scale": 0.3, "band_upper": 0, "bias": torch.randn(1, 1, 512, 512)},
+    ],
+)
+def test_neuronxcc_flash_fwd(lnc: int, grid: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["neuronxcc_flash_fwd"]
+    check("neuronxcc_flash_fwd", lnc, {}, options)
+    assert [grid for grid, _ in kernel.calls] == [grid]
+    assert kernel.calls[0][1]["config"].seq_tile_size == 512
+
+
+@pytest.mark.parametrize("window", [2, 17, 300])
+def test_sliding_window_flash_fwd(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["sliding_window_flash_fwd"]
+    check("sliding_window_flash_fwd", 1, {}, {"scale": 0.3, "band_upper": 0, "band_lower": 1 - window})
+    assert [grid for grid, _ in kernel.calls] == [(2, 4)]
+
+
+def test_nothing_is_found_without_an_sdk() -> None:
+    assert vendor.installed() == ()
+    with pytest.raises(KernelError, match=r"attention_cte.*not installed here.*RewriteConfig\(kernels="):
+        vendor.require("attention_cte")
+
+
+def test_a_kernel_is_known_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins.install(monkeypatch)
+    assert set(vendor.installed()) == set(vendor.ADAPTERS)
+    stand_ins.put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=lambda q, k, v: v)
+    assert vendor.find("attention_cte") is None
