@@ -26,6 +26,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "sdk": ("2.26", "2.29"),
         "padding": ("exact", "right"),
         "empty_rows": ("exact", "any"),
+        "weights": ("native", "beside"),
         "verify": (True, False),
     }
 )
@@ -55,6 +56,9 @@ class RewriteConfig:
     dropped, and output rows past a sequence's length are undefined."""
     empty_rows: str = "exact"
     """"any" says that output rows which see no key at all do not matter."""
+    weights: str = "native"
+    """What becomes of an attention whose weights or scores something else reads too (`output_attentions`): "native"
+    leaves it as it is, "beside" lets a kernel compute the output and keeps the softmax for the weights alone."""
     verify: bool = True
     """Compare each replaced site with the original on the example inputs, and put back those that differ."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)

@@ -75,8 +75,9 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         ),
         "weights-used": Entry(
             "find",
-            "The attention weights, or their log-sum-exp, are also read by something else.",
-            _LEFT + "A kernel never forms the weights: don't ask for them (output_attentions=False).",
+            "The attention weights, scores or their log-sum-exp are also read by something else.",
+            _LEFT + "A kernel never forms them: don't ask for them (output_attentions=False), or set "
+            'weights="beside" to compute the output by a kernel and the weights beside it.',
         ),
         "scale-unknown": Entry(
             "find",

@@ -122,10 +122,7 @@ class _Emitter:
     def kernel_call(self, site: AttentionSite, proof: Proof, decision: Decision) -> fx.Node:
         """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
         mask, output = proof.mask, site.output
-        query = self._operand(site.query, site.dtype)
-        for factor, divides in site.factors:
-            scaled = aten.div.Tensor if divides else aten.mul.Tensor
-            query = self._cast(self._join(scaled, output, query, self._laid_out(factor)), site.dtype)
+        query = self._scaled(site, "query", self._operand(site.query, site.dtype))
         options = {
             "scale": site.scale,
             "band_lower": mask.band.lower,
@@ -144,12 +141,22 @@ class _Emitter:
             torch.ops.neuron_attn.flash_fwd.default,
             query,
             self._operand(site.key, site.dtype),
-            self._operand(site.value, site.dtype),
+            self._scaled(site, "value", self._operand(site.value, site.dtype)),
             **{name: value for name, value in options.items() if value is not None},
         )
         if site.value_scale != 1.0:
             result = self._on(result, aten.mul.Scalar, site.value_scale)
+        result = self._scaled(site, "output", result, output.next)
         return self._cast(self._moved(result, site.output_layout), dtype(output))
+
+    def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
+        """An operand or the result with its tensor scales applied."""
+        for factor in site.factors:
+            if factor.on == on:
+                by = aten.div.Tensor if factor.divides else aten.mul.Tensor
+                scaled = self._join(by, before or site.output, node, self._laid_out(factor.operand))
+                node = self._cast(scaled, site.dtype)
+        return node
 
     def _operand(self, operand: Operand, to: torch.dtype) -> fx.Node:
         return self._cast(self._laid_out(operand), to)

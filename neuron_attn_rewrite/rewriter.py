@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.capture import capture
@@ -19,6 +19,7 @@ from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
+from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace import Plan, commit, describe, graft
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
@@ -66,8 +67,28 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
         return site
     proof = prover.prove(site)
     if isinstance(proof, Unproven):
-        unproven = proof.reason.behind("unproven: ")
-        return Plan(site, proof, None, Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (unproven,)))
+        return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config))
     problem = describe(site, proof)
-    decision = choose(problem, config)
+    shared = _shared(site, config)
+    decision = _native(shared, config) if shared else choose(problem, config)
     return Plan(site, proof, problem, replace(decision, reasons=(*proof.reasons, *decision.reasons)))
+
+
+def _native(reason: Reason, config: RewriteConfig) -> Decision:
+    return Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (reason,))
+
+
+def _shared(site: AttentionSite, config: RewriteConfig) -> Reason | None:
+    """Why a kernel would not spare the model the scores; None if it does, or if the caller wants one all the same."""
+    for what in ("log-sum-exp", "weights", "scores"):
+        readers = ", ".join(dict.fromkeys(_named(reader.node) for reader in site.readers if reader.what == what))
+        if readers and what == "log-sum-exp":
+            return Reason("weights-used", f"its log-sum-exp is read by {readers}, and no kernel gives it")
+        if readers and config.weights == "native":
+            hint = 'weights="beside" gives the output a kernel all the same'
+            return Reason("weights-used", f"its {what} are also read by {readers}; {hint}")
+    return None
+
+
+def _named(reader: fx.Node) -> str:
+    return "the model's output" if reader.op == "output" else reader.name

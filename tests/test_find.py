@@ -351,7 +351,7 @@ KEPT: dict[str, tuple[Any, str]] = {
     "softmax over the queries": (lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the heads": (lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys"),
     "probabilities transposed": (lambda q, k, v: torch.softmax(q @ k.mT, -1).mT @ v, "sum over the keys"),
-    "weights also returned": (_weights_too, "probabilities go to"),
+    "weights also returned": (_weights_too, "weights are also read by the model's output"),
     "dropout in training": (
         lambda q, k, v: F.dropout(torch.softmax(q @ k.mT, -1), 0.5, training=True) @ v,
         "dropout is active",

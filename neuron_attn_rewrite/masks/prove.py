@@ -89,7 +89,7 @@ class Prover:
             if isinstance(claimed, _Claimed):
                 proof = _extended(proof, claimed)
                 if claimed.spec.claims:
-                    hides.append(_meaning(term, claimed.fill, alone, site.safe))
+                    hides.append(_meaning(term, claimed.fill, alone, site))
                 continue
             layout = plan(term.dims, site.dims)
             if layout is None:
@@ -97,7 +97,7 @@ class Prover:
             if term.kind != "add":
                 if term.fill > MASKED:
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
-                hides.append(_meaning(term, term.fill, alone, site.safe))
+                hides.append(_meaning(term, term.fill, alone, site))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
         proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, hides)
@@ -220,7 +220,7 @@ def _all_dense(site: AttentionSite) -> Proof | None:
         if layout is None or rounds or (term.kind != "add" and not _absorbs(term.fill, site.dtype)):
             return None
         dense.append(Dense(term, layout, term.fill))
-    if site.is_causal:
+    if site.is_causal or site.floor > -torch.inf or any(term.zeroed for term in site.terms):
         return None
     words = (
         "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
@@ -235,12 +235,15 @@ def vectors_of(node: fx.Node) -> int:
     return 1 if not sizes else int(torch.Size(sizes[:-1]).numel())
 
 
-def _meaning(term: Term, fill: float | None, alone: bool, safe: bool) -> EmptyRows:
+def _meaning(term: Term, fill: float | None, alone: bool, site: AttentionSite) -> EmptyRows:
     """What a row gives in which this term hides every key."""
+    if term.zeroed:
+        return EmptyRows.ZERO
     if fill is None:
         return EmptyRows.OTHER
+    fill = max(fill, site.floor)
     if fill == -torch.inf:
-        return EmptyRows.ZERO if safe else EmptyRows.ANY
+        return EmptyRows.ZERO if site.safe else EmptyRows.ANY
     replaces_all = term.kind != "add" and alone
     return EmptyRows.MEAN if replaces_all or _absorbs(fill, dtype(term.node)) else EmptyRows.OTHER
 

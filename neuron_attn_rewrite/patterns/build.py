@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -14,7 +14,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged, plan
 from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
 from neuron_attn_rewrite.patterns.roles import assign_roles
-from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Term, UnknownAttention
+from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Reader, Scaling, Term, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 
 
@@ -42,11 +42,17 @@ class Found:
     value: View
     scale: float
     factors: tuple[Factor, ...] = ()
+    """Tensor scales of the scores."""
+    weight_scale: float = 1.0
+    weight_factors: tuple[Factor, ...] = ()
+    """Tensors that the weights are multiplied by after the softmax."""
     terms: tuple[Term, ...] = ()
     is_causal: bool = False
     softcap: float | None = None
     sink: View | None = None
     safe: bool = False
+    floor: float = -torch.inf
+    readers: tuple[Reader, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,16 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         _operand(value, (*roles.kv, v_feature)),
     )
     output_layout = plan((roles.batch, roles.heads, roles.rows, v_feature), found.output.dims)
-    factors = [plan(factor.dims, (*dims[:3], ())) for factor in found.factors]
+    of_rows, of_keys = ("query", (*dims[:3], ())), ("value", (*roles.kv, ()))
+    scalings = [_scaling(factor, (of_rows,)) for factor in found.factors]
+    scalings += [_scaling(factor, (("output", of_rows[1]), of_keys)) for factor in found.weight_factors]
     sink = _sink(found.sink, roles.heads, evaluator)
     if None in operands or output_layout is None:
         return unknown(Reason("axes", "an operand is not laid out along the axes of the scores"))
-    if None in factors:
+    if None in scalings[: len(found.factors)]:
         return unknown(Reason("scale-unknown", "a tensor scale differs from key to key"))
+    if None in scalings:
+        return unknown(Reason("scale-unknown", "the weights are multiplied by something that differs by query and key"))
     if found.sink is not None and sink is None:
         return unknown(Reason("sink-shape", "the sink is not one number a head"))
     q, k, v = operands
@@ -140,18 +150,25 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         v_head_dim=dim_size(v_feature),
         dtype=reduce(torch.promote_types, (dtype(o.node) for o in (q, k, v))),
         scale=found.scale * query[-1].scale * key[-1].scale,
-        value_scale=value[-1].scale,
-        factors=tuple(
-            (Operand(factor.node, layout), factor.divides)
-            for factor, layout in zip(found.factors, factors, strict=True)
-            if layout is not None
-        ),
+        value_scale=value[-1].scale * found.weight_scale,
+        factors=tuple(s for s in scalings if s),
         terms=tuple(_narrowed(term, evaluator) for term in found.terms),
         is_causal=found.is_causal,
         softcap=found.softcap,
         sink=sink,
         safe=found.safe,
+        floor=found.floor,
+        readers=found.readers,
     )
+
+
+def _scaling(factor: Factor, places: tuple[tuple[str, Dims], ...]) -> Scaling | None:
+    """The first place that runs over everything that the factor runs over."""
+    for on, dims in places:
+        layout = plan(factor.dims, dims)
+        if layout is not None:
+            return Scaling(on, Operand(factor.node, layout), factor.divides)
+    return None
 
 
 def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None:
@@ -165,8 +182,8 @@ def _narrowed(term: Term, evaluator: Evaluator) -> Term:
     """The term before it was expanded: the smallest tensor that says the same."""
     if term.kind == "add":
         last = _chain(View(term.node, term.dims), evaluator)[-1]
-        return Term("add", last.view.node, last.view.dims, term.multiplier * last.scale)
+        return replace(term, node=last.view.node, dims=last.view.dims, multiplier=term.multiplier * last.scale)
     node, dims = term.node, term.dims
     while (moved := views.before(node, dims)) is not None and op_name(node) not in views.CASTS:
         node, dims = moved
-    return Term(term.kind, node, dims, fill=term.fill)
+    return replace(term, node=node, dims=dims)

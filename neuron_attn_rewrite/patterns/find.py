@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import op_name, tensor
 from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.patterns import scores as _scores  # noqa: F401  fills the table of rules
+from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
-from neuron_attn_rewrite.patterns.softmax_matmul import SOFTMAXES, find_softmax_matmul
+from neuron_attn_rewrite.patterns.softmax_matmul import between, find_softmax_matmul
+from neuron_attn_rewrite.patterns.softmaxes import as_softmax
 
 
 def find(module: fx.GraphModule, evaluator: Evaluator) -> list[AttentionSite | UnknownAttention]:
     """Read the graph, and change nothing."""
-    found = []
-    for node in module.graph.nodes:
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    found: list[AttentionSite | UnknownAttention] = []
+    covered: set[fx.Node] = set()
+    for node in reversed(order):
         if is_sdpa(node):
             found.append(find_sdpa(node, evaluator))
-        elif op_name(node) in SOFTMAXES and tensor(node) is not None:
-            found.append(find_softmax_matmul(node, evaluator))
-    return [site for site in found if site is not None]
+            continue
+        walk = Walk(evaluator)
+        scores = None if node in covered else as_softmax(walk, node)
+        if scores is not None:
+            covered |= between(scores.node, [node], order)
+            found += reversed(find_softmax_matmul(node, scores, walk, order))
+    return found[::-1]

@@ -24,7 +24,7 @@ def is_sdpa(node: fx.Node) -> bool:
     return op_name(node).startswith(PREFIXES) and "backward" not in op_name(node)
 
 
-def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAttention | None:
+def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
     """The attention that an SDPA call computes. Its arguments are read by their names in the schema."""
     values = arguments(node)
     query, key, value = values["query"], values["key"], values["value"]

@@ -32,6 +32,31 @@ class Term:
     dims: Dims
     multiplier: float = 1.0
     fill: float = -torch.inf
+    zeroed: bool = False
+    """Whether the weights that it hides are set to zero once more after the softmax."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A tensor that multiplies or divides an operand or the output of the kernel.
+
+    On the query and the output it is [batch | 1, heads | 1, q_len | 1, 1], on the value [batch | 1, kv heads | 1,
+    kv_len | 1, 1].
+    """
+
+    on: str
+    """"query", "value" or "output"."""
+    operand: Operand
+    divides: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node outside of the attention that reads something inside, which therefore has to stay."""
+
+    what: str
+    """"weights", "scores" or "log-sum-exp"."""
+    node: fx.Node
 
 
 @dataclass(frozen=True)
@@ -67,8 +92,7 @@ class AttentionSite:
     scale: float
     value_scale: float = 1.0
     """A scale on the value: it multiplies the output."""
-    factors: tuple[tuple[Operand, bool], ...] = ()
-    """Tensor scales, as [batch | 1, heads | 1, q_len | 1, 1], and whether they divide the query or multiply."""
+    factors: tuple[Scaling, ...] = ()
     terms: tuple[Term, ...] = ()
     is_causal: bool = False
     """The operator's own top-left causal flag."""
@@ -77,6 +101,10 @@ class AttentionSite:
     """To [num_heads]."""
     safe: bool = False
     """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
+    floor: float = -torch.inf
+    """A lower limit of all scores, applied after the terms."""
+    readers: tuple[Reader, ...] = ()
+    """What else reads the weights or scores."""
 
 
 @dataclass(frozen=True)

@@ -1,86 +1,86 @@
 """Attention written as products around a softmax.
 
-Backwards from the softmax `peel` finds the product of query and key; forwards each node is followed to the product with
-the value. To teach it what else may happen to the probabilities, extend `_forward`.
+Backwards from the softmax `peel` finds the product of query and key; forwards `follow` finds the products with a value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, module_path, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator
-from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size
+from neuron_attn_rewrite.graph import module_path, op_name, shape
+from neuron_attn_rewrite.patterns.axes import axis_dim
 from neuron_attn_rewrite.patterns.build import Found, View, build
-from neuron_attn_rewrite.patterns.peel import Blocked, Scores, Walk
+from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product, as_product
-from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
+from neuron_attn_rewrite.patterns.rules import Blocked
+from neuron_attn_rewrite.patterns.site import AttentionSite, Reader, UnknownAttention
+from neuron_attn_rewrite.patterns.weights import Weights, follow
 from neuron_attn_rewrite.reasons import Reason
 
-SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
+
+def find_softmax_matmul(
+    softmax: fx.Node, start: Scores, walk: Walk, order: Mapping[fx.Node, int]
+) -> list[AttentionSite | UnknownAttention]:
+    """The attentions whose weights `softmax` holds, one for each product; none if there is no product."""
+    scores, ends = start, []
+    try:
+        scores, first = walk.peel(start)
+        weights = Weights(softmax, start.dims, scores, has_sink=scores.sink is not None)
+        ends = _products(walk, weights)
+        inside = between(first.node, [product.node for _, product in ends], order)
+        readers = tuple(_readers(inside, {product.node for _, product in ends}, softmax, order))
+        return [_build(walk, softmax, start, first, *end, readers) for end in ends]
+    except Blocked as blocked:
+        if not ends and (_is_router(blocked.node) or not _meets_product(softmax)):
+            return []
+        return [UnknownAttention(module_path(softmax), _pattern(scores), softmax, blocked.reason)]
 
 
-@dataclass(frozen=True)
-class Probabilities:
-    """A tensor on the way from the softmax to the product with the value."""
-
-    node: fx.Node
-    dims: Dims
-    has_sink: bool
-
-
-def find_softmax_matmul(softmax: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAttention | None:
-    """The attention around a softmax; None if its probabilities meet no product, so that it is no attention."""
-    fresh = count()
-    walk = Walk(evaluator, fresh)
-    given = tuple(axis_dim(next(fresh), size) for size in shape(softmax))
-    key_dim = arguments(softmax)["dim"] % len(given)
-    start = Scores(views.source(softmax), given, key_dim, given)
-    peeled = walk.peel(start)
-    scores = start if isinstance(peeled, Blocked) else peeled[0]
-
-    def unknown(blocked: Blocked) -> UnknownAttention:
-        return UnknownAttention(module_path(softmax), _pattern(scores), softmax, blocked.reason)
-
-    followed = _follow(Probabilities(softmax, given, scores.sink is not None), scores)
-    if isinstance(peeled, Blocked):
-        return unknown(peeled) if _meets_product(softmax) and not _is_router(peeled) else None
-    if isinstance(followed, Blocked):
-        return unknown(followed)
-    first = _query_and_key(walk, scores, peeled[1])
-    second = _value_and_output(walk, scores, *followed)
-    if isinstance(first, Blocked) or isinstance(second, Blocked):
-        return unknown(first if isinstance(first, Blocked) else second)  # type: ignore[arg-type]
+def _build(
+    walk: Walk,
+    softmax: fx.Node,
+    start: Scores,
+    first: Product,
+    weights: Weights,
+    second: Product,
+    readers: tuple[Reader, ...],
+) -> AttentionSite | UnknownAttention:
+    scores = weights.scores
+    query, key = _query_and_key(walk, scores, first)
+    value, output = _value_and_output(walk, weights, second)
     found = Found(
         pattern=_pattern(scores),
         anchor=softmax,
-        output=second[1],
+        output=output,
         scores=scores.axes,
-        key_dim=key_dim,
-        query=first[0],
-        key=first[1],
-        value=second[0],
+        key_dim=start.key_dim,
+        query=query,
+        key=key,
+        value=value,
         scale=scores.multiplier * (scores.softcap or 1.0),
         factors=scores.factors,
-        terms=scores.terms,
+        weight_scale=weights.multiplier * second.alpha,
+        weight_factors=weights.factors,
+        terms=tuple(replace(term, zeroed=i in weights.zeroed) for i, term in enumerate(scores.terms)),
         softcap=scores.softcap,
         sink=View(*scores.sink) if scores.sink else None,
-        safe=op_name(softmax) == "_safe_softmax",
+        safe=scores.safe,
+        floor=scores.floor,
+        readers=readers,
     )
-    return build(found, evaluator)
+    return build(found, walk.evaluator)
 
 
 def _pattern(scores: Scores) -> str:
     return " > ".join(("matmul", *scores.trail, "softmax", "matmul"))
 
 
-def _is_router(blocked: Blocked) -> bool:
+def _is_router(node: fx.Node) -> bool:
     """Scores that come straight from a weight: a gate over experts or a pooling, not an attention."""
-    return op_name(blocked.node) in ("linear", "addmm", "conv1d", "conv2d")
+    return op_name(node) in ("linear", "addmm", "conv1d", "conv2d")
 
 
 def _meets_product(node: fx.Node) -> bool:
@@ -92,38 +92,61 @@ def _meets_product(node: fx.Node) -> bool:
     return any(as_product(user) is not None for user in node.users)
 
 
-def _follow(p: Probabilities, scores: Scores) -> tuple[Probabilities, fx.Node] | Blocked:
-    """Follow the probabilities to the one product that uses them."""
-    while True:
-        users = list(p.node.users)
-        if len(users) != 1:
-            names = ", ".join(user.name for user in users) or "nothing"
-            return Blocked(p.node, Reason("weights-used", f"its probabilities go to {names}, not to one product alone"))
-        if as_product(users[0]) is not None and not p.has_sink:
-            return p, users[0]
-        step = _forward(p, users[0], scores)
-        if isinstance(step, Blocked):
-            return step
-        p = step
+def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
+    """Follow the weights to every product that uses them; what else reads them doesn't matter here.
+
+    Raises:
+        Blocked: there is none.
+    """
+    found, open_ends, blocked = [], [start], Blocked(start.node, Reason("no-product", "its weights meet no product"))
+    while open_ends:
+        weights = open_ends.pop()
+        for user in weights.node.users:
+            product = as_product(user)
+            if product is not None and not weights.has_sink:
+                found.append((weights, product))
+                continue
+            try:
+                open_ends.append(follow(walk, weights, user))
+            except Blocked as error:
+                blocked = error
+    if not found:
+        raise blocked
+    return found
 
 
-def _forward(p: Probabilities, user: fx.Node, scores: Scores) -> Probabilities | Blocked:
-    """One step on: a view, a cast, an inactive dropout, or the slice that drops a sink's column."""
-    dims = views.after(user, p.dims)
-    if dims is not None:
-        return replace(p, node=user, dims=dims)
-    if op_name(user) in views.DROPOUTS:
-        return Blocked(user, Reason("dropout-active", "dropout is active"))
-    if op_name(user) == "slice" and p.has_sink:
-        values = arguments(user)
-        keys = dim_size(scores.axes[scores.key_dim])
-        on_keys = values["dim"] % len(p.dims) == scores.key_dim
-        if on_keys and not values["start"] and values["step"] == 1 and shape(user)[scores.key_dim] == keys:
-            return Probabilities(user, scores.axes, has_sink=False)
-    return Blocked(user)
+def between(first: fx.Node, ends: list[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Everything on a way from the first node to one of the last ones, both included."""
+    last = max(order[end] for end in ends)
+    after = _closure([first], lambda node: (u for u in node.users if order[u] <= last))
+    return _closure(ends, lambda node: (n for n in node.all_input_nodes if n in after))
 
 
-def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View] | Blocked:
+def _closure(start: list[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    reached, stack = set(start), list(start)
+    while stack:
+        for node in step(stack.pop()):
+            if node not in reached:
+                reached.add(node)
+                stack.append(node)
+    return reached
+
+
+def _readers(
+    inside: set[fx.Node], ends: set[fx.Node], softmax: fx.Node, order: Mapping[fx.Node, int]
+) -> Iterable[Reader]:
+    """Who else reads what a kernel would not compute."""
+    sums = {"sum", "amax", "max", "logsumexp", "getitem"}
+    for node in sorted(inside - ends, key=order.__getitem__):
+        for user in node.users:
+            if user in inside:
+                continue
+            of_sums = op_name(node) in sums or op_name(user) in ("logsumexp", "log_softmax", "special_logsumexp")
+            what = "log-sum-exp" if of_sums else "weights" if order[node] >= order[softmax] else "scores"
+            yield Reader(what, user)
+
+
+def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View]:
     """The operands of the first product, told apart by which one has the keys."""
     by_label = dict(zip(product.out_labels, scores.dims, strict=True))
     for size, label in zip(shape(product.left), product.left_labels, strict=True):
@@ -136,24 +159,23 @@ def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, 
     key_axes = {atom.axis for atom in scores.axes[scores.key_dim]}
     left_has, right_has = (any(a.axis in key_axes for dim in view.dims for a in dim) for view in (left, right))
     if left_has == right_has:
-        return Blocked(scores.node, Reason("axes", "the softmax does not run over the keys alone"))
+        raise Blocked(scores.node, Reason("axes", "the softmax does not run over the keys alone"))
     return (right, left) if left_has else (left, right)
 
 
-def _value_and_output(walk: Walk, scores: Scores, p: Probabilities, node: fx.Node) -> tuple[View, View] | Blocked:
+def _value_and_output(walk: Walk, weights: Weights, product: Product) -> tuple[View, View]:
     """The other operand of the second product, and the product."""
-    product = as_product(node)
-    assert product is not None
-    if product.left is product.right or product.addend is not None or product.alpha != 1:
-        return Blocked(node, Reason("axes", "the product is not one with a value alone"))
+    if product.left is product.right or product.addend is not None:
+        raise Blocked(product.node, Reason("axes", "the product is not one with a value alone"))
     sides = ((product.left, product.left_labels), (product.right, product.right_labels))
-    (_, p_labels), (value, v_labels) = sides if product.left is p.node else sides[::-1]
-    by_label = dict(zip(p_labels, p.dims, strict=True))
+    (_, p_labels), (value, v_labels) = sides if product.left is weights.node else sides[::-1]
+    by_label = dict(zip(p_labels, weights.dims, strict=True))
     summed = [by_label[label] for label in product.summed if by_label[label]]
-    if [atom for dim in summed for atom in dim] != list(scores.axes[scores.key_dim]):
-        return Blocked(node, Reason("axes", "the product does not sum over the keys"))
+    keys = weights.scores.axes[weights.scores.key_dim]
+    if sorted(atom for dim in summed for atom in dim) != sorted(keys):
+        raise Blocked(product.node, Reason("axes", "the product does not sum over the keys"))
     for size, label in zip(shape(value), v_labels, strict=True):
         if size > 1 and not by_label.get(label):
             by_label[label] = axis_dim(next(walk.fresh_axes), size)
     dims = tuple(() if size == 1 else by_label[label] for size, label in zip(shape(value), v_labels, strict=True))
-    return View(value, dims), View(node, tuple(by_label.get(label, ()) for label in product.out_labels))
+    return View(value, dims), View(product.node, tuple(by_label.get(label, ()) for label in product.out_labels))

@@ -1,0 +1,67 @@
+"""The tables of rules that a walk looks up, by operator. They are the only place where a spelling is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import fx
+
+from neuron_attn_rewrite.graph import op_name
+from neuron_attn_rewrite.reasons import Reason
+
+NO_RULE = Reason("unknown-node", "no rule knows it")
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+class Blocked(Exception):
+    """A node that no rule understands: the walk ends there, and the attention stays as it is."""
+
+    def __init__(self, node: fx.Node, why: Reason = NO_RULE) -> None:
+        self.node = node
+        self.reason = why.behind(f"not understood at {node.name} ({op_name(node) or node.op}): ")
+        super().__init__(self.reason)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A rule that was added. Undone by `undo()`, or at the end of a `with` block."""
+
+    undo: Callable[[], None]
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+@dataclass(frozen=True)
+class Rules(Generic[Rule]):
+    """Rules by the name of the operator, such as `softmax`. The newest is asked first; None means "not mine"."""
+
+    by_op: dict[str, list[Rule]] = field(default_factory=dict)
+
+    def __call__(self, *ops: str) -> Callable[[Rule], Rule]:
+        """Decorate the rule of some operators."""
+
+        def decorate(rule: Rule) -> Rule:
+            for op in ops:
+                self.add(op, rule)
+            return rule
+
+        return decorate
+
+    def add(self, op: str, rule: Rule) -> Registration:
+        rules = self.by_op.setdefault(op, [])
+        rules.insert(0, rule)
+        return Registration(lambda: rules.remove(rule) if rule in rules else None)
+
+    def of(self, node: fx.Node) -> Iterator[Rule]:
+        return iter(tuple(self.by_op.get(op_name(node), ())))
+
+    def ask(self, node: fx.Node, *given: Any) -> Any:
+        """The first answer that is not None; None if no rule knows the node."""
+        return next((answer for rule in self.of(node) if (answer := rule(*given)) is not None), None)

@@ -1,0 +1,169 @@
+"""What may happen to the scores between the product of query and key and the softmax, each undone by one rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
+from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.patterns import views
+from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
+from neuron_attn_rewrite.patterns.products import Product
+from neuron_attn_rewrite.patterns.rules import Blocked
+from neuron_attn_rewrite.reasons import Reason
+
+
+@SCORES("mul", "div", "neg")
+def _scale(walk: Walk, scores: Scores) -> Scores:
+    """A scale: a number is folded, a tensor is kept as a factor."""
+    node = scores.node
+    scaled = scaled_by_number(walk.evaluator, node)
+    if scaled is not None:
+        return scores.to(scaled[0], trail="scale").scaled(scaled[1])
+    left, right = node.args[:2]
+    divides = op_name(node) == "div"
+    if not is_tensor(left) or not is_tensor(right) or node.kwargs.get("rounding_mode"):
+        raise Blocked(node, Reason("scale-unknown", "the scale is not a number"))
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    for inner, factor in ((left, right), (right, left))[: 1 if divides else 2]:
+        if shape(inner) == shape(node) and shape(factor) != shape(node):
+            return scores.scaled_by(factor, divides).to(inner, trail="tensor scale")
+    raise Blocked(node, Reason("scale-unknown", "the scale differs from score to score"))
+
+
+@SCORES("add", "sub", "rsub")
+def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
+    """A sum: a shift of whole rows vanishes; of two tensors one leads on to the product."""
+    node = scores.node
+    sign = 1.0 if op_name(node) == "add" else -1.0
+    weight = arguments(node).get("alpha", 1)
+    left, right = node.args[:2] if op_name(node) != "rsub" else node.args[1::-1]
+    sides = [(left, right, 1.0, sign * weight), (right, left, sign * weight, 1.0)]
+    blocked = Blocked(node, Reason("no-product", "neither side leads to a product"))
+    for inner, other, inner_weight, other_weight in sides:
+        if not isinstance(inner, fx.Node) or shape(inner) != shape(node):
+            continue
+        if walk.constant(other) is not None:
+            return scores.to(inner, trail="shift").scaled(inner_weight)
+        if not isinstance(other, fx.Node):
+            continue
+        if inner_weight == 1.0 and _is_row_statistic(other, inner, scores):
+            return scores.to(inner, trail="row maximum")
+        try:
+            return walk.peel(scores.added(other, other_weight).to(inner, trail="add").scaled(inner_weight))
+        except Blocked as error:
+            blocked = error
+    raise blocked
+
+
+def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
+    """One number for each row of `of`, of the magnitude of its elements: to shift by it changes no softmax."""
+    dims = views.broadcast(node, scores.dims)
+    while (moved := views.before(node, dims)) is not None:
+        node, dims = moved
+    if op_name(node) == "getitem" and node.args[1] == 0:
+        node = views.source(node)
+    if op_name(node) not in ("amax", "max", "logsumexp", "mean") or len(node.args) < 2:
+        return False
+    given = node.args[1]
+    reduced = [d for d in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(d, int)]
+    rank = len(scores.dims)
+    keys = [i for i, dim in enumerate(scores.dims) if dim == scores.axes[scores.key_dim]]
+    if not _same_values(views.source(node), of) or [i % rank for i in reduced] != keys:
+        return False
+    kept = len(dims) == rank
+    return dims == tuple(() if i in keys else dim for i, dim in enumerate(scores.dims) if kept or i not in keys)
+
+
+def _same_values(a: fx.Node, b: fx.Node) -> bool:
+    def origin(node: fx.Node) -> fx.Node:
+        while views.keeps_values(node):
+            node = views.source(node)
+        return node
+
+    return origin(a) is origin(b)
+
+
+@SCORES("masked_fill")
+def _masked_fill(walk: Walk, scores: Scores) -> Scores:
+    inner, mask, value = scores.node.args[:3]
+    return _filled(scores, inner, mask, walk.constant(value), where=True)
+
+
+@SCORES("where")
+def _where(walk: Walk, scores: Scores) -> Scores:
+    node = scores.node
+    if len(node.args) != 3:
+        raise Blocked(node, Reason("fill-unknown", "it has no replacement value"))
+    mask, yes, no = node.args
+    for inner, other, where in ((yes, no, False), (no, yes, True)):
+        fill = uniform(walk.evaluator, other)
+        if fill is not None:
+            return _filled(scores, inner, mask, fill, where)
+    raise Blocked(node, Reason("fill-unknown", "neither side is a number"))
+
+
+def uniform(evaluator: Evaluator, value: object) -> float | None:
+    """The number that fills a tensor, such as full_like(scores, finfo.min)."""
+    number = evaluator.constant(value)
+    if number is None and isinstance(value, fx.Node) and op_name(value) in ("full_like", "full", "new_full"):
+        number = evaluator.constant(arguments(value)["fill_value"])
+    if number is None and isinstance(value, fx.Node) and op_name(value) in ("zeros_like", "zeros", "new_zeros"):
+        number = 0.0
+    return number
+
+
+def _filled(scores: Scores, inner: object, mask: object, fill: float | None, where: bool) -> Scores:
+    node = scores.node
+    if fill is None or not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node) or shape(inner) != shape(node):
+        raise Blocked(node, Reason("fill-unknown", "the filled value is not a number"))
+    return scores.hidden(mask, fill, where).to(inner, trail="masked_fill" if where else "where")
+
+
+@SCORES("clamp", "clamp_min", "maximum", "max")
+def _clamp(walk: Walk, scores: Scores) -> Scores:
+    """A lower limit that only -inf is below: `max(scores, finfo.min)`."""
+    node = scores.node
+    lower = walk.constant(node.args[1]) if len(node.args) > 1 else None
+    upper = node.args[2] if op_name(node) == "clamp" and len(node.args) > 2 else None
+    inner = node.args[0]
+    if lower is None or upper is not None or not isinstance(inner, fx.Node) or shape(inner) != shape(node):
+        raise Blocked(node, Reason("limit", "a limit that could change scores"))
+    if lower > max(0.9 * torch.finfo(dtype(inner)).min, -1e30) or scores.terms or scores.multiplier != 1.0:
+        raise Blocked(node, Reason("limit", "a limit that could change scores"))
+    return replace(scores.to(inner, trail="clamp"), floor=lower)
+
+
+@SCORES("tanh")
+def _tanh(walk: Walk, scores: Scores) -> Scores:
+    """`c * tanh(x / c)`: everything outside so far is c, everything inside is the scale."""
+    if scores.softcap is not None or scores.factors or scores.multiplier <= 0:
+        raise Blocked(scores.node, Reason("order", "a second softcap, or one with a tensor scale"))
+    inside = scores.to(views.source(scores.node), trail="softcap")
+    return replace(inside, softcap=scores.multiplier, multiplier=1.0)
+
+
+@SCORES("cat")
+def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
+    """One more column that is not a key: a learned sink."""
+    node = scores.node
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not isinstance(dim, int):
+        return None
+    inner, sink = parts
+    assert isinstance(inner, fx.Node) and isinstance(sink, fx.Node)
+    rank = len(scores.dims)
+    on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
+    first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.factors
+    if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
+        raise Blocked(node, Reason("sink-shape", "not one column of sinks beside the keys"))
+    dims = list(scores.dims)
+    dims[dim % rank] = axis_dim(next(walk.fresh_axes), shape(inner)[dim])
+    sink_dims = views.broadcast(sink, tuple(dims))
+    axes = list(scores.axes)
+    axes[scores.key_dim] = dims[dim % rank]
+    return replace(scores.to(inner, tuple(dims), trail="sink"), axes=tuple(axes), sink=(sink, sink_dims))

@@ -1,0 +1,168 @@
+"""The spellings of a softmax: which node holds the weights, and of which scores they are the softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph import arguments, dtype, op_name, shape, tensor
+from neuron_attn_rewrite.patterns import views
+from neuron_attn_rewrite.patterns.peel import Scores, Walk
+from neuron_attn_rewrite.patterns.rules import Blocked, Rules
+
+SoftmaxRule: TypeAlias = Callable[[Walk, fx.Node], "Scores | None"]
+"""Reads a node as the weights of a softmax and gives the scores behind it; None if it is something else."""
+
+SOFTMAXES: Rules[SoftmaxRule] = Rules()
+
+
+def as_softmax(walk: Walk, node: fx.Node) -> Scores | None:
+    try:
+        scores: Scores | None = SOFTMAXES.ask(node, walk, node) if tensor(node) is not None else None
+    except Blocked:
+        return None
+    return scores
+
+
+@SOFTMAXES("softmax", "_softmax", "_safe_softmax", "special_softmax")
+def _operator(walk: Walk, node: fx.Node) -> Scores:
+    scores = walk.begin(node, node.args[0], arguments(node)["dim"])
+    return replace(scores, safe=op_name(node) == "_safe_softmax")
+
+
+@SOFTMAXES("exp")
+def _exp_of_log_softmax(walk: Walk, node: fx.Node) -> Scores | None:
+    """exp(log_softmax(x)), or exp(x - logsumexp(x))."""
+    inner = _uncast(views.source(node))
+    if op_name(inner) in ("log_softmax", "_log_softmax", "special_log_softmax"):
+        return walk.begin(node, inner.args[0], arguments(inner)["dim"], "log_softmax")
+    if op_name(inner) != "sub" or arguments(inner)["alpha"] != 1 or not isinstance(inner.args[1], fx.Node):
+        return None
+    reduced = _reduction(inner.args[1], "logsumexp", shape(node))
+    if reduced is None or _uncast(reduced[0]) is not _uncast(views.source(inner)):
+        return None
+    return walk.begin(node, inner.args[0], reduced[1], "logsumexp")
+
+
+@SOFTMAXES("div", "mul")
+def _by_hand(walk: Walk, node: fx.Node) -> Scores | None:
+    """w / sum(w) for weights w = exp(x), or w = exp(x) * mask, or w = softmax(x) * mask."""
+    left, right = node.args[:2]
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or node.kwargs.get("rounding_mode"):
+        return None
+    if op_name(node) == "mul":
+        if op_name(_unviewed(left)) == "reciprocal":
+            left, right = right, left
+        if op_name(_unviewed(right)) != "reciprocal":
+            return None
+        right = views.source(_unviewed(right))
+    total = _reduction(_unguarded(walk, right, left), "sum", shape(node))
+    if total is None or _uncast(total[0]) is not _uncast(left):
+        return None
+    return _weights(walk, node, _uncast(left), total[1])
+
+
+def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | None:
+    """Weights that are normalised at `node`: an exponential, or others with some of them set to zero."""
+    if op_name(weights) in ("exp", "exp2"):
+        begun = walk.begin(node, weights.args[0], dim, "exp / sum")
+        return begun if op_name(weights) == "exp" else begun.scaled(math.log(2))
+    already = as_softmax(walk, weights)
+    if already is not None:
+        same_dim = already.key_dim == dim % len(already.dims)
+        return replace(already, safe=False) if same_dim and not already.safe else None
+    cut = zeroed(weights)
+    if cut is None:
+        return None
+    inner, mask, where = cut
+    scores = _weights(walk, node, _uncast(inner), dim)
+    if scores is None or scores.terms or scores.safe:
+        return None
+    hidden = scores.hidden(mask, -torch.inf, where)
+    return replace(hidden, trail=("mask", *hidden.trail))
+
+
+def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """Weights of which some are set to zero: (weights before, bool mask, the value of the mask that means zero)."""
+    if op_name(node) == "masked_fill" and node.args[2] == 0 and isinstance(node.args[1], fx.Node):
+        return views.source(node), node.args[1], True
+    if op_name(node) == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
+        for kept, other, where in ((node.args[1], node.args[2], False), (node.args[2], node.args[1], True)):
+            if isinstance(kept, fx.Node) and shape(kept) == shape(node) and _is_zero(other):
+                return kept, node.args[0], where
+    if op_name(node) == "mul":
+        for kept, mask in (node.args[:2], node.args[1::-1]):
+            if isinstance(kept, fx.Node) and isinstance(mask, fx.Node) and shape(kept) == shape(node):
+                source = _uncast(mask)
+                if dtype(source) == torch.bool:
+                    return kept, source, False
+    return None
+
+
+def _is_zero(value: object) -> bool:
+    if isinstance(value, fx.Node):
+        if op_name(value) in ("zeros_like", "zeros", "new_zeros", "_efficientzerotensor"):
+            return True
+        return op_name(value) in ("full", "full_like", "new_full", "scalar_tensor") and 0 in value.args[:2]
+    return value == 0 and not isinstance(value, bool)
+
+
+def _reduction(node: fx.Node, name: str, full: tuple[int, ...]) -> tuple[fx.Node, int] | None:
+    """`node` as a reduction over one dim of a tensor of shape `full`, broadcast back over it: (tensor, dim)."""
+    node = _unviewed(node)
+    squeezed = False
+    if op_name(node) == "unsqueeze":
+        squeezed, unsqueezed, node = True, arguments(node)["dim"], _uncast(views.source(node))
+    norm = name == "sum" and op_name(node) == "linalg_vector_norm" and arguments(node)["ord"] == 1
+    if op_name(node) not in (name, f"special_{name}") and not norm:
+        return None
+    values = arguments(node)
+    dims, keepdim = values.get("dim"), values.get("keepdim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1 or bool(keepdim) is squeezed:
+        return None
+    dim = int(dims[0]) % len(full)
+    if shape(views.source(node)) != full or (squeezed and unsqueezed % len(full) != dim):
+        return None
+    return views.source(node), dim
+
+
+def _unguarded(walk: Walk, total: fx.Node, weights: fx.Node) -> fx.Node:
+    """The sum behind a guard against dividing by zero that never acts: one of at least 1, as the row's largest is
+    exp(0), is not below a limit of at most 1, and does not change when less than a quarter of its rounding step is
+    added."""
+    guarded = _unviewed(total)
+    if op_name(guarded) not in ("add", "clamp", "clamp_min") or len(guarded.args) != 2:
+        return total
+    limit = walk.constant(guarded.args[1])
+    most = torch.finfo(dtype(guarded)).eps / 4 if op_name(guarded) == "add" else 1.0
+    exponent = _uncast(weights)
+    if limit is None or not 0 <= limit <= most or op_name(exponent) not in ("exp", "exp2"):
+        return total
+    shifted = _uncast(views.source(exponent))
+    if op_name(shifted) != "sub" or not isinstance(shifted.args[1], fx.Node):
+        return total
+    largest = _unviewed(shifted.args[1])
+    if op_name(largest) == "getitem":
+        largest = views.source(largest)
+    if op_name(largest) not in ("amax", "max") or _uncast(views.source(largest)) is not _uncast(views.source(shifted)):
+        return total
+    return views.source(guarded)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while views.keeps_values(node):
+        node = views.source(node)
+    return node
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    """Without casts, copies and the expand that broadcasts a row's number over the row."""
+    while views.keeps_values(node) or op_name(node) in views.EXPANDS:
+        node = views.source(node)
+    return node

@@ -1,0 +1,216 @@
+"""What may happen to the weights between the softmax and the product with the value, each undone by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.masks.read import MASKED
+from neuron_attn_rewrite.masks.tables import UNKNOWN, Table
+from neuron_attn_rewrite.patterns import views
+from neuron_attn_rewrite.patterns.axes import Dims, dim_size
+from neuron_attn_rewrite.patterns.peel import Factor, Scores, Walk, scaled_by_number
+from neuron_attn_rewrite.patterns.rules import Blocked, Rules
+from neuron_attn_rewrite.patterns.softmaxes import zeroed
+from neuron_attn_rewrite.reasons import Reason
+
+MOST_COMPARED = 2**24
+"""Elements up to which two masks are compared by value."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A tensor on the way from the softmax to the product with the value."""
+
+    node: fx.Node
+    dims: Dims
+    scores: Scores
+    """What they are the softmax of."""
+    has_sink: bool = False
+    """Whether the sink's column is still there."""
+    multiplier: float = 1.0
+    factors: tuple[Factor, ...] = ()
+    zeroed: frozenset[int] = frozenset()
+    """Positions in `scores.terms` of the masks whose hidden weights were set to zero once more."""
+
+    def to(self, node: fx.Node, dims: Dims | None = None) -> Weights:
+        return replace(self, node=node, dims=self.dims if dims is None else dims)
+
+
+WeightsRule: TypeAlias = Callable[[Walk, Weights, fx.Node], "Weights | None"]
+"""Reads the operator `user` on the weights as a step towards the product; None if it is another's."""
+
+WEIGHTS: Rules[WeightsRule] = Rules()
+
+
+def follow(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
+    """One step forward, to `user`.
+
+    Raises:
+        Blocked: no rule knows it.
+    """
+    dims = views.after(user, weights.dims)
+    if dims is not None:
+        return weights.to(user, dims)
+    step = WEIGHTS.ask(user, walk, weights, user)
+    if step is None:
+        raise Blocked(user)
+    assert isinstance(step, Weights)
+    return step
+
+
+@WEIGHTS(*views.DROPOUTS, "native_dropout")
+def _dropout(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
+    raise Blocked(user, Reason("dropout-active", "dropout is active"))
+
+
+@WEIGHTS("slice")
+def _without_sink(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """The slice that drops a sink's column."""
+    if not weights.has_sink:
+        return None
+    values, scores = arguments(user), weights.scores
+    on_keys = values["dim"] % len(weights.dims) == scores.key_dim
+    whole = shape(user)[scores.key_dim] == dim_size(scores.axes[scores.key_dim])
+    if not on_keys or values["start"] or values["step"] != 1 or not whole:
+        return None
+    return replace(weights.to(user, scores.axes), has_sink=False)
+
+
+@WEIGHTS("mul", "div")
+def _scale(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """A number or tensor that is the same for all keys moves to the output, one that is the same for all rows to the
+    value: which of the two is decided where the axes have names."""
+    scaled = scaled_by_number(walk.evaluator, user)
+    if scaled is not None:
+        return replace(weights.to(user), multiplier=weights.multiplier * scaled[1])
+    left, right = user.args[:2]
+    divides = op_name(user) == "div"
+    other = right if left is weights.node else left
+    if not is_tensor(other) or user.kwargs.get("rounding_mode") or weights.has_sink or left is right:
+        return None
+    assert isinstance(other, fx.Node)
+    if shape(user) != shape(weights.node) or (divides and left is not weights.node):
+        return None
+    repeated = _zeroed_again(walk, weights, user)
+    if repeated is not None:
+        return repeated
+    factor = Factor(other, views.broadcast(other, weights.dims), divides)
+    return replace(weights.to(user), factors=(*weights.factors, factor))
+
+
+@WEIGHTS("nan_to_num")
+def _nan_to_zero(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """A row of -inf scores gives NaN, and this zeros."""
+    return _safe(weights, user) if arguments(user)["nan"] in (None, 0) else None
+
+
+@WEIGHTS("where", "masked_fill")
+def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """Zeros for rows that see no key; or for the very keys that a mask hides, which changes such rows alone."""
+    cut = zeroed(user)
+    if cut is None or cut[0] is not weights.node:
+        return None
+    _, condition, where = cut
+    if where and (_is_nan(condition, weights.node) or _all_hidden(condition, weights)):
+        return _safe(weights, user)
+    if not where and _some_seen(condition, weights):
+        return _safe(weights, user)
+    again = _zeroed_again(walk, weights, user)
+    if again is None:
+        raise Blocked(user, Reason("order", "weights are set to zero after the softmax, without normalising again"))
+    return again
+
+
+def _safe(weights: Weights, user: fx.Node) -> Weights:
+    return replace(weights.to(user), scores=replace(weights.scores, safe=True))
+
+
+def _is_nan(condition: fx.Node, weights: fx.Node) -> bool:
+    name, given = op_name(condition), condition.args
+    return (name == "isnan" and given[0] is weights) or (name == "ne" and given[0] is weights is given[1])
+
+
+def _all_hidden(node: fx.Node, weights: Weights) -> bool:
+    """Whether a bool says of each row that all its scores are -inf."""
+    node = _plain(node)
+    if op_name(node) in ("logical_not", "bitwise_not"):
+        return _some_seen(views.source(node), weights)
+    if op_name(node) == "eq" and node.args[1] == float("-inf"):
+        largest = _plain(views.source(node))
+        return op_name(largest) == "amax" and _over_keys(largest, weights) and _is_scores(largest, weights)
+    return op_name(node) == "all" and _over_keys(node, weights) and _hidden(views.source(node), weights)
+
+
+def _some_seen(node: fx.Node, weights: Weights) -> bool:
+    node = _plain(node)
+    if op_name(node) in ("logical_not", "bitwise_not"):
+        return _all_hidden(views.source(node), weights)
+    return op_name(node) == "any" and _over_keys(node, weights) and _hidden(views.source(node), weights, seen=True)
+
+
+def _hidden(node: fx.Node, weights: Weights, seen: bool = False) -> bool:
+    """Whether a bool says of each score that it is -inf (or, with `seen`, that it isn't)."""
+    name = op_name(node)
+    if name in ("logical_not", "bitwise_not"):
+        return _hidden(views.source(node), weights, not seen)
+    if name == "isneginf":
+        return not seen and _is_scores(node, weights)
+    limit = node.args[1] if len(node.args) > 1 else None
+    return name == ("ne" if seen else "eq") and bool(limit == float("-inf")) and _is_scores(node, weights)
+
+
+def _is_scores(node: fx.Node, weights: Weights) -> bool:
+    return _plain(views.source(node)) is _plain(weights.scores.node)
+
+
+def _over_keys(node: fx.Node, weights: Weights) -> bool:
+    values = arguments(node)
+    dims = values["dim"] if isinstance(values.get("dim"), (list, tuple)) else [values.get("dim")]
+    rank = len(weights.dims)
+    return bool(values.get("keepdim")) and [d % rank for d in dims if d is not None] == [weights.scores.key_dim]
+
+
+def _plain(node: fx.Node) -> fx.Node:
+    while views.keeps_values(node):
+        node = views.source(node)
+    return node
+
+
+def _zeroed_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """The mask that hid some scores sets their weights, which are zero already, to zero: only empty rows change."""
+    cut = zeroed(user)
+    if cut is None or cut[0] is not weights.node:
+        return None
+    _, mask, where = cut
+    dims = views.broadcast(mask, weights.dims)
+    for i, term in enumerate(weights.scores.terms):
+        if term.kind == "add" or term.fill > MASKED or term.dims != dims:
+            continue
+        if _same_mask(walk, term.node, mask, negated=where != (term.kind == "hide")):
+            return replace(weights.to(user), zeroed=weights.zeroed | {i})
+    return None
+
+
+def _same_mask(walk: Walk, a: fx.Node, b: fx.Node, negated: bool) -> bool:
+    """Whether two bool tensors are equal for all inputs, by evaluation."""
+    if a is b:
+        return not negated
+    if prod(shape(a)) > MOST_COMPARED:
+        return False
+    one, two = walk.evaluator.table(a), walk.evaluator.table(b)
+    if not isinstance(one, Table) or not isinstance(two, Table) or {one.lo.dtype, two.lo.dtype} != {torch.bool}:
+        return False
+    lo, hi = (~two.lo, ~two.hi) if negated else (two.lo, two.hi)
+    known = bool((one.cell != UNKNOWN).all() and (two.cell != UNKNOWN).all())
+    return known and _equal(one.cell, two.cell) and _equal(one.lo, lo) and _equal(one.hi, hi)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool((a == b).all())
