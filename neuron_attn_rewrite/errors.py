@@ -25,3 +25,7 @@ class KernelError(RewriteError, RuntimeError):
 
 class RewriteWarning(UserWarning):
     """The rewrite succeeded, but something in it deserves to be read."""
+
+
+class SimulatorError(RewriteError, RuntimeError):
+    """A NKI kernel does what the documentation of NKI forbids, or what the simulator does not model."""
