@@ -90,7 +90,7 @@ def graft(module: fx.GraphModule, plans: Sequence[Plan]) -> list[Graft]:
 
 
 def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> None:
-    """Let the accepted grafts take over, and drop every node that nothing reads."""
+    """Let the accepted grafts take over, and drop every node that nothing reads. The module's code is not made anew."""
     for g in accepted:
         for user in list(g.plan.site.output.users):
             if user not in g.added:
@@ -98,7 +98,6 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> None:
         _allow_any_strides(g.result)
     eliminate_dead_code(module.graph)
     module.graph.lint()
-    module.recompile()
 
 
 def _allow_any_strides(node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace import Plan, commit, describe, graft
 from neuron_attn_rewrite.report.build import make_report, snapshot
+from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.verify import measure
@@ -48,17 +49,27 @@ def rewrite(
     """
     config = config or RewriteConfig()
     captured = capture(model, args, kwargs)
-    module = captured.module
+    report = rewrite_graph(captured.module, captured.inputs, config)
+    for text in report.warnings:
+        warnings.warn(text, RewriteWarning, stacklevel=2)
+    return RewrittenModule.wrap(captured.module, report)
+
+
+def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:
+    """Everything behind capture: `module` is a normalised graph of our own, and is changed.
+
+    Args:
+        module: as `capture.normalise` leaves it.
+        inputs: a value for each placeholder, to measure with; None without any.
+        config: see `RewriteConfig`.
+    """
     prover = Prover(module, config)
     plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
     before = snapshot(module.graph)
     grafts = graft(module, [p for p in plans if isinstance(p, Plan) and p.decision.kernel != NATIVE])
-    errors = measure(module, grafts, captured.inputs) if config.verify and captured.inputs is not None else {}
+    errors = measure(module, grafts, inputs) if config.verify and inputs is not None else {}
     commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.dtype)])
-    report = make_report(module.graph, before, plans, grafts, errors, config)
-    for text in report.warnings:
-        warnings.warn(text, RewriteWarning, stacklevel=2)
-    return RewrittenModule.wrap(module, report)
+    return make_report(module.graph, before, plans, grafts, errors, config)
 
 
 def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: RewriteConfig) -> Plan | UnknownAttention:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from neuron_attn_rewrite.kernels.simulator import active, run
 
 

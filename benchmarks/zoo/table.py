@@ -1,0 +1,98 @@
+"""What the results say, as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.zoo import tiny
+from benchmarks.zoo.examine import TOLERANCE
+
+Line = dict[str, Any]
+
+APART = {"weights-used": "weights returned or used elsewhere"}
+"""Attentions that no kernel can take over, by the code of the reason that keeps them."""
+
+
+def captures(lines: Iterable[Line]) -> list[tuple[Line, str, Line]]:
+    """Every line with each of its captures that worked."""
+    return [(line, p, c) for line in lines for p, c in line.get("captures", {}).items() if "failed" not in c]
+
+
+def wrong(capture: Line) -> dict[str, float]:
+    """The paddings with a wrong output, and its error."""
+    return {p: e for p, e in capture.get("error", {}).items() if not e <= TOLERANCE}
+
+
+def verdict(capture: Line) -> str:
+    """What is not as it should be, in words."""
+    said = [f"WRONG {p} {e:.0e}" for p, e in wrong(capture).items()]
+    if len(capture["sites"]) != capture["counted"]:
+        said.append(f"{capture['counted']} counted, {len(capture['sites'])} found")
+    kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
+    return "; ".join([*said, *(f"{times} kept: {reason}" for reason, times in kept.items())])
+
+
+def shares(lines: Iterable[Line]) -> dict[str, float]:
+    """Counts over all captures."""
+    worked = [c for _, _, c in captures(lines)]
+    sites = [s for c in worked for s in c["sites"]]
+    listed = sum(s["code"] in APART for s in sites)
+    counted = sum(c["counted"] for c in worked)
+    missing = sum(max(0, c["counted"] - len(c["sites"])) for c in worked)
+    return {
+        "counted": counted,
+        "explained": counted - missing,
+        "found": counted - missing - sum(not s["understood"] and s["code"] not in APART for s in sites),
+        "apart": listed,
+        "replaced": sum(s["replaced"] for s in sites),
+        "wrong": sum(bool(wrong(c)) for c in worked),
+    }
+
+
+def summary(lines: list[Line]) -> str:
+    """The numbers that matter, over all lines."""
+    n = shares(lines)
+    worked = [c for _, _, c in captures(lines)]
+    failed = Counter(line["failed"].split(":")[0] for line in lines if "failed" in line)
+    unseen = sum("failed" in c for line in lines for c in line.get("captures", {}).values())
+    cost = {k: sum(c["seconds"][k] for c in worked) for k in ("capture", "pass")}
+    ratios = sorted(c["seconds"]["pass"] / c["seconds"]["capture"] for c in worked)
+    blind = sum(len(c.get("blind", ())) for c in worked)
+
+    def share(part: float, of: float) -> str:
+        return f"{part:.0f} of {of:.0f} ({part / max(of, 1):.2%})"
+
+    rows = {
+        "architectures": len({line["model"] for line in lines}),
+        "... with each implementation": len(lines),
+        **{f"... {reason}": number for reason, number in failed.items()},
+        "captures": f"{len(worked)}, and {unseen} that failed",
+        "attentions counted while the models run": n["counted"],
+        "explained in the report": share(n["explained"], n["counted"]),
+        "found and understood": share(n["found"], n["counted"]),
+        "weights returned as well, listed apart": n["apart"],
+        "proven and replaced, of the others": share(n["replaced"], n["counted"] - n["apart"]),
+        "graphs with a wrong output": n["wrong"],
+        "replaced attentions whose mask the inputs do not test": blind,
+        "seconds of capture, pass": ", ".join(f"{v:.0f}" for v in cost.values()),
+        "pass / capture: median, 95 %, largest": ", ".join(
+            f"{ratios[int(q * (len(ratios) - 1))]:.2f}" for q in (0.5, 0.95, 1.0) if ratios
+        ),
+    }
+    head = f"**{tiny.version()}**\n\n| | |\n|---|---|"
+    return "\n".join([head, *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def table(lines: list[Line]) -> str:
+    """The summary, and a line for each capture at which something is left."""
+    left: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        said = {p: c["failed"] if "failed" in c else verdict(c) for p, c in line.get("captures", {}).items()}
+        for what in dict.fromkeys([line.get("failed", ""), *said.values()]):
+            if what:
+                left.setdefault((line["model"], what), []).append(line["attention"])
+    rows = [f"| {model} | {', '.join(dict.fromkeys(how))} | {what} |" for (model, what), how in left.items()]
+    return "\n".join([summary(lines), "", "| model | attention | what is left |\n|---|---|---|", *rows, ""])
