@@ -72,7 +72,7 @@ def main() -> int:
     prompt = text[:, : LENGTH - NEW_TOKENS]
 
     with console.status("Capturing, proving, replacing, verifying"):
-        rewritten = rewrite(model, (text,), config=RewriteConfig(target="trn2"))
+        rewritten = rewrite(model, (text,), config=RewriteConfig(target="trn2", policy="sdk"))
     console.print(str(rewritten.report), markup=False, soft_wrap=True)
     checks = is_as_expected(rewritten.report)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from neuron_attn_rewrite.errors import ConfigError
+from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.strategy.tables import SDKS, Rule
 
 TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -22,14 +24,17 @@ CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         "target": ("trn1", "inf2", "trn2", "trn3"),
         "lnc": (None, 1, 2),
-        "policy": ("sdk", "always"),
-        "sdk": ("2.26", "2.29"),
+        "policy": ("profitable", "sdk", "always"),
+        "sdk": SDKS,
+        "attn_kernel_enabled": (None, True, False),
+        "strided_context_parallel": (True, False),
         "padding": ("exact", "right"),
         "empty_rows": ("exact", "any"),
         "weights": ("native", "beside"),
         "verify": (True, False),
     }
 )
+KERNEL_NAMES = ("flash_fwd", *vendor.ADAPTERS)
 TWO_CORE_TARGETS = ("trn2", "trn3")
 
 
@@ -45,10 +50,29 @@ class RewriteConfig:
     """Hardware: "trn1", "inf2", "trn2" or "trn3"."""
     lnc: int | None = None
     """Physical cores in a logical NeuronCore, 1 or 2; None takes the target's default (2 on trn2 and trn3)."""
-    policy: str = "sdk"
-    """"sdk" follows the rule table of the SDK generation, "always" takes a kernel at every legal site."""
+    policy: str = "profitable"
+    """"profitable" takes a kernel where the cost model predicts that it is faster, "sdk" follows the rule table of an
+    SDK release, "always" takes a kernel at every legal site."""
     sdk: str = "2.29"
-    """The generation whose rule table `policy="sdk"` follows: "2.26" or "2.29"."""
+    """The release whose rule table `policy="sdk"` follows and whose kernels are meant: "2.26" to "2.32"."""
+    attn_kernel_enabled: bool | None = None
+    """As in NxD Inference, for its rule table: True also takes 512 to 4095 tokens on LNC 1, False takes no kernel."""
+    table: tuple[Rule | Mapping[str, Any], ...] = field(default=(), hash=False)
+    """A rule table in place of the SDK's: rows, or plain data with the fields of `strategy.tables.Rule`."""
+    kernels: tuple[str, ...] = ()
+    """Kernels that may be used: "flash_fwd" (ours) and those of `kernels.vendor.ADAPTERS`. Empty means ours and those
+    of the SDK that is installed where the rewrite runs."""
+    sites: Mapping[str, FlashAttentionStrategy | str] = field(default_factory=dict, hash=False)
+    """Overrides by module path, e.g. {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or a kernel's name.
+    The first pattern that fits counts; a kernel that can't compute the site is refused all the same."""
+    profile: str | None = None
+    """A file of measured times, which replace the cost model's where they are."""
+    cp_degree: int = 1
+    """Ranks among which the query rows are split, where the graph is one rank's."""
+    cp_rank: int = 0
+    """The rank whose graph this is."""
+    strided_context_parallel: bool = False
+    """Whether rank r holds the rows r, r + cp_degree, ... and not a contiguous part."""
     strategy: FlashAttentionStrategy | None = None
     """Force one strategy on every site at which it is legal."""
     padding: str = "exact"
@@ -74,10 +98,6 @@ class RewriteConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.policy == "profitable":
-            raise ConfigError(
-                'RewriteConfig.policy="profitable" needs a cost model, which is not there yet: use "sdk" or "always".'
-            )
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
@@ -95,6 +115,27 @@ class RewriteConfig:
                 raise ConfigError(
                     f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number in (0, 1)."
                 )
+        unknown = [name for name in self.kernels if name not in KERNEL_NAMES]
+        if unknown or isinstance(self.kernels, str):
+            raise ConfigError(
+                f"RewriteConfig.kernels={self.kernels!r}: give a tuple of names among {', '.join(KERNEL_NAMES)}."
+            )
+        for pattern, wish in self.sites.items():
+            if not isinstance(wish, FlashAttentionStrategy) and wish not in KERNEL_NAMES:
+                raise ConfigError(
+                    f"RewriteConfig.sites[{pattern!r}]={wish!r}: give a FlashAttentionStrategy, or a kernel among "
+                    f"{', '.join(KERNEL_NAMES)}."
+                )
+        if not (isinstance(self.cp_degree, int) and self.cp_degree >= 1 and 0 <= self.cp_rank < self.cp_degree):
+            raise ConfigError(
+                f"RewriteConfig.cp_degree={self.cp_degree!r}, cp_rank={self.cp_rank!r}: "
+                "the rank must lie in [0, cp_degree)."
+            )
+        if self.strided_context_parallel and self.cp_degree == 1:
+            raise ConfigError("RewriteConfig.strided_context_parallel=True needs cp_degree > 1.")
+        rows = tuple(row if isinstance(row, Rule) else Rule.read(row) for row in self.table)
+        object.__setattr__(self, "table", rows)
+        object.__setattr__(self, "kernels", tuple(self.kernels))
         object.__setattr__(self, "tolerances", {**TOLERANCES, **self.tolerances})
 
     @property

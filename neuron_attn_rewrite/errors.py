@@ -23,6 +23,10 @@ class KernelError(RewriteError, RuntimeError):
     """A kernel was to be launched that is not there."""
 
 
+class DeviceError(RewriteError, RuntimeError):
+    """Something is to run on a Neuron device, and there is none."""
+
+
 class RewriteWarning(UserWarning):
     """The rewrite succeeded, but something in it deserves to be read."""
 

@@ -194,6 +194,55 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         ),
         "scale-not-finite": Entry("kernel", "The scale is infinite or not a number.", _LEFT + "Correct the scale."),
         "softcap-sign": Entry("kernel", "The softcap is not positive.", _LEFT + "Correct the softcap."),
+        "kernel-target": Entry(
+            "kernel",
+            "The kernel does not run on this hardware.",
+            _LEFT + "Set target to the hardware that is meant, or allow another kernel by kernels=.",
+        ),
+        "kernel-sdk": Entry(
+            "kernel",
+            "The kernel does not come with this release of the SDK.",
+            _LEFT + "Set sdk to the installed release, or allow another kernel by kernels=.",
+        ),
+        "kernel-size": Entry(
+            "kernel",
+            "A length, or a number of heads, is outside of what the kernel takes.",
+            _LEFT + "The report says the limit; another kernel may take it (kernels=).",
+        ),
+        "kernel-mask": Entry(
+            "kernel",
+            "The kernel has no such mask.",
+            _LEFT + "Allow another kernel by kernels=: flash_fwd takes every mask that can be proven.",
+        ),
+        "kernel-bias": Entry(
+            "kernel",
+            "The kernel takes no bias of this form.",
+            _LEFT + "Allow another kernel by kernels=: flash_fwd takes every bias.",
+        ),
+        "kernel-softcap": Entry(
+            "kernel",
+            "The kernel has no softcap.",
+            _LEFT + "Allow flash_fwd by kernels=: no kernel of the SDK has one.",
+        ),
+        "kernel-sink": Entry(
+            "kernel",
+            "The kernel takes no sinks.",
+            _LEFT + "Allow another kernel by kernels=: flash_fwd and attention_cte take them.",
+        ),
+        "bridge": Entry(
+            "choice",
+            "Operands are brought into the kernel's form by a step that changes no number.",
+            "Nothing to do. Another kernel may need fewer such steps (kernels=).",
+        ),
+        "cost": Entry(
+            "choice",
+            "The cost model, or a measured profile, compared the kernel with the native operators.",
+            'To take a kernel wherever one is legal, set policy="always"; to follow the SDK\'s table, policy="sdk"; '
+            "to decide by your own device, measure a profile.",
+        ),
+        "site-override": Entry(
+            "choice", "A strategy or a kernel was set for this site.", "To let the policy choose, take it out of sites."
+        ),
         "sdk-rule": Entry(
             "choice",
             "A row of the SDK's rule table decided.",

@@ -134,6 +134,7 @@ class _Emitter:
             "empty_rows": "mean" if proof.empty_rows is EmptyRows.MEAN else None,
             "strategy": decision.strategy.name,
             "lnc": decision.lnc,
+            "kernel": decision.kernel,
         }
         result = self._insert(
             output.next,

@@ -81,7 +81,7 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
         return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config))
     problem = describe(site, proof)
     shared = _shared(site, config)
-    decision = _native(shared, config) if shared else choose(problem, config)
+    decision = _native(shared, config) if shared else choose(problem, config, site.name)
     return Plan(site, proof, problem, replace(decision, reasons=(*proof.reasons, *decision.reasons)))
 
 

@@ -1,24 +1,28 @@
-"""Which kernel computes a site: first whether one can, then whether the policy wants it."""
+"""Which kernel computes a site: first which can, then what the policy wants, then which is fastest."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 import torch
 
-from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.config import TOLERANCES, RewriteConfig
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.strategy import cost, profile
+from neuron_attn_rewrite.strategy.cost import Time
+from neuron_attn_rewrite.strategy.legality import DTYPES, OURS, Clause, Setting, bridged, broken, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.strategy.tables import TABLES, is_causal_window
+from neuron_attn_rewrite.strategy.tables import NOTES, Case, Rule, first, is_causal_window, is_masked, table
 
 NATIVE = "native"
 """The kernel of a site that stays as it was."""
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNTRIED = 1.25
+"""Our own kernel has run on a simulator only: the SDK's is taken unless ours is predicted to be faster by more."""
 
 NONE, UNSHARDED, SHARDED, CONTEXT_PARALLEL, STRIDED_CONTEXT_PARALLEL, SLIDING_WINDOW = FlashAttentionStrategy
 CORES = {UNSHARDED: 1, SHARDED: 2}
@@ -31,117 +35,189 @@ class Decision:
 
     strategy: FlashAttentionStrategy
     kernel: str
-    """The op in `torch.ops.neuron_attn`, or `NATIVE`."""
+    """What the op launches: our `flash_fwd`, a name in `kernels.vendor.ADAPTERS`, or `NATIVE`."""
     lnc: int
     """Physical cores that one call runs on."""
     reasons: tuple[Reason, ...]
     """Every rule that spoke, in order."""
 
 
-@dataclass(frozen=True)
-class Clause:
-    """One thing that a kernel or a strategy demands."""
-
-    code: str
-    """The code of the reason that a broken demand is."""
-    demand: str
-    """In words, with the fields of the problem as {p.name}."""
-    holds: Callable[[AttentionProblem, int], bool]
-    """Tests the problem and the physical cores in a logical NeuronCore."""
-
-
-KERNELS: Mapping[str, tuple[Clause, ...]] = MappingProxyType(
-    {
-        "flash_fwd": (
-            Clause(
-                "size-zero",
-                "no size may be 0",
-                lambda p, _: 0 not in (p.batch, p.num_kv_heads, p.q_len, p.kv_len, p.head_dim, p.v_head_dim),
+def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, Clause]:
+    """What some strategies demand on top of what kernels do."""
+    degree, rank = config.cp_degree, config.cp_rank
+    ranks = f"needs cp_degree > 1 and this rank's rows, and cp_degree is {degree}, cp_rank {rank}, the mask {{p.mask}}"
+    return MappingProxyType(
+        {
+            SHARDED: Clause("strategy-illegal", "SHARDED_KERNEL needs LNC 2", lambda _, s: s.cores == 2),
+            SLIDING_WINDOW: Clause(
+                "strategy-illegal",
+                "SLIDING_WINDOW_KERNEL needs a causal window, and the mask is {p.mask}",
+                lambda p, _: is_causal_window(p),
             ),
-            Clause(
-                "head-groups",
-                "num_heads {p.num_heads} must be a multiple of num_kv_heads {p.num_kv_heads}",
-                lambda p, _: p.num_heads % p.num_kv_heads == 0,
+            CONTEXT_PARALLEL: Clause(
+                "strategy-illegal",
+                f"CONTEXT_PARALLEL_KERNEL {ranks}",
+                lambda p, _: degree > 1 and _is_rank(p, degree, p.mask.band.upper == rank * p.q_len),
             ),
-            Clause(
-                "head-dim",
-                f"head_dim {{p.head_dim}} must be at most {MAX_HEAD_DIM}",
-                lambda p, _: p.head_dim <= MAX_HEAD_DIM,
+            STRIDED_CONTEXT_PARALLEL: Clause(
+                "strategy-illegal",
+                f"STRIDED_CONTEXT_PARALLEL_KERNEL {ranks}",
+                lambda p, _: degree > 1 and _is_rank(p, degree, _is_strided(p, degree, rank)),
             ),
-            Clause(
-                "head-dim",
-                f"v_head_dim {{p.v_head_dim}} must be at most {MAX_HEAD_DIM}",
-                lambda p, _: p.v_head_dim <= MAX_HEAD_DIM,
-            ),
-            Clause(
-                "dtype",
-                f"dtype {{p.dtype}} must be one of {', '.join(map(str, DTYPES))}",
-                lambda p, _: p.dtype in DTYPES,
-            ),
-            Clause("scale-not-finite", "scale {p.scale} must be finite", lambda p, _: math.isfinite(p.scale)),
-            Clause(
-                "softcap-sign", "softcap {p.softcap} must be positive", lambda p, _: p.softcap is None or p.softcap > 0
-            ),
-            Clause(
-                "empty-rows",
-                "a query that sees no key must give zeros or the mean of all values, and here gives neither; "
-                'empty_rows="any" or padding="right" says that such rows do not matter',
-                lambda p, _: p.empty_rows is not EmptyRows.OTHER,
-            ),
-        )
-    }
-)
-"""What each kernel demands of a problem."""
-
-STRATEGIES: Mapping[FlashAttentionStrategy, Clause] = MappingProxyType(
-    {
-        SHARDED: Clause("strategy-illegal", "SHARDED_KERNEL needs LNC 2", lambda _, cores: cores == 2),
-        SLIDING_WINDOW: Clause(
-            "strategy-illegal",
-            "SLIDING_WINDOW_KERNEL needs a causal window, and the mask is {p.mask}",
-            lambda p, _: is_causal_window(p),
-        ),
-        CONTEXT_PARALLEL: Clause("strategy-illegal", "CONTEXT_PARALLEL_KERNEL needs several ranks", lambda *_: False),
-        STRIDED_CONTEXT_PARALLEL: Clause(
-            "strategy-illegal", "STRIDED_CONTEXT_PARALLEL_KERNEL needs several ranks", lambda *_: False
-        ),
-    }
-)
-"""What some strategies demand on top."""
+        }
+    )
 
 
-def broken(clauses: Iterable[Clause], problem: AttentionProblem, cores: int) -> Reason | None:
-    """The first demand that the problem breaks; None without one."""
-    return next((Reason(c.code, c.demand.format(p=problem)) for c in clauses if not c.holds(problem, cores)), None)
+def _is_rank(problem: AttentionProblem, degree: int, rows_are_its: bool) -> bool:
+    """The queries are one rank's part, the keys are all of them."""
+    return problem.kv_len == problem.q_len * degree and rows_are_its
 
 
-def choose(problem: AttentionProblem, config: RewriteConfig) -> Decision:
-    """The kernel and strategy for a problem. What no kernel can compute stays native, whatever the policy."""
-    cores, kernel = config.logical_cores, "flash_fwd"
-    illegal = broken(KERNELS[kernel], problem, cores)
-    if illegal:
-        return Decision(NONE, NATIVE, cores, (illegal.behind(f"{kernel}: "),))
-    strategy, reasons = _forced(problem, config) if config.strategy else _by_policy(problem, config)
+def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
+    """Row i is token `i * degree + rank`, and sees itself and what is before it."""
+    ends = torch.arange(problem.q_len) * degree + rank + 1
+    rows = problem.mask.rows(problem.q_len, problem.kv_len)
+    return bool((rows[:, 0] == 0).all() and (rows[:, 1] == ends).all())
+
+
+def choose(problem: AttentionProblem, config: RewriteConfig, name: str = "") -> Decision:
+    """The kernel and strategy for a problem at the site `name`. What no kernel can compute stays native, always."""
+    cores = config.logical_cores
+    able, refused = candidates(problem, config)
+    wish = next((wish for pattern, wish in config.sites.items() if fnmatchcase(name, pattern)), None)
+    if isinstance(wish, str):
+        able, refused = {k: v for k, v in able.items() if k == wish}, {k: v for k, v in refused.items() if k == wish}
+    if not able:
+        return Decision(NONE, NATIVE, cores, tuple(refused.values()))
+    if isinstance(wish, FlashAttentionStrategy):
+        strategy, reasons = _asked(wish, problem, config, Reason("site-override", f"{wish.name} is set for this site"))
+    elif config.strategy:
+        forced = Reason("strategy-forced", f"strategy {config.strategy.name} is forced")
+        strategy, reasons = _asked(config.strategy, problem, config, forced)
+    elif wish == OURS or isinstance(wish, str):
+        strategy, reasons = _plain(problem, config), (Reason("site-override", f"{wish} is set for this site"),)
+    else:
+        strategy, reasons = _by_policy(problem, config, able)
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
-    return Decision(strategy, kernel, CORES.get(strategy, cores), reasons)
+    kernel = fastest(able, problem, config)
+    others = tuple(refused.values()) if kernel == OURS else bridged(kernel, problem, able[kernel])
+    return Decision(strategy, kernel, CORES.get(strategy, cores), (*reasons, *others))
 
 
-def _forced(problem: AttentionProblem, config: RewriteConfig) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
-    assert config.strategy is not None
-    demands = [STRATEGIES[config.strategy]] if config.strategy in STRATEGIES else []
-    illegal = broken(demands, problem, config.logical_cores)
-    forced = Reason("strategy-forced", f"strategy {config.strategy.name} is forced")
-    return (NONE, (illegal,)) if illegal else (config.strategy, (forced,))
+def candidates(problem: AttentionProblem, config: RewriteConfig) -> tuple[dict[str, Setting], dict[str, Reason]]:
+    """The kernels that can compute the problem, and why the others can't.
+
+    Without `config.kernels` these are ours and those of the installed SDK.
+    """
+    able, refused = {}, {}
+    for name in config.kernels or (OURS, *vendor.installed()):
+        setting = setting_of(name, config)
+        reason = illegal(name, problem, setting)
+        if reason is None:
+            able[name] = setting
+        else:
+            refused[name] = reason
+    return able, refused
 
 
-def _by_policy(problem: AttentionProblem, config: RewriteConfig) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
-    cores = config.logical_cores
-    rule = next(rule for rule in TABLES[config.sdk] if rule.holds(problem, cores))
-    reason = Reason("sdk-rule", f"{rule.when}, here {problem.q_len}: {rule.strategy.name} ({rule.source})")
-    if config.policy == "sdk" or rule.strategy is not NONE:
-        return rule.strategy, (reason,)
-    window = config.sdk == "2.26" and is_causal_window(problem)
-    strategy = SLIDING_WINDOW if window else SHARDED if cores == 2 else UNSHARDED
-    always = Reason("policy-always", f'policy "always": {strategy.name} at every legal site')
-    return strategy, (reason, always)
+def setting_of(name: str, config: RewriteConfig) -> Setting:
+    """Where the kernel would run, and the build of it that is installed."""
+    adapter = vendor.find(name)
+    loose = frozenset(d for d in DTYPES if config.tolerance(d) >= TOLERANCES[torch.bfloat16])
+    return Setting(config.target, config.logical_cores, config.sdk, adapter.parameters if adapter else None, loose)
+
+
+def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig) -> Time:
+    """What a kernel, or the native operators, take: measured where the profile has it, else by the model."""
+    target, cores = config.target, config.logical_cores
+    measured = profile.read(config.profile).time(kernel, problem, target, cores) if config.profile else None
+    if measured:
+        return measured
+    if kernel == NATIVE:
+        return cost.native_time(problem, target, cores)
+    return cost.kernel_time(kernel, problem, target, cores)
+
+
+def fastest(able: Mapping[str, Setting], problem: AttentionProblem, config: RewriteConfig) -> str:
+    """The kernel that is predicted to be fastest."""
+    if len(able) == 1:
+        return next(iter(able))
+    return min(able, key=lambda k: time_of(k, problem, config).micros * (UNTRIED if k == OURS else 1))
+
+
+def _asked(
+    strategy: FlashAttentionStrategy, problem: AttentionProblem, config: RewriteConfig, reason: Reason
+) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
+    clause = strategy_clauses(config).get(strategy)
+    no = clause and broken([clause], problem, Setting(config.target, config.logical_cores))
+    return (NONE, (no,)) if no else (strategy, (reason,))
+
+
+def _plain(problem: AttentionProblem, config: RewriteConfig) -> FlashAttentionStrategy:
+    """The strategy of a call that nothing special is asked of."""
+    parallel = STRIDED_CONTEXT_PARALLEL if config.strided_context_parallel else CONTEXT_PARALLEL
+    if config.cp_degree > 1 and strategy_clauses(config)[parallel].holds(problem, Setting()):
+        return parallel
+    by_name = any(
+        rule.strategy is SLIDING_WINDOW and rule.targets in ((), (config.target,)) for rule in table(config.sdk)
+    )
+    if by_name and is_causal_window(problem):
+        return SLIDING_WINDOW
+    return SHARDED if config.logical_cores == 2 else UNSHARDED
+
+
+def case_of(problem: AttentionProblem, config: RewriteConfig) -> Case:
+    """The problem as a rule table sees it."""
+    return Case(
+        q_len=problem.q_len,
+        head_dim=problem.head_dim,
+        masked=is_masked(problem),
+        window=is_causal_window(problem),
+        lnc=config.logical_cores,
+        target=config.target,
+        enabled=config.attn_kernel_enabled,
+        cp_degree=config.cp_degree,
+        strided=config.strided_context_parallel,
+    )
+
+
+def by_table(problem: AttentionProblem, config: RewriteConfig) -> tuple[FlashAttentionStrategy, Reason]:
+    """What the rule table says, and its row."""
+    rows = [row for row in config.table if isinstance(row, Rule)] or table(config.sdk)
+    rule = first(rows, case_of(problem, config))
+    if rule is None:
+        return NONE, Reason("sdk-rule", f"no row of the given table fits q_len {problem.q_len}")
+    error = f", where it raises {rule.error}" if rule.error else ""
+    words = f"{rule.when}, here {problem.q_len}: {rule.strategy.name}{error} ({rule.source})"
+    return rule.strategy, Reason("sdk-rule", words)
+
+
+def notes(problem: AttentionProblem, config: RewriteConfig) -> tuple[str, ...]:
+    """What NxD Inference would get wrong, or raise, if its table takes a kernel here."""
+    case = case_of(problem, config)
+    return tuple(f"{note.words} ({note.source})" for note in NOTES if note.holds(problem, case))
+
+
+def _by_policy(
+    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting]
+) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
+    if config.policy == "profitable":
+        return _profitable(problem, config, able)
+    strategy, row = by_table(problem, config)
+    if strategy is not NONE:
+        return _asked(strategy, problem, config, row)
+    if config.policy == "sdk":
+        return NONE, (row,)
+    strategy = _plain(problem, config)
+    return strategy, (row, Reason("policy-always", f'policy "always": {strategy.name} at every legal site'))
+
+
+def _profitable(
+    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting]
+) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
+    kernel = fastest(able, problem, config)
+    ours, native = time_of(kernel, problem, config), time_of(NATIVE, problem, config)
+    measured = "measured" if ours.because == native.because == "a measurement" else "predicted"
+    reason = Reason("cost", f"{kernel} is {measured} at {cost.ratio_words(problem, ours, native)}")
+    return (_plain(problem, config) if ours.micros < native.micros else NONE), (reason,)
