@@ -1,16 +1,32 @@
-"""Writes the pages that are made from the code: `python -m docs.generate`.
+"""Writes what is made from the code: `python -m docs.generate`.
 
 The tests call `pages` and compare, so a page that is out of date fails there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ast
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import neuron_attn_rewrite
 from neuron_attn_rewrite.reasons import REASONS, TOPICS
+from neuron_attn_rewrite.report.codec import schema
 
 HERE = Path(__file__).parent
+PACKAGE = Path(neuron_attn_rewrite.__file__).parent
+DESCRIBED = ("report/model.py", "masks/spec.py")
+"""Modules whose dataclasses are in the schema of the report."""
+
+
+def pages() -> dict[Path, str]:
+    """What each generated file should hold."""
+    described = {name: words for module in DESCRIBED for name, words in docstrings(PACKAGE / module).items()}
+    return {
+        HERE / "troubleshooting.md": troubleshooting(),
+        PACKAGE / "report" / "schema.json": json.dumps(schema(described), indent=1) + "\n",
+    }
 
 
 def troubleshooting() -> str:
@@ -32,9 +48,22 @@ def troubleshooting() -> str:
     return "\n".join(lines()) + "\n"
 
 
-def pages() -> dict[Path, str]:
-    """What each generated page should hold."""
-    return {HERE / "troubleshooting.md": troubleshooting()}
+def docstrings(path: Path) -> dict[str, Mapping[str, str]]:
+    """For each class of a module its docstring (under "") and those below its fields, in one line each."""
+    classes = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            words = {"": ast.get_docstring(node) or ""}
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    text = (
+                        below.value.value
+                        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                        else ""
+                    )
+                    words[field.target.id] = str(text)
+            classes[node.name] = {name: " ".join(text.split()) for name, text in words.items() if text}
+    return classes
 
 
 if __name__ == "__main__":

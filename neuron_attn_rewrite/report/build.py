@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import fx
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.prove import Proof
-from neuron_attn_rewrite.patterns.site import UnknownAttention
+from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace import Graft, Plan
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
+from neuron_attn_rewrite.strategy.choose import NATIVE
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+MOST_NODES = 48
+"""How far a kept attention is followed back."""
 
 
-def snapshot(graph: fx.Graph) -> dict[str, list[str]]:
-    """What each node reads, by name: outlives the nodes."""
-    return {node.name: [n.name for n in node.all_input_nodes] for node in graph.nodes}
+def snapshot(graph: fx.Graph) -> dict[str, NodeReport]:
+    """What each node is and reads, by name and in order: outlives the nodes."""
+    return {node.name: describe_node(node) for node in graph.nodes}
 
 
 def make_report(
     graph: fx.Graph,
-    before: Mapping[str, Sequence[str]],
+    before: Mapping[str, NodeReport],
     plans: Sequence[Plan | UnknownAttention],
     grafts: Sequence[Graft],
     errors: Mapping[Graft, float],
     config: RewriteConfig,
 ) -> RewriteReport:
-    """One line for each site, in the order of the graph."""
-    present = {node.name for node in graph.nodes}
-    gone = set(before) - present
-    read = {name for inputs in before.values() for name in inputs}
+    """One line for each site, in the order of the graph. Linear in the size of the graph."""
+    present = {node.name: node for node in graph.nodes}
+    position = {name: i for i, name in enumerate(before)}
+    gone = set(before) - set(present)
+    users: dict[str, list[str]] = {name: [] for name in before}
+    for node in before.values():
+        for name in node.inputs:
+            users[name].append(node.name)
+    made = {id(g.plan): g for g in grafts}
     sites = []
     for plan in plans:
         if isinstance(plan, UnknownAttention):
-            sites.append(SiteReport(plan.name, plan.pattern, reasons=(plan.reason,)))
+            old = _around(plan.anchor.name, before, users)
+            sites.append(
+                SiteReport(
+                    plan.name,
+                    plan.pattern,
+                    *source_of(plan.anchor),
+                    reasons=(plan.reason,),
+                    before=_part(old, before, position, dict.fromkeys(old, "kept")),
+                )
+            )
             continue
-        made = next((g for g in grafts if g.plan is plan), None)
-        added = tuple(n.name for n in made.added if n.name in present) if made else ()
-        removed = _reached(plan.site.output.name, before, gone) if made and made.result.name in present else ()
-        gone -= set(removed)
-        sites.append(_site(plan, made, added if removed else (), removed, errors, config))
+        graft = made.get(id(plan))
+        named = _operands(plan.site)
+        if graft is not None and graft.result.name in present:
+            roles = _removed(plan.site, before, gone)
+            gone -= set(roles)
+            new = {n.name: n for n in graft.added if n.name in present}
+            operands = {i.name: i for n in new.values() for i in n.all_input_nodes if i.name not in new}
+            after = tuple(replace(describe_node(n), role=named.get(n.name, "operand")) for n in operands.values())
+            after += tuple(replace(describe_node(n), role="added") for n in new.values())
+        else:
+            roles, after = _kept(plan.site, before), ()
+        sites.append(_site(plan, graft, _part(roles, before, position, named | roles), after, errors, config))
     return RewriteReport(
         sites=tuple(sites),
         target=config.target,
@@ -50,41 +83,104 @@ def make_report(
         nodes_before=len(before),
         nodes_after=len(present),
         unused_inputs=tuple(
-            n.name for n in graph.find_nodes(op="placeholder") if tensor(n) is not None and n.name not in read
+            n.name for n in graph.find_nodes(op="placeholder") if tensor(n) is not None and not users[n.name]
         ),
+        made_with=f"neuron_attn_rewrite {_version()}, torch {torch.__version__}",
     )
 
 
-def _reached(start: str, before: Mapping[str, Sequence[str]], gone: set[str]) -> tuple[str, ...]:
-    """The removed nodes on which `start` depended through removed nodes alone, in the order of the graph."""
-    reached, stack = set(), [start]
-    while stack:
-        name = stack.pop()
-        if name in gone and name not in reached:
+def _version() -> str:
+    try:
+        return version("neuron-attn-rewrite")
+    except PackageNotFoundError:  # used from a source tree that is not installed
+        return "unknown"
+
+
+# Which nodes belong to a site
+
+
+def _walk(
+    start: str, next_of: Callable[[str], Sequence[str]], enter: Callable[[str], bool], limit: int | None = None
+) -> set[str]:
+    """Everything that can be reached through nodes that may be entered, the nearest first."""
+    reached: set[str] = set()
+    waiting = deque([start])
+    while waiting and (limit is None or len(reached) < limit):
+        name = waiting.popleft()
+        if name not in reached and enter(name):
             reached.add(name)
-            stack += before[name]
-    return tuple(name for name in before if name in reached)
+            waiting += next_of(name)
+    return reached
+
+
+def _around(anchor: str, before: Mapping[str, NodeReport], users: Mapping[str, Sequence[str]]) -> set[str]:
+    """The operators next to a softmax that was not understood, on both sides of it."""
+
+    def is_call(name: str) -> bool:
+        return bool(before[name].call)
+
+    behind = _walk(anchor, lambda name: before[name].inputs, is_call, MOST_NODES // 4)
+    ahead = _walk(anchor, users.__getitem__, is_call, MOST_NODES // 8)
+    return behind | ahead
+
+
+def _removed(site: AttentionSite, before: Mapping[str, NodeReport], gone: Collection[str]) -> dict[str, str]:
+    """The removed nodes on which the output depended through removed nodes alone: "removed" or "mask"."""
+    terms = {term.node.name for term in site.terms}
+    everything = _walk(site.output.name, lambda name: before[name].inputs, lambda name: name in gone)
+    scores = _walk(site.output.name, lambda name: before[name].inputs, lambda name: name in gone and name not in terms)
+    return {name: "removed" if name in scores else "mask" for name in everything}
+
+
+def _kept(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, str]:
+    """The nodes between the operands and the output."""
+    operands = [site.query, site.key, site.value, *(f for f, _ in site.factors), *([site.sink] if site.sink else [])]
+    ends = {operand.node.name for operand in operands} | {term.node.name for term in site.terms}
+
+    def enter(name: str) -> bool:
+        return name not in ends and bool(before[name].call)
+
+    return dict.fromkeys(_walk(site.output.name, lambda name: before[name].inputs, enter, MOST_NODES), "kept")
+
+
+def _operands(site: AttentionSite) -> dict[str, str]:
+    """Which node is the query, the key and the value; left out where one node is several of them."""
+    pairs = [(site.query.node.name, "query"), (site.key.node.name, "key"), (site.value.node.name, "value")]
+    names = [name for name, _ in pairs]
+    return {name: role for name, role in pairs if names.count(name) == 1}
+
+
+def _part(
+    names: Iterable[str], before: Mapping[str, NodeReport], position: Mapping[str, int], roles: Mapping[str, str]
+) -> tuple[NodeReport, ...]:
+    """The named nodes and what they read, in the order of the graph."""
+    own = set(names)
+    shown = own | {i for name in own for i in before[name].inputs}
+    nodes = [before[name] for name in sorted(shown, key=position.__getitem__)]
+    return tuple(replace(n, role=roles.get(n.name, "operand")) for n in nodes)
 
 
 def _site(
     plan: Plan,
-    made: Graft | None,
-    added: tuple[str, ...],
-    removed: tuple[str, ...],
+    graft: Graft | None,
+    before: tuple[NodeReport, ...],
+    after: tuple[NodeReport, ...],
     errors: Mapping[Graft, float],
     config: RewriteConfig,
 ) -> SiteReport:
     site, proof, decision = plan.site, plan.proof, plan.decision
-    error = errors.get(made) if made else None
+    error = errors.get(graft) if graft else None
     reasons = decision.reasons
-    if made and not removed:
+    if graft and not after:
         limit = config.tolerance(site.dtype)
         words = f"put back: it differs by {error:.1e} of the largest output, more than {limit:g}"
         reasons += (Reason("put-back", words),)
-    kept = {} if removed else {"strategy": type(decision.strategy).NONE, "kernel": "native"}
+    source, source_code = source_of(site.anchor)
     return SiteReport(
         name=site.name,
         pattern=site.pattern,
+        source=source,
+        source_code=source_code,
         batch=site.batch,
         num_heads=site.num_heads,
         num_kv_heads=site.num_kv_heads,
@@ -98,9 +194,66 @@ def _site(
         sink=site.sink is not None,
         bias=plan.problem.bias_shape if plan.problem else None,
         mask=proof.mask if isinstance(proof, Proof) else proof,
+        strategy=decision.strategy if after else FlashAttentionStrategy.NONE,
+        kernel=decision.kernel if after else NATIVE,
         reasons=reasons,
-        removed_nodes=removed,
-        added_nodes=added,
+        before=before,
+        after=after,
         max_error=error,
-        **{"strategy": decision.strategy, "kernel": decision.kernel, **kept},  # type: ignore[arg-type]
     )
+
+
+# What is said of one node
+
+
+def describe_node(node: fx.Node) -> NodeReport:
+    """The node as data."""
+    value = tensor(node)
+    return NodeReport(
+        name=node.name,
+        call=_call(node) if node.op == "call_function" else "",
+        inputs=tuple(n.name for n in node.all_input_nodes),
+        shape=None if value is None else tuple(s if isinstance(s, int) else str(s) for s in value.shape),
+        dtype=None if value is None else value.dtype,
+    )
+
+
+def _call(node: fx.Node) -> str:
+    target: Any = node.target
+    is_op = isinstance(target, torch._ops.OpOverload)
+    name = f"torch.ops.{target}" if is_op else f"{target.__module__.lstrip('_')}.{target.__name__}"
+    given = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+    return f"{name}({', '.join(given)})"
+
+
+def _literal(value: Any) -> str:
+    """An argument as Python source, nodes by their names."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        items = ", ".join(map(_literal, value))
+        return f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})"
+    if isinstance(value, float):
+        return repr(value) if abs(value) < float("inf") else f"float('{value}')"
+    return f"torch.device('{value}')" if isinstance(value, torch.device) else repr(value)
+
+
+FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s*(?P<code>[^\n]*))?')
+TORCH = str(Path(torch.__file__).parent)
+
+
+def source_of(node: fx.Node) -> tuple[str, str]:
+    """The innermost line of the model's own code that made the node, as `path:line`, and what stands there."""
+    frames = list(FRAME.finditer(node.meta.get("stack_trace") or ""))
+    own = [f for f in frames if not f["path"].startswith((TORCH, "<"))] or frames
+    if not own:
+        return "", ""
+    return f"{_short(own[-1]['path'])}:{own[-1]['line']}", (own[-1]["code"] or "").strip()
+
+
+def _short(path: str) -> str:
+    """Without what differs from machine to machine: below site-packages or the working directory, else the name."""
+    if "site-packages/" in path:
+        return path.rpartition("site-packages/")[2]
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else Path(path).name

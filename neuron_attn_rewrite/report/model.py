@@ -1,17 +1,45 @@
-"""The report as data, and as text and JSON. It decides nothing: every word in it was a reason before."""
+"""The report as data. It decides nothing: every word in it was a reason before.
+
+How it is printed, drawn and compared stands in the modules beside this one; each method here only leads there.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields, replace
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node of the graph before or after."""
+
+    name: str
+    call: str
+    """The call as Python source, such as `torch.ops.aten.softmax.int(add, -1)`; "" for an input or a weight."""
+    inputs: tuple[str, ...] = ()
+    """Names of the nodes that it reads."""
+    shape: tuple[int | str, ...] | None = None
+    """None where the result is not one tensor."""
+    dtype: torch.dtype | None = None
+    role: str = "kept"
+    """What the node is to its attention. Its own: "kept", "added", "removed", or "mask" (removed, and there only to
+    make a mask). What it reads: "query", "key", "value", or "operand" for anything else."""
+
+    @property
+    def is_operand(self) -> bool:
+        return self.role in ("query", "key", "value", "operand")
+
+    @property
+    def op(self) -> str:
+        """The operator, such as `aten.softmax.int`; "" for an input or a weight."""
+        return self.call.partition("(")[0].removeprefix("torch.ops.")
 
 
 @dataclass(frozen=True)
@@ -22,6 +50,10 @@ class SiteReport:
     """Path of the module that computes it."""
     pattern: str
     """How it was written."""
+    source: str = ""
+    """The line of the model's own code, such as `transformers/models/llama/modeling_llama.py:205`; "" if unknown."""
+    source_code: str = ""
+    """What stands in that line."""
     batch: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
@@ -40,14 +72,49 @@ class SiteReport:
     kernel: str = "native"
     reasons: tuple[Reason, ...] = ()
     """Every rule that spoke, in order."""
-    removed_nodes: tuple[str, ...] = ()
-    added_nodes: tuple[str, ...] = ()
+    before: tuple[NodeReport, ...] = ()
+    """The attention as it was, with what it reads, in the order of the graph."""
+    after: tuple[NodeReport, ...] = ()
+    """What took its place, with what that reads; empty where nothing did."""
     max_error: float | None = None
     """Largest difference on the example inputs, relative to the largest magnitude; None if there was nothing to run."""
 
     @property
     def is_replaced(self) -> bool:
-        return bool(self.added_nodes)
+        return bool(self.after)
+
+    @property
+    def removed_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that are gone. What several sites shared counts for the first."""
+        return tuple(n.name for n in self.before if n.role in ("removed", "mask"))
+
+    @property
+    def added_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that are new."""
+        return tuple(n.name for n in self.after if n.role == "added")
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of the scores of all heads, [batch, num_heads, q_len, kv_len]: what a kernel never holds."""
+        if None in (self.batch, self.num_heads, self.q_len, self.kv_len, self.dtype):
+            return 0
+        return self.batch * self.num_heads * self.q_len * self.kv_len * self.dtype.itemsize  # type: ignore[operator,union-attr]
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of both products, hidden keys included."""
+        if not self.score_bytes:
+            return 0
+        pairs = self.score_bytes // self.dtype.itemsize  # type: ignore[union-attr]
+        return 2 * pairs * (self.head_dim + self.v_head_dim)  # type: ignore[operator]
+
+    @property
+    def visible(self) -> float:
+        """The part of all pairs of query and key that the proven mask lets see, from 0 to 1, without padding."""
+        if not isinstance(self.mask, MaskSpec) or not self.q_len or not self.kv_len:
+            return 1.0
+        first, end = self.mask.rows(self.q_len, self.kv_len).unbind(1)
+        return float((end - first).sum()) / (self.q_len * self.kv_len)
 
 
 @dataclass(frozen=True)
@@ -62,6 +129,8 @@ class RewriteReport:
     nodes_after: int
     unused_inputs: tuple[str, ...] = ()
     """Tensor inputs that the captured graph does not read: whatever is passed there changes nothing."""
+    made_with: str = ""
+    """Versions of this package and of torch."""
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -70,6 +139,11 @@ class RewriteReport:
     @property
     def kept(self) -> tuple[SiteReport, ...]:
         return tuple(site for site in self.sites if not site.is_replaced)
+
+    @property
+    def score_bytes_saved(self) -> int:
+        """Bytes of the score matrices that are no longer formed, summed over the replaced attentions."""
+        return sum(site.score_bytes for site in self.replaced)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -82,62 +156,96 @@ class RewriteReport:
         )
         return back + unused
 
+    def __str__(self) -> str:
+        return self.to_text(color=False)
+
+    def to_text(self, color: bool | None = None) -> str:
+        """The report for people. `color` None means: if standard output is a terminal and rich is installed."""
+        from neuron_attn_rewrite.report.text import to_text
+
+        return to_text(self, color)
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown table, for a pull request or a model card."""
+        from neuron_attn_rewrite.report.text import to_markdown
+
+        return to_markdown(self)
+
     def to_json(self) -> str:
-        """The whole report as a JSON object."""
-        data = _plain(self)
-        data["replaced"], data["kept"] = len(self.replaced), len(self.kept)
-        return json.dumps(data, indent=2)
+        """The whole report as JSON, by the schema in `report/schema.json`."""
+        from neuron_attn_rewrite.report.codec import to_json
+
+        return to_json(self)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> RewriteReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            InputError: the text is no report, or one of another version of the schema.
+        """
+        from neuron_attn_rewrite.report.codec import from_json
+
+        return from_json(text)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one self-contained page, written to `path` if one is given.
+
+        Raises:
+            RewriteError: jinja2 is not installed (extra `report`).
+        """
+        from neuron_attn_rewrite.report.html import to_html
+
+        page = to_html(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def to_dot(self) -> str:
+        """Before and after of each kind of site, as a graph for Graphviz."""
+        from neuron_attn_rewrite.report.drawing import to_dot
+
+        return to_dot(self)
+
+    def diff(self, other: RewriteReport) -> ReportDiff:
+        """What is different in `other`. The result is false if nothing is, and prints as text."""
+        from neuron_attn_rewrite.report.diff import diff
+
+        return diff(self, other)
+
+    def reproducer(self, site: SiteReport | str | int) -> str:
+        """A script that rebuilds one attention alone, with its shapes and its mask, and rewrites it.
+
+        Args:
+            site: one of `sites`, or its name, or its position.
+
+        Raises:
+            InputError: there is no such site.
+        """
+        from neuron_attn_rewrite.report.reproduce import reproducer
+
+        return reproducer(self, self._site(site))
+
+    def _site(self, site: SiteReport | str | int) -> SiteReport:
+        if isinstance(site, SiteReport):
+            return site
+        if isinstance(site, int) and -len(self.sites) <= site < len(self.sites):
+            return self.sites[site]
+        found = next((s for s in self.sites if s.name == site), None)
+        if found is None:
+            names = ", ".join(dict.fromkeys(s.name for s in self.sites)) or "none"
+            raise InputError(f"the report has no site {site!r}: its sites are {names}.")
+        return found
+
+
+@dataclass(frozen=True)
+class ReportDiff:
+    """What changed between two reports. False if nothing did; printed, one line for each kind of change."""
+
+    lines: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.replaced)} of {len(self.sites)} attentions replaced for {self.target} "
-            f"(LNC {self.lnc}, policy {self.policy}), {self.nodes_before} -> {self.nodes_after} nodes"
-        ]
-        for name in self.unused_inputs:
-            lines.append(f"input {name} is not read by the captured graph")
-        for _, group in groupby(self.sites, key=_what_matters):
-            lines += ["", *_text(list(group))]
-        return "\n".join(lines)
-
-
-def _what_matters(site: SiteReport) -> SiteReport:
-    """The site without what differs from layer to layer."""
-    reasons = tuple(Reason(r.code, r.split(" is a dense operand")[-1]) for r in site.reasons)
-    return replace(site, name="", removed_nodes=(), added_nodes=(), max_error=None, reasons=reasons)
-
-
-def _text(group: list[SiteReport]) -> list[str]:
-    site = group[0]
-    name = site.name if len(group) == 1 else f"{site.name} ... {group[-1].name}  ({len(group)} times)"
-    lines = [f"{'+' if site.is_replaced else '-'} {name}", f"    pattern   {site.pattern}"]
-    if site.q_len is not None:
-        query = [site.batch, site.num_heads, site.q_len, site.head_dim]
-        key = [site.batch, site.num_kv_heads, site.kv_len, site.head_dim]
-        value = "" if site.v_head_dim == site.head_dim else f", v_head_dim {site.v_head_dim}"
-        extras = [f"softcap {site.softcap:g}"] if site.softcap else []
-        extras += ["sink"] if site.sink else []
-        extras += [f"bias {list(site.bias)}"] if site.bias else []
-        kind = str(site.dtype).removeprefix("torch.")
-        lines.append(f"    shape     query {query}, key {key}{value}, {kind}, scale {site.scale:.6g}")
-        lines.append(f"    mask      {site.mask}{''.join(f', {extra}' for extra in extras)}")
-    lines.append(f"    becomes   {site.kernel} ({site.strategy.name})")
-    lines += [f"    {'why' if i == 0 else '':<9} {reason}" for i, reason in enumerate(site.reasons)]
-    if site.is_replaced:
-        removed, added = (sum(len(getattr(s, f)) for s in group) for f in ("removed_nodes", "added_nodes"))
-        lines.append(f"    nodes     {removed} removed, {added} added")
-    errors = [s.max_error for s in group if s.max_error is not None]
-    if errors:
-        lines.append(f"    error     {max(errors):.1e} of the largest output, at most")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (RewriteReport, SiteReport)):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, FlashAttentionStrategy):
-        return value.name
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+        return "\n".join(self.lines) or "no change"

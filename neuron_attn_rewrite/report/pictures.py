@@ -1,0 +1,49 @@
+"""A mask as a small square: queries from top to bottom, keys from left to right, what is seen in ink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neuron_attn_rewrite.masks.spec import KeyPadding, MaskSpec
+from neuron_attn_rewrite.report.model import SiteReport
+
+CELLS = 32
+"""Rows and columns of the picture; a longer mask is sampled."""
+
+
+def mask_svg(site: SiteReport) -> str:
+    """An SVG of 64 x 64 units. Key padding is a hatched strip below, a dense operand a dotted field above all."""
+    return (
+        '<svg class="mask" viewBox="-2 -2 68 74" role="img" aria-label="' + _words(site) + '">'
+        '<rect class="field" width="64" height="64"/>' + "".join(_parts(site)) + "</svg>"
+    )
+
+
+def _words(site: SiteReport) -> str:
+    return f"mask: {site.mask}".replace("&", "and").replace('"', "'").replace("<", " ")
+
+
+def _parts(site: SiteReport) -> Iterator[str]:
+    mask = site.mask
+    if not isinstance(mask, MaskSpec) or not site.q_len or not site.kv_len:
+        yield '<text class="unknown" x="32" y="44">?</text>'
+        return
+    yield f'<path class="seen" d="{_seen(mask, site.q_len, site.kv_len)}"/>'
+    if site.bias:
+        yield '<rect class="dense" width="64" height="64"/>'
+    if any(isinstance(claim, KeyPadding) for claim in mask.claims):
+        yield '<rect class="padding" y="66.5" width="64" height="5"/>'
+
+
+def _seen(mask: MaskSpec, q_len: int, kv_len: int) -> str:
+    """One run for each row of the picture, at the query in its middle."""
+    rows = mask.rows(q_len, kv_len)
+    count = min(q_len, CELLS)
+    height, width = 64 / count, 64 / kv_len
+    pieces = []
+    for i in range(count):
+        first, end = rows[(2 * i + 1) * q_len // (2 * count)].tolist()
+        if first < end:
+            x, w = first * width, max((end - first) * width, 1.0)
+            pieces.append(f"M{x:.4g} {i * height:.4g}h{w:.4g}v{height:.4g}h-{w:.4g}z")
+    return "".join(pieces)
