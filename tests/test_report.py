@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_drawn_boxes_do_not_overlap_and_edges_run_down(graph: list[set[int]]) ->
     rows: dict[int, list[float]] = {}
     for column, row in plan.at.values():
         rows.setdefault(row, []).append(column)
-    assert all(b - a >= 0.999 for columns in rows.values() for a, b in zip(sorted(columns), sorted(columns)[1:]))
+    assert all(b - a >= 0.999 for columns in rows.values() for a, b in pairwise(sorted(columns)))
     assert set(plan.routes) == {(i, box.name) for box in drawn for i in box.inputs}
     for (start, end), bends in plan.routes.items():
         assert [row for _, row in bends] == list(range(plan.at[start][1] + 1, plan.at[end][1]))
@@ -279,10 +280,11 @@ def test_dot(report: RewriteReport) -> None:
 # The page
 
 
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
 class Page(HTMLParser):
     """Checks that every tag is closed, and collects tags, texts and what would be loaded."""
-
-    VOID = {"meta", "br", "link", "img", "input", "hr"}
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -296,7 +298,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in self.VOID:
+        if tag not in VOID:
             self.stack.append(tag)
         for name, value in attrs:
             if name == "id":

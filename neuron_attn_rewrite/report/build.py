@@ -16,6 +16,7 @@ from torch import fx
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.prove import Proof
+from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace import Graft, Plan
@@ -114,14 +115,24 @@ def _walk(
 
 
 def _around(anchor: str, before: Mapping[str, NodeReport], users: Mapping[str, Sequence[str]]) -> set[str]:
-    """The operators next to a softmax that was not understood, on both sides of it."""
+    """From the products before a softmax that was not understood to those behind it."""
 
     def is_call(name: str) -> bool:
         return bool(before[name].call)
 
-    behind = _walk(anchor, lambda name: before[name].inputs, is_call, MOST_NODES // 4)
-    ahead = _walk(anchor, users.__getitem__, is_call, MOST_NODES // 8)
+    def inputs_of(name: str) -> Sequence[str]:
+        return () if _is_product(before[name]) else before[name].inputs
+
+    def users_of(name: str) -> Sequence[str]:
+        return () if _is_product(before[name]) else users[name]
+
+    behind = _walk(anchor, inputs_of, is_call, MOST_NODES)
+    ahead = _walk(anchor, users_of, is_call, MOST_NODES)
     return behind | ahead
+
+
+def _is_product(node: NodeReport) -> bool:
+    return any(part in PRODUCTS.by_op for part in node.op.split("."))
 
 
 def _removed(site: AttentionSite, before: Mapping[str, NodeReport], gone: Collection[str]) -> dict[str, str]:
@@ -134,7 +145,13 @@ def _removed(site: AttentionSite, before: Mapping[str, NodeReport], gone: Collec
 
 def _kept(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, str]:
     """The nodes between the operands and the output."""
-    operands = [site.query, site.key, site.value, *(f for f, _ in site.factors), *([site.sink] if site.sink else [])]
+    operands = [
+        site.query,
+        site.key,
+        site.value,
+        *(f.operand for f in site.factors),
+        *([site.sink] if site.sink else []),
+    ]
     ends = {operand.node.name for operand in operands} | {term.node.name for term in site.terms}
 
     def enter(name: str) -> bool:
