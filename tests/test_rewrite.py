@@ -298,7 +298,7 @@ def test_the_report(model: Attention) -> None:
         assert word in text
     data = json.loads(report.to_json())
     assert data["replaced"] == 1 and data["kept"] == 0
-    assert data["sites"][0]["mask"] == "key_padding(attention_mask)"
+    assert data["sites"][0]["mask"]["claims"] == [{"kind": "KeyPadding", "source": "attention_mask"}]
     assert data["sites"][0]["strategy"] == "UNSHARDED_KERNEL"
 
 
