@@ -146,7 +146,7 @@ class _Emitter:
         )
         if site.value_scale != 1.0:
             result = self._on(result, aten.mul.Scalar, site.value_scale)
-        result = self._scaled(site, "output", result, output.next)
+        result = self._scaled(site, "output", result, result.next)
         return self._cast(self._moved(result, site.output_layout), dtype(output))
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:

@@ -69,7 +69,7 @@ def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
     while True:
         node, dims, scale = chain[-1].view.node, chain[-1].view.dims, chain[-1].scale
         scaled = scaled_by_number(evaluator, node)
-        moved = views.before(node, dims)
+        moved = views.before(node, dims, evaluator)
         if scaled is not None:
             chain.append(_Stage(View(scaled[0], dims), scale * scaled[1]))
         elif moved is not None and (op_name(node) not in views.CASTS or views.widens(node)):
@@ -108,8 +108,6 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         return unknown(roles)
     feature = _features(found.query.dims, found.key.dims, found.scores)
     v_feature = _features(found.output.dims, found.value.dims, found.scores)
-    if not feature:
-        return unknown(Reason("axes", "query and key share no feature dim"))
     dims = roles.scores
     operands = (
         _operand(query, (roles.batch, roles.heads, roles.rows, feature)),

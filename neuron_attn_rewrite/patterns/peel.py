@@ -121,7 +121,7 @@ class Walk:
                 if product.addend is not None:
                     scores = scores.added(product.addend, product.beta)
                 return scores.scaled(product.alpha), product
-            moved = views.before(scores.node, scores.dims)
+            moved = views.before(scores.node, scores.dims, self.evaluator)
             if moved is not None:
                 scores = scores.to(*moved)
                 continue

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import fx
 
 from neuron_attn_rewrite.graph import module_path, op_name, shape
-from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.axes import atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product, as_product
@@ -28,7 +28,7 @@ def find_softmax_matmul(
     scores, ends = start, []
     try:
         scores, first = walk.peel(start)
-        weights = Weights(softmax, start.dims, scores, has_sink=scores.sink is not None)
+        weights = Weights(softmax, start.dims, scores, start.node, scores.sink is not None)
         ends = _products(walk, weights)
         inside = between(first.node, [product.node for _, product in ends], order)
         readers = tuple(_readers(inside, {product.node for _, product in ends}, softmax, order))
@@ -102,7 +102,7 @@ def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
     while open_ends:
         weights = open_ends.pop()
         for user in weights.node.users:
-            product = as_product(user)
+            product = _used_in(user)
             if product is not None and not weights.has_sink:
                 found.append((weights, product))
                 continue
@@ -113,6 +113,12 @@ def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
     if not found:
         raise blocked
     return found
+
+
+def _used_in(user: fx.Node) -> Product | None:
+    """The product that `user` is, or that sums what `user` multiplies."""
+    summed = next(iter(user.users), user) if op_name(user) == "mul" and len(user.users) == 1 else user
+    return as_product(summed if op_name(summed) == "sum" else user)
 
 
 def between(first: fx.Node, ends: list[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
@@ -172,7 +178,7 @@ def _value_and_output(walk: Walk, weights: Weights, product: Product) -> tuple[V
     by_label = dict(zip(p_labels, weights.dims, strict=True))
     summed = [by_label[label] for label in product.summed if by_label[label]]
     keys = weights.scores.axes[weights.scores.key_dim]
-    if sorted(atom for dim in summed for atom in dim) != sorted(keys):
+    if sorted(refine(atoms(summed), keys)) != sorted(refine(keys, atoms(summed))):
         raise Blocked(product.node, Reason("axes", "the product does not sum over the keys"))
     for size, label in zip(shape(value), v_labels, strict=True):
         if size > 1 and not by_label.get(label):

@@ -98,10 +98,19 @@ def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     if op_name(node) == "mul":
         for kept, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(kept, fx.Node) and isinstance(mask, fx.Node) and shape(kept) == shape(node):
-                source = _uncast(mask)
-                if dtype(source) == torch.bool:
+                source = _bool_behind(mask)
+                if source is not None:
                     return kept, source, False
     return None
+
+
+def _bool_behind(node: fx.Node) -> fx.Node | None:
+    """The bool tensor of which a 0/1 tensor is the number."""
+    while dtype(node) != torch.bool:
+        if op_name(node) not in views.CASTS | views.IDENTITIES:
+            return None
+        node = views.source(node)
+    return node
 
 
 def _is_zero(value: object) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, permutation, shape, tensor
+from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
@@ -32,14 +33,21 @@ def is_inactive_dropout(node: fx.Node) -> bool:
 def keeps_values(node: fx.Node) -> bool:
     """Whether the node's elements are those of its source, one for one and in place (casts included)."""
     name = op_name(node)
-    if name in IDENTITIES or name in CASTS or is_inactive_dropout(node):
+    if name in CASTS:
+        return dtype(node).is_floating_point == dtype(source(node)).is_floating_point
+    if name in IDENTITIES or is_inactive_dropout(node):
         return True
     return name in EXPANDS | {"slice"} and shape(node) == shape(source(node))
 
 
-def before(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
-    """Undo a data movement: the source and its dims, given the dims of the result. None if it isn't one."""
+def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tuple[fx.Node, Dims] | None:
+    """Undo a data movement: the source and its dims, given the dims of the result. None if it isn't one.
+
+    With an evaluator also what repeats a tensor by constant indices.
+    """
     name = op_name(node)
+    if name in ("cat", "stack"):
+        return _uncopied(node, dims)
     if keeps_values(node):
         return source(node), dims
     undone: Dims | None = None
@@ -52,10 +60,12 @@ def before(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
         inner = shape(source(node))
         tail = dims[len(dims) - len(inner) :]
         undone = tuple(() if size == 1 else dim for size, dim in zip(inner, tail, strict=True))
-    elif name == "repeat":
+    elif name in ("repeat", "tile"):
         undone = _unrepeat(dims, shape(source(node)))
     elif name == "repeat_interleave":
         undone = _uninterleave(node, dims)
+    elif name in ("index_select", "index") and evaluator is not None:
+        undone = _unindexed(node, dims, evaluator)
     return None if undone is None else (source(node), undone)
 
 
@@ -87,6 +97,41 @@ def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:
     """Tiling repeats the fast digits: the source runs over those alone."""
     cuts = [split(dim, size) for dim, size in zip(dims[len(dims) - len(inner) :], inner, strict=True)]
     return None if None in cuts else tuple(cut[1] for cut in cuts if cut)
+
+
+def _uncopied(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
+    """Copies of one tensor behind each other: it runs over the fast digits, or not at all over a dim of copies."""
+    parts = node.args[0]
+    if not isinstance(parts, (list, tuple)) or len(set(parts)) != 1 or not isinstance(parts[0], fx.Node):
+        return None
+    dim = int(arguments(node)["dim"]) % len(dims)
+    if op_name(node) == "stack":
+        return parts[0], (*dims[:dim], *dims[dim + 1 :])
+    cut = split(dims[dim], shape(parts[0])[dim])
+    return None if cut is None else (parts[0], (*dims[:dim], cut[1], *dims[dim + 1 :]))
+
+
+def _unindexed(node: fx.Node, dims: Dims, evaluator: Evaluator) -> Dims | None:
+    """Constant indices that repeat each element in place, or the whole over and over."""
+    if op_name(node) == "index_select":
+        dim, index = int(arguments(node)["dim"]) % len(dims), arguments(node)["index"]
+    else:
+        given = [(i, index) for i, index in enumerate(arguments(node)["indices"]) if index is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+    found = evaluator.value(index)
+    if not isinstance(found, Tensor) or found.dim() != 1 or found.dtype == torch.bool:
+        return None
+    size, all_ = shape(source(node))[dim], torch.arange(len(found))
+    if len(found) % size:
+        return None
+    times = len(found) // size
+    for low, part, order in ((times, 0, all_ // times), (size, 1, all_ % size)):
+        cut = split(dims[dim], low)
+        if cut is not None and torch.equal(found, order):
+            return (*dims[:dim], cut[part], *dims[dim + 1 :])
+    return None
 
 
 def _uninterleave(node: fx.Node, dims: Dims) -> Dims | None:

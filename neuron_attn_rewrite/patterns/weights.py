@@ -31,7 +31,9 @@ class Weights:
     node: fx.Node
     dims: Dims
     scores: Scores
-    """What they are the softmax of."""
+    """What was peeled off on the way back from the softmax."""
+    softmax_of: fx.Node
+    """The softmax' own input."""
     has_sink: bool = False
     """Whether the sink's column is still there."""
     multiplier: float = 1.0
@@ -167,7 +169,7 @@ def _hidden(node: fx.Node, weights: Weights, seen: bool = False) -> bool:
 
 
 def _is_scores(node: fx.Node, weights: Weights) -> bool:
-    return _plain(views.source(node)) is _plain(weights.scores.node)
+    return _plain(views.source(node)) is _plain(weights.softmax_of)
 
 
 def _over_keys(node: fx.Node, weights: Weights) -> bool:

@@ -1,0 +1,122 @@
+"""What is done about rows that see no key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.find.cases import Keep, Match, Right, with_padding
+
+PADDED = "key_padding(m)"
+
+
+def bool_padding() -> tuple[Tensor, ...]:
+    """Query, key, value and a mask under which the first batch element sees no key at all."""
+    *rest, mask = with_padding(torch.bool)
+    mask[0] = False
+    return (*rest, mask)
+
+
+def hidden(q: Tensor, k: Tensor, m: Tensor, fill: float = -torch.inf) -> Tensor:
+    return (q @ k.mT * 0.25).masked_fill(~m[:, None, None], fill)
+
+
+def safe_softmax(x: Tensor) -> Tensor:
+    """As scaled_dot_product_attention is decomposed."""
+    empty = torch.logical_not(torch.any(torch.logical_not(x == -torch.inf), -1, keepdim=True))
+    p = torch.softmax(x, -1)
+    return torch.where(empty, torch.zeros_like(p), p)
+
+
+MATCH = {
+    "nan_to_num": Match(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).nan_to_num(0.0) @ v, bool_padding, PADDED
+    ),
+    "where isnan": Match(lambda q, k, v, m: _where_nan(torch.softmax(hidden(q, k, m), -1)) @ v, bool_padding, PADDED),
+    "masked_fill of NaN": Match(
+        lambda q, k, v, m: _fill_nan(torch.softmax(hidden(q, k, m), -1)) @ v, bool_padding, PADDED
+    ),
+    "zeros where all scores are -inf": Match(
+        lambda q, k, v, m: safe_softmax(hidden(q, k, m)) @ v, bool_padding, PADDED
+    ),
+    "all of them": Match(lambda q, k, v, m: _all(hidden(q, k, m)) @ v, bool_padding, PADDED),
+    "the largest is -inf": Match(lambda q, k, v, m: _largest(hidden(q, k, m)) @ v, bool_padding, PADDED),
+    "the operator": Match(
+        lambda q, k, v, m: torch.ops.aten._safe_softmax(hidden(q, k, m), -1) @ v, bool_padding, PADDED
+    ),
+    "the same mask once more (XLM)": Match(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1).masked_fill(~m[:, None, None], 0.0) @ v,
+        bool_padding,
+        PADDED,
+    ),
+    "the same mask, written another way (DeBERTa)": Match(
+        lambda q, k, v, attention_mask: (
+            torch.softmax((q @ k.mT).masked_fill(~(attention_mask[:, None, None].bool()), -1e9), -1).masked_fill(
+                attention_mask[:, None, None] == 0, 0.0
+            )
+            @ v
+        ),
+        with_padding,
+        "key_padding(attention_mask)",
+    ),
+    "the same mask times the weights": Match(
+        lambda q, k, v, m: (torch.softmax(hidden(q, k, m, -1e9), -1) * m[:, None, None]) @ v, bool_padding, PADDED
+    ),
+    "mean of the values by a finite fill": Match(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1) @ v, bool_padding, PADDED
+    ),
+}
+
+
+def _where_nan(p: Tensor) -> Tensor:
+    return torch.where(torch.isnan(p), torch.zeros_like(p), p)
+
+
+def _fill_nan(p: Tensor) -> Tensor:
+    return p.masked_fill(p != p, 0.0)
+
+
+def _all(x: Tensor) -> Tensor:
+    return torch.softmax(x, -1).masked_fill(torch.isneginf(x).all(-1, keepdim=True), 0.0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.where(x.amax(-1, keepdim=True) == -torch.inf, 0.0, torch.softmax(x, -1))
+
+
+KEEP = {
+    "another mask after the softmax": Keep(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).masked_fill(m[:, None, None].roll(1, -1), 0.0) @ v,
+        "without normalising again",
+        bool_padding,
+    ),
+    "the mask the wrong way round": Keep(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1).masked_fill(m[:, None, None], 0.0) @ v,
+        "without normalising again",
+        bool_padding,
+    ),
+    "NaN becomes one": Keep(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).nan_to_num(1.0) @ v, "no rule knows it", bool_padding
+    ),
+}
+
+RIGHT = {
+    "any score is -inf": Right(lambda q, k, v, m: _any(hidden(q, k, m)) @ v, bool_padding),
+    "all over the queries": Right(lambda q, k, v, m: _over_queries(hidden(q, k, m)) @ v, bool_padding),
+    "a limit at finfo.min after -inf": Right(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m).clamp(min=torch.finfo(torch.float32).min), -1) @ v,
+        bool_padding,
+    ),
+    "the same mask after a finite fill that is too weak": Right(
+        lambda q, k, v, m: torch.softmax(hidden(q, k, m, -3.0), -1).masked_fill(~m[:, None, None], 0.0) @ v,
+        bool_padding,
+    ),
+}
+
+
+def _any(x: Tensor) -> Tensor:
+    return torch.softmax(x, -1).masked_fill(torch.isneginf(x).any(-1, keepdim=True), 0.0)
+
+
+def _over_queries(x: Tensor) -> Tensor:
+    return torch.softmax(x, -1).masked_fill(torch.isneginf(x).all(-2, keepdim=True), 0.0)

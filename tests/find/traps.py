@@ -1,0 +1,129 @@
+"""Graphs that other matchers are known to get silently wrong, and look-alikes of attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.find.cases import (
+    CAUSAL,
+    LOW,
+    B,
+    H,
+    Keep,
+    Match,
+    Right,
+    S,
+    additive_causal,
+    cubes,
+    qkv,
+    with_bias,
+    with_padding,
+)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / 2
+
+
+def left_padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+    """Rows at the start see no key."""
+    return torch.softmax(scores(q, k) + additive_causal() + (1.0 - attention_mask[:, None, None].float()) * LOW, -1) @ v
+
+
+def gpt2_with_padding(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+    s = torch.where(CAUSAL, scores(q, k), torch.full([], LOW))
+    return torch.softmax(s + (1.0 - attention_mask[:, None, None].float()) * LOW, -1) @ v
+
+
+def distilbert(live: int) -> Match:
+    """Keys whose mask equals 0 are hidden, whatever the others are."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        hidden = (m == 0).view(B, 1, 1, S).expand_as(scores(q, k))
+        return torch.softmax(scores(q, k).masked_fill(hidden, LOW), -1) @ v
+
+    return Match(attention, lambda: (*qkv(), with_padding()[3].float() * live), "key_padding(eq)")
+
+
+MATCH = {
+    "a mask whose live value is 2": distilbert(2),
+    "a look-ahead of three": Match(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(S, S).tril(3).bool()),
+        mask="causal(offset=3)",
+    ),
+    "a dropped window": Match(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL.triu(-5)),
+        mask="sliding_window(6)",
+    ),
+    "padding alone": Match(
+        lambda q, k, v, attention_mask: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask[:, None, None].bool()
+        ),
+        with_padding,
+        "key_padding(attention_mask)",
+    ),
+    "a scale that is not the usual one": Match(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0625), scale=0.0625
+    ),
+}
+
+KEEP = {
+    "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
+    "softmax over the heads": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys"),
+    "softmax over the batch": Keep(lambda q, k, v: torch.softmax(q @ k.mT / 2, 0) @ v, "keys"),
+    "softmax over the queries, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "keys", cubes),
+    "softmax over the heads, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys", cubes),
+    "softmax over the batch, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 0) @ v, "keys", cubes),
+    "weights transposed": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -1).mT @ v, "sum over the keys"),
+    "weights transposed, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -1).mT @ v, "keys", cubes),
+    "a gate after the softmax": Keep(
+        lambda q, k, v, g: (torch.softmax(scores(q, k), -1) * torch.sigmoid(g)) @ v,
+        "differs by query and key",
+        with_bias(B, H, S, S),
+    ),
+}
+
+RIGHT = {
+    "linear attention": Right(lambda q, k, v: torch.softmax(q, -1) @ (torch.softmax(k, -2).mT @ v)),
+    "key with heads and rows swapped, sizes equal": Right(
+        lambda q, k, v: torch.softmax(q @ k.permute(0, 2, 1, 3).mT / 2, -1) @ v, cubes
+    ),
+    "key with batch and features swapped, sizes equal": Right(
+        lambda q, k, v: torch.softmax(q @ k.permute(3, 1, 2, 0).mT / 2, -1) @ v, cubes
+    ),
+    "key with batch and rows swapped, sizes equal": Right(
+        lambda q, k, v: torch.bmm(torch.softmax(torch.bmm(q, k.permute(1, 2, 0)), -1), v),
+        lambda: tuple(x[0] for x in cubes()),
+    ),
+    "value transposed, sizes equal": Right(lambda q, k, v: torch.softmax(scores(q, k), -1) @ v.mT, cubes),
+    "key not transposed, sizes equal": Right(lambda q, k, v: torch.softmax(q @ k / 2, -1) @ v, cubes),
+    "query and key swapped, sizes equal": Right(lambda q, k, v: torch.softmax(scores(k, q), -1) @ v, cubes),
+    "left padding with finfo.min": Right(left_padded, with_padding),
+    "GPT-2 with left padding": Right(gpt2_with_padding, with_padding),
+    "rows without a key, -inf": Right(
+        lambda q, k, v: torch.softmax(scores(q, k) + CAUSAL.float().tril(-1).log(), -1) @ v
+    ),
+    "rows without a key, finfo.min": Right(
+        lambda q, k, v: torch.softmax(scores(q, k) + (1 - CAUSAL.float().tril(-1)) * LOW, -1) @ v
+    ),
+    "rows without a key, scaled_dot_product_attention": Right(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL.tril(-1))
+    ),
+    "whole rows pushed down (DeBERTa)": Right(
+        lambda q, k, v, attention_mask: (
+            torch.softmax(scores(q, k) + (1 - attention_mask[:, None, :, None].float()) * LOW, -1) @ v
+        ),
+        with_padding,
+    ),
+    "a prefix that sees itself": Right(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL | (torch.arange(S) < 6))
+    ),
+    "the value is the weights' own": Right(lambda q, k, v: _squared(torch.softmax(scores(q, k), -1))),
+    "a pooling": Right(lambda q, k, v: torch.softmax(v @ k[:1, :1, 0, :, None], -2).mT @ v),
+}
+
+
+def _squared(p: Tensor) -> Tensor:
+    return p @ p
