@@ -4,7 +4,7 @@ A kernel takes
 
     fixed + per_group * (groups of 128 query rows) + slack * bound * (tiles of 128 rows x 512 keys)
 
-on the busier physical core, where `bound` is the busiest engine's time for one tile of the documented loop. The native
+on the busier physical core, and the traffic of a bias, where `bound` is the busiest engine's time for one tile of the documented loop. The native
 operators read and write the whole score matrix several times: bytes per score over the bandwidth. From 4096 keys on
 the compiler has an attention of its own, which the published numbers put between as fast as a kernel and eight times
 slower.
@@ -110,12 +110,6 @@ class Time:
     """What most of it is."""
 
 
-def tiles(problem: AttentionProblem, skips_rows: bool) -> tuple[int, int]:
-    """Groups of rows of one head, and tiles of scores that are computed for it."""
-    groups = -(-problem.q_len // ROWS)
-    return groups, sum(_per_group(problem, skips_rows))
-
-
 def _per_group(problem: AttentionProblem, skips_rows: bool) -> list[int]:
     """Tiles of each group of rows of a head."""
     q_len, kv_len = problem.q_len, problem.kv_len
@@ -151,15 +145,20 @@ def work(problem: AttentionProblem, cores: int, skips_rows: bool) -> tuple[float
 
 def kernel_time(name: str, problem: AttentionProblem, target: str, cores: int, constants: Fit | None = None) -> Time:
     """What one call of a kernel takes."""
-    c, kernel = constants or fit(), KERNELS[name]
+    c = constants or fit()
     element = problem.dtype.itemsize if name == OURS else 2
     engine, bound = HARDWARE[target].tile_bound(problem.head_dim, problem.v_head_dim, element)
-    groups, count = work(problem, cores, kernel.skips_rows)
+    groups, count = work(problem, cores, KERNELS[name].skips_rows)
     parts = {
         "the kernel's fixed cost": c.fixed,
         "small operations for each 128 rows": c.per_group * groups,
         f"{engine} time of {count:.0f} tiles": c.slack * bound * count,
     }
+    if problem.bias_shape is not None:
+        # Read by ours as it is; for the SDK's kernels it is first written out in float32 for each head.
+        moved = math.prod(problem.bias_shape) * element
+        moved += 0 if name == OURS else 8 * problem.batch * problem.num_heads * problem.q_len * problem.kv_len
+        parts["traffic of the bias"] = moved / (HARDWARE[target].dma_gbs * cores) / 1e3
     spread = c.kernel_spread
     if target != "trn2" or name != "attention_cte":
         spread *= c.unmeasured_spread

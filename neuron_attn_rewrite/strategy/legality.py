@@ -61,8 +61,6 @@ class Kernel:
 
     clauses: tuple[Clause, ...]
     bridges: tuple[Bridge, ...] = ()
-    reads_keys_once: bool = False
-    """Keys and values are read once for all query heads of a group, not once for each."""
     skips_rows: bool = False
     """Tiles that bounds hide are skipped, not only those that causal and window hide."""
 
@@ -198,7 +196,6 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     lambda p, s: s.target in ("trn2", "trn3") or all(isinstance(c, KeyPadding) for c in p.mask.claims),
                 ),
             ),
-            reads_keys_once=True,
             skips_rows=True,
         ),
         "attention_cte": Kernel(
