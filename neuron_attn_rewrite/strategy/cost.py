@@ -4,10 +4,10 @@ A kernel takes
 
     fixed + per_group * (groups of 128 query rows) + slack * bound * (tiles of 128 rows x 512 keys)
 
-on the busier physical core, and the traffic of a bias, where `bound` is the busiest engine's time for one tile of the documented loop. The native
-operators read and write the whole score matrix several times: bytes per score over the bandwidth. From 4096 keys on
-the compiler has an attention of its own, which the published numbers put between as fast as a kernel and eight times
-slower.
+on the busier physical core, and the traffic of a bias, where `bound` is the busiest engine's time for one tile of the
+documented loop. The native operators read and write the whole score matrix several times: bytes per score over the
+bandwidth. From 4096 keys on the compiler has an attention of its own, which the published numbers put between as fast
+as a kernel and eight times slower.
 
 `python -m benchmarks.fit_cost` fits the constants; they lie in `cost.json`, with the spread of the points held out.
 Every number is of other people's devices: this project has measured none.
