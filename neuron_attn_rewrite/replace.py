@@ -116,6 +116,7 @@ class _Emitter:
         self.module, self.graph = module, module.graph
         self.added: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
+        self._mode = fake_mode(self.graph)
         self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def kernel_call(self, site: AttentionSite, proof: Proof, decision: Decision) -> fx.Node:
@@ -206,7 +207,7 @@ class _Emitter:
             self.module.register_buffer(name, rows, persistent=False)
             with self.graph.inserting_before(self._body):
                 node = self.graph.get_attr(name)
-            node.meta["val"] = fake_mode(self.graph).from_tensor(rows)
+            node.meta["val"] = self._mode.from_tensor(rows)
             self._known[key] = node
         return self._known[key]
 
@@ -230,7 +231,8 @@ class _Emitter:
             with self.graph.inserting_before(before):
                 node = self.graph.call_function(target, args, kwargs)
             fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = target(*fakes[0], **fakes[1])
+            with self._mode:
+                node.meta["val"] = target(*fakes[0], **fakes[1])
             self.added.append(node)
             self._known[key] = node
         return self._known[key]

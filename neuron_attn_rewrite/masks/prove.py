@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
+from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.read import MASKED, read
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, KeyPadding, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.tables import Evaluator
@@ -22,10 +23,6 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.problem import EmptyRows
 from neuron_attn_rewrite.reasons import Reason
-
-ABSORBS = 1e6
-"""Scores below this magnitude vanish when they are added to a number whose rounding step is larger."""
-
 
 @dataclass(frozen=True)
 class Padding:
@@ -89,7 +86,7 @@ class Prover:
             if isinstance(claimed, _Claimed):
                 proof = _extended(proof, claimed)
                 if claimed.spec.claims:
-                    hides.append(_meaning(term, claimed.fill, alone, site))
+                    hides.append(meaning(term, claimed.fill, alone, site))
                 continue
             layout = plan(term.dims, site.dims)
             if layout is None:
@@ -97,11 +94,13 @@ class Prover:
             if term.kind != "add":
                 if term.fill > MASKED:
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
-                hides.append(_meaning(term, term.fill, alone, site))
+                hides.append(meaning(term, term.fill, alone, site))
+            elif may_hide(term, self.evaluator):
+                hides.append(meaning(term, -torch.inf, alone, site))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
         proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, hides)
-        return _all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
+        return self._all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
 
     def _read(self, terms: tuple[Term, ...], dims: Dims) -> Iterator[tuple[Term, _Claimed | Unproven]]:
         """Each term with its claim; what can't be claimed as a whole is read part by part."""
@@ -180,20 +179,35 @@ class Prover:
         """What the model gives for a row that sees no key, if there can be one."""
         possible = (
             bool(proof.paddings)
-            or any(d.term.kind != "add" for d in proof.dense)
+            or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
             or not (proof.mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all()
         )
         if not possible:
-            meaning = EmptyRows.NEVER
+            given = EmptyRows.NEVER
         elif site.sink is not None:
-            meaning = EmptyRows.ZERO  # the sink takes the whole probability
+            given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":
-            meaning = EmptyRows.ANY
-        elif len(hides) == 1 or set(hides) <= {EmptyRows.ZERO} or set(hides) <= {EmptyRows.ANY}:
-            meaning = hides[0]
+            given = EmptyRows.ANY
+        elif len(hides) == 1 or set(hides) in ({EmptyRows.ZERO}, {EmptyRows.ANY}):
+            given = hides[0]
         else:
-            meaning = EmptyRows.OTHER
-        return replace(proof, empty_rows=meaning)
+            given = EmptyRows.OTHER
+        return replace(proof, empty_rows=given)
+
+    def _all_dense(self, site: AttentionSite) -> Proof | None:
+        """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes."""
+        layouts = [plan(term.dims, site.dims) for term in site.terms]
+        if None in layouts or not are_addends(site, self.evaluator):
+            return None
+        pairs = zip(site.terms, layouts, strict=True)
+        words = (
+            "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
+            '(empty_rows="any" says that such rows do not matter)'
+        )
+        return Proof(
+            dense=tuple(Dense(term, layout, term.fill) for term, layout in pairs if layout is not None),
+            reasons=(Reason("empty-rows-dense", words),),
+        )
 
 
 def _extended(proof: Proof, claimed: _Claimed) -> Proof:
@@ -207,51 +221,10 @@ def _extended(proof: Proof, claimed: _Claimed) -> Proof:
     )
 
 
-def _all_dense(site: AttentionSite) -> Proof | None:
-    """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes.
-
-    None where the model's own rounding is coarser than float32, or an addend would not stand for the term exactly.
-    """
-    dense = []
-    for term in site.terms:
-        layout = plan(term.dims, site.dims)
-        kind = dtype(term.node) if term.kind == "add" else site.dtype
-        rounds = kind.is_floating_point and torch.finfo(kind).eps > torch.finfo(torch.float32).eps
-        if layout is None or rounds or (term.kind != "add" and not _absorbs(term.fill, site.dtype)):
-            return None
-        dense.append(Dense(term, layout, term.fill))
-    if site.is_causal or site.floor > -torch.inf or any(term.zeroed for term in site.terms):
-        return None
-    words = (
-        "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
-        '(empty_rows="any" says that such rows do not matter)'
-    )
-    return Proof(dense=tuple(dense), reasons=(Reason("empty-rows-dense", words),))
-
-
 def vectors_of(node: fx.Node) -> int:
     """How many vectors of its last dim a tensor holds."""
     sizes = shape(node)
     return 1 if not sizes else int(torch.Size(sizes[:-1]).numel())
-
-
-def _meaning(term: Term, fill: float | None, alone: bool, site: AttentionSite) -> EmptyRows:
-    """What a row gives in which this term hides every key."""
-    if term.zeroed:
-        return EmptyRows.ZERO
-    if fill is None:
-        return EmptyRows.OTHER
-    fill = max(fill, site.floor)
-    if fill == -torch.inf:
-        return EmptyRows.ZERO if site.safe else EmptyRows.ANY
-    replaces_all = term.kind != "add" and alone
-    return EmptyRows.MEAN if replaces_all or _absorbs(fill, dtype(term.node)) else EmptyRows.OTHER
-
-
-def _absorbs(fill: float, kind: torch.dtype) -> bool:
-    """Whether any reasonable score vanishes when this number is added to it."""
-    step = torch.finfo(kind if kind.is_floating_point else torch.float32).eps
-    return -fill * step > ABSORBS
 
 
 def fit_rows(rows: Tensor, kv_len: int) -> tuple[Claim, ...]:

@@ -16,6 +16,9 @@ from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.reasons import Reason
 
+LARGEST_SHIFT = 1e3
+"""A number that is added to all scores of a row vanishes in the softmax; a larger one takes their digits with it."""
+
 
 @SCORES("mul", "div", "neg")
 def _scale(walk: Walk, scores: Scores) -> Scores:
@@ -47,7 +50,8 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
     for inner, other, inner_weight, other_weight in sides:
         if not isinstance(inner, fx.Node) or shape(inner) != shape(node):
             continue
-        if walk.constant(other) is not None:
+        shift = walk.constant(other)
+        if shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
             return scores.to(inner, trail="shift").scaled(inner_weight)
         if not isinstance(other, fx.Node):
             continue

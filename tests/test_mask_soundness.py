@@ -1,0 +1,224 @@
+"""Soundness of the proof: random mask programs, and every claim against brute force over all inputs.
+
+A program is a small expression over mask inputs, in the operators from which models build their masks. It is rewritten
+with `verify=False`, so that nothing is put back, and the original and the rewritten graph run on every value that the
+inputs can have. Equal outputs at every row prove claim and empty-row meaning together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
+from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.kernels import ops, reference
+
+BATCH, LENGTH = 2, 4
+EXACT = RewriteConfig(policy="always", verify=False)
+LOW = torch.finfo(torch.float32).min
+FILLS = (-torch.inf, LOW, -1e9, -1e4, -5.0, 0.0)
+
+
+def row() -> Tensor:
+    return torch.arange(LENGTH)[:, None]
+
+
+def key() -> Tensor:
+    return torch.arange(LENGTH)[None, :]
+
+
+# Programs: nested tuples (operator, *operands). A bool program gives [BATCH | 1, 1, LENGTH | 1, LENGTH | 1].
+
+LEAVES: dict[str, Any] = {
+    "keys": lambda m, n: m[:, None, None, :] != 0,
+    "keys as bool": lambda m, n: m.bool()[:, None, None, :],
+    "keys equal one": lambda m, n: m[:, None, None, :] == 1,
+    "keys above zero": lambda m, n: (m > 0).view(BATCH, 1, 1, LENGTH),
+    "queries": lambda m, n: m[:, None, :, None].bool(),
+    "indexed": lambda m, n: m.bool()[torch.arange(BATCH)[:, None, None, None], key()[None, None]],
+    "other keys": lambda m, n: n[:, None, None, :].bool(),
+    "both": lambda m, n: (m * n)[:, None, None, :].bool(),
+    "either": lambda m, n: (m + n)[:, None, None, :] > 0,
+    "shifted": lambda m, n: torch.cat([m[:, 1:], m[:, :1]], 1)[:, None, None, :].bool(),
+    "padded": lambda m, n: F.pad(m[:, 1:], (1, 0), value=1)[:, None, None, :] == 1,
+    "first key": lambda m, n: m[:, :1, None, None].bool(),
+    "cumulated": lambda m, n: m.cumsum(1)[:, None, None, :] > 1,
+    "lengths": lambda m, n: key()[None, None] < m.sum(-1)[:, None, None, None],
+    "positions": lambda m, n: (m.cumsum(1) - 1)[:, None, None, :] <= row(),
+    "positions of queries": lambda m, n: key() <= (m.cumsum(1) - 1)[:, None, :, None],
+    "segments": lambda m, n: m[:, None, None, :] == m[:, None, :, None],
+    "product": lambda m, n: (m[:, None, None, :] * m[:, None, :, None]).bool(),
+    "causal": lambda m, n: (key() <= row())[None, None],
+    "anticausal": lambda m, n: (key() >= row())[None, None],
+    "offset": lambda m, n: (key() <= row() + 1)[None, None],
+    "strict": lambda m, n: (key() < row())[None, None],
+    "window": lambda m, n: (key() > row() - 2)[None, None],
+    "tril": lambda m, n: torch.ones(LENGTH, LENGTH).tril().bool()[None, None],
+    "chunks": lambda m, n: (key() // 2 == row() // 2)[None, None],
+    "prefix": lambda m, n: (key() < 2)[None, None],
+    "last key": lambda m, n: (key() == LENGTH - 1)[None, None],
+    "holes": lambda m, n: (key() != 1)[None, None],
+    "true": lambda m, n: torch.ones(1, 1, 1, LENGTH, dtype=torch.bool),
+    "false": lambda m, n: torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.bool),
+}
+UNARY: dict[str, Any] = {
+    "not": torch.logical_not,
+    "inverse": lambda a: (1 - a.int()) == 1,
+    "reverse keys": lambda a: a.expand(-1, -1, -1, LENGTH).flip(-1),
+    "swap batch": lambda a: a.expand(BATCH, -1, -1, -1).flip(0),
+    "transpose": lambda a: a.mT,
+    "widen": lambda a: a.expand(BATCH, 1, LENGTH, LENGTH),
+    "filled": lambda a: torch.zeros(a.shape).masked_fill(~a, LOW) == 0,
+    "every key": lambda a: a.all(-1, keepdim=True),
+    "clone": lambda a: a.to(torch.float32).clone().to(torch.bool),
+}
+BINARY: dict[str, Any] = {
+    "and": torch.logical_and,
+    "bitand": lambda a, b: a & b,
+    "or": torch.logical_or,
+    "xor": torch.logical_xor,
+    "product": lambda a, b: (a.int() * b.int()).bool(),
+    "sum": lambda a, b: (a.float() + b.float()) > 1,
+    "if": lambda a, b: torch.where(a, b, a),
+    "minimum": lambda a, b: torch.minimum(a.int(), b.int()) != 0,
+}
+
+
+def bools(leaves: list[str], size: int = 4) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        st.sampled_from(leaves).map(lambda name: (name,)),
+        lambda inner: (
+            st.tuples(st.sampled_from(sorted(UNARY)), inner) | st.tuples(st.sampled_from(sorted(BINARY)), inner, inner)
+        ),
+        max_leaves=size,
+    )
+
+
+def evaluate(program: Any, *masks: Tensor) -> Tensor:
+    name, *operands = program
+    if not operands:
+        found: Tensor = LEAVES[name](*masks)
+        return found
+    return {**UNARY, **BINARY}[name](*(evaluate(p, *masks) for p in operands))
+
+
+# Attentions: how a program becomes part of the scores
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.5
+
+
+ADDENDS: dict[str, Any] = {
+    "where": lambda a, fill: torch.where(a, 0.0, fill),
+    "masked_fill": lambda a, fill: torch.zeros(a.shape).masked_fill(~a, fill),
+    "one minus": lambda a, fill: (1.0 - a.float()) * max(fill, LOW),
+    "built in place": lambda a, fill: torch.full(a.shape, fill).masked_fill_(a, 0.0),
+}
+ATTENTIONS: dict[str, Any] = {
+    "sdpa, bool": lambda q, k, v, a, b, add, fill: F.scaled_dot_product_attention(q, k, v, attn_mask=a),
+    "sdpa, added": lambda q, k, v, a, b, add, fill: F.scaled_dot_product_attention(q, k, v, attn_mask=add(a, fill)),
+    "added": lambda q, k, v, a, b, add, fill: torch.softmax(_scores(q, k) + add(a, fill), -1) @ v,
+    "filled": lambda q, k, v, a, b, add, fill: torch.softmax(_scores(q, k).masked_fill(~a, fill), -1) @ v,
+    "chosen": lambda q, k, v, a, b, add, fill: torch.softmax(torch.where(a, _scores(q, k), fill), -1) @ v,
+    "added twice": lambda q, k, v, a, b, add, fill: (
+        torch.softmax(_scores(q, k) + add(a, fill) + add(b, LOW), -1) @ v
+    ),
+    "filled and added": lambda q, k, v, a, b, add, fill: (
+        torch.softmax(_scores(q, k).masked_fill(~b, LOW) + add(a, fill), -1) @ v
+    ),
+    "added and filled": lambda q, k, v, a, b, add, fill: (
+        torch.softmax((_scores(q, k) + add(b, -torch.inf)).masked_fill(~a, fill), -1) @ v
+    ),
+    "sdpa, added twice": lambda q, k, v, a, b, add, fill: (
+        F.scaled_dot_product_attention(q, k, v, attn_mask=add(a, fill) + add(b, -torch.inf))
+    ),
+}
+
+
+def model_of(attention: str, programs: Any, addend: str, fill: float) -> Any:
+    """An attention as a function of (q, k, v, attention_mask, other_mask)."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, other_mask: Tensor) -> Tensor:
+        a, b = (evaluate(program, attention_mask, other_mask) for program in programs)
+        result: Tensor = ATTENTIONS[attention](q, k, v, a, b, ADDENDS[addend], fill)
+        return result
+
+    return model
+
+
+def graph_of(model: Any, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """The ATen graph of a function; much faster than torch.export."""
+    traced: fx.GraphModule = make_fx(model, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    return traced
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """The kernel's op by its reference, which runs under vmap."""
+    return reference.attention(query, key, value, ops.check(query, key, value, **options))
+
+
+def everywhere(module: fx.GraphModule, fixed: tuple[Tensor, ...], every: tuple[Tensor, ...]) -> Tensor:
+    """The output of a rewritten graph for each element of the first dim of `every`."""
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(module.graph, {}))
+    for node in plain.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default):
+        node.target = _plain
+    run = fx.Interpreter(fx.GraphModule(module, plain)).run
+    result: Tensor = torch.vmap(lambda *given: pytree_first(run(*fixed, *given)))(*every)
+    return result
+
+
+def pytree_first(value: Any) -> Tensor:
+    found: Tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return found
+
+
+def all_values(count: int, values: int = 2) -> Tensor:
+    """Int64 [values ** count, count]: every way to fill `count` cells."""
+    return torch.tensor(list(itertools.product(range(values), repeat=count)))
+
+
+def assert_sound(attention: str, programs: Any, addend: str, fill: float, dtype: torch.dtype) -> RewrittenModule:
+    """Rewrite, and compare with the original for every value of the masks."""
+    torch.manual_seed(0)
+    fixed = tuple(3 * torch.randn(BATCH, 1, LENGTH, 8) for _ in range(3))
+    ones = torch.ones(BATCH, LENGTH).to(dtype)
+    model = model_of(attention, programs, addend, fill)
+    rewritten = rewrite(graph_of(model, (*fixed, ones, ones.clone())), config=EXACT)
+    cells = all_values(BATCH * LENGTH).reshape(-1, BATCH, LENGTH)
+    # The other mask takes every value too, though not every pair of both.
+    every = (cells.to(dtype), cells[torch.randperm(len(cells))].to(dtype))
+    old = torch.stack([model(*fixed, *given) for given in zip(*every, strict=True)])
+    new = everywhere(rewritten, fixed, every)
+    defined = ~old.isnan()
+    difference = ((old - new).where(defined, 0)).abs().amax((1, 2, 3, 4))
+    worst = int(difference.argmax())
+    assert difference[worst] <= TOLERANCES[torch.float32] * old.nan_to_num().abs().max(), (
+        f"{rewritten.report}\nis wrong for {every[0][worst].tolist()}, {every[1][worst].tolist()}"
+    )
+    return rewritten
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    attention=st.sampled_from(sorted(ATTENTIONS)),
+    programs=st.tuples(bools(sorted(LEAVES)), bools(["keys", "causal", "other keys", "true", "queries"], 2)),
+    addend=st.sampled_from(sorted(ADDENDS)),
+    fill=st.sampled_from(FILLS),
+    dtype=st.sampled_from([torch.int64, torch.bool, torch.float32]),
+)
+def test_every_claim_holds_for_all_inputs(
+    attention: str, programs: Any, addend: str, fill: float, dtype: torch.dtype
+) -> None:
+    if dtype == torch.bool and any(name in str(programs) for name in ("both", "either", "cumulated", "positions")):
+        dtype = torch.int64
+    assert_sound(attention, programs, addend, fill, dtype)
