@@ -84,11 +84,11 @@ class RewrittenModule(fx.GraphModule):
 
     def _expected(self) -> dict[str, list[Any]]:
         """The example value of each leaf of each argument."""
-        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
-        values = [
-            node.meta.get("val", node.args[0] if node.args else None)
-            for node in self.graph.find_nodes(op="placeholder")
-        ]
+        inputs = self.graph.find_nodes(op="placeholder")
+        values = [node.meta.get("val", node.args[0] if node.args else None) for node in inputs]
+        info = getattr(self.graph._codegen, "pytree_info", None)
+        if info is None:  # a graph whose inputs are its leaves
+            return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}
         expected: dict[str, list[Any]] = {}
         for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
             expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]

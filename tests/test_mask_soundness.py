@@ -8,6 +8,7 @@ inputs can have. Equal outputs at every row prove claim and empty-row meaning to
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -113,6 +114,7 @@ def evaluate(program: Any, *masks: Tensor) -> Tensor:
 
 # Attentions: how a program becomes part of the scores
 
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.mT * 0.5
 
@@ -129,17 +131,15 @@ ATTENTIONS: dict[str, Any] = {
     "added": lambda q, k, v, a, b, add, fill: torch.softmax(_scores(q, k) + add(a, fill), -1) @ v,
     "filled": lambda q, k, v, a, b, add, fill: torch.softmax(_scores(q, k).masked_fill(~a, fill), -1) @ v,
     "chosen": lambda q, k, v, a, b, add, fill: torch.softmax(torch.where(a, _scores(q, k), fill), -1) @ v,
-    "added twice": lambda q, k, v, a, b, add, fill: (
-        torch.softmax(_scores(q, k) + add(a, fill) + add(b, LOW), -1) @ v
-    ),
+    "added twice": lambda q, k, v, a, b, add, fill: torch.softmax(_scores(q, k) + add(a, fill) + add(b, LOW), -1) @ v,
     "filled and added": lambda q, k, v, a, b, add, fill: (
         torch.softmax(_scores(q, k).masked_fill(~b, LOW) + add(a, fill), -1) @ v
     ),
     "added and filled": lambda q, k, v, a, b, add, fill: (
         torch.softmax((_scores(q, k) + add(b, -torch.inf)).masked_fill(~a, fill), -1) @ v
     ),
-    "sdpa, added twice": lambda q, k, v, a, b, add, fill: (
-        F.scaled_dot_product_attention(q, k, v, attn_mask=add(a, fill) + add(b, -torch.inf))
+    "sdpa, added twice": lambda q, k, v, a, b, add, fill: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=add(a, fill) + add(b, -torch.inf)
     ),
 }
 
@@ -208,7 +208,7 @@ def assert_sound(attention: str, programs: Any, addend: str, fill: float, dtype:
     return rewritten
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "100")), deadline=None)
 @given(
     attention=st.sampled_from(sorted(ATTENTIONS)),
     programs=st.tuples(bools(sorted(LEAVES)), bools(["keys", "causal", "other keys", "true", "queries"], 2)),
@@ -222,3 +222,24 @@ def test_every_claim_holds_for_all_inputs(
     if dtype == torch.bool and any(name in str(programs) for name in ("both", "either", "cumulated", "positions")):
         dtype = torch.int64
     assert_sound(attention, programs, addend, fill, dtype)
+
+
+@pytest.mark.parametrize("attention", ["sdpa, bool", "added"])
+def test_one_bit_more_or_less_is_never_causal(attention: str) -> None:
+    """Every mask that differs from the causal one in a single element, written as index arithmetic."""
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(BATCH, 1, LENGTH, 8) for _ in range(3))
+
+    def with_a_bit(i: int, j: int) -> Any:
+        def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            flipped = (key() <= row()) ^ ((row() == i) & (key() == j))
+            result: Tensor = ATTENTIONS[attention](q, k, v, flipped, None, ADDENDS["where"], LOW)
+            return result
+
+        return model
+
+    for i, j in itertools.product(range(LENGTH), repeat=2):
+        model = with_a_bit(i, j)
+        rewritten = rewrite(graph_of(model, (q, k, v)), config=EXACT)
+        assert "causal(offset=0)" not in str(rewritten.report.sites[0].mask)
+        assert (model(q, k, v) - rewritten(q, k, v)).abs().max() <= 1e-5 * v.abs().max()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.read import MASKED, read
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, KeyPadding, MaskSpec, Unproven
@@ -23,6 +23,7 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.problem import EmptyRows
 from neuron_attn_rewrite.reasons import Reason
+
 
 @dataclass(frozen=True)
 class Padding:
