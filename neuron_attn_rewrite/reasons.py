@@ -151,6 +151,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             _DENSE
             + "Give the mask as one 0/1 vector over the keys; a mask over pairs of positions can't be read as one.",
         ),
+        "mask-symbolic": Entry(
+            "mask",
+            "What the mask says for every size and every input is not a matter of bounds and padding.",
+            _DENSE + "The report names the operator, or what is asked for.",
+        ),
         "mask-padding": Entry(
             "mask",
             "The input mask is not used as one 0/1 vector over the keys, alike for every query.",

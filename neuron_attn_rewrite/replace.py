@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
+from neuron_attn_rewrite.masks.affine import Affine, Element, Index
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
-from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
+from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, atoms, dim_size, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
@@ -128,7 +129,7 @@ class _Emitter:
             "band_lower": mask.band.lower,
             "band_upper": mask.band.upper,
             "key_padding": self._key_padding(proof.paddings, site),
-            "bounds": self._bounds(mask.runs, site),
+            "bounds": self._bounds(proof, site),
             "bias": self._bias(proof.dense, output),
             "softcap": site.softcap,
             "sink": self._laid_out(site.sink) if site.sink else None,
@@ -196,10 +197,27 @@ class _Emitter:
         yes, no = (0.0, dense.fill) if term.kind == "show" else (dense.fill, 0.0)
         return self._on(term.node, aten.where.Scalar, yes, no)
 
-    def _bounds(self, runs: MaskSpec, site: AttentionSite) -> fx.Node | None:
-        """A constant int32 [1, q_len, 2] of the keys that each row sees."""
-        if not runs.claims:
-            return None
+    def _bounds(self, proof: Proof, site: AttentionSite) -> fx.Node | None:
+        """Int32 [batch | 1, q_len, 2] of the keys that each row sees."""
+        runs = proof.mask.runs
+        constant = self._constant_bounds(runs, site) if any(not isinstance(c, Limited) for c in runs.claims) else None
+        if not proof.limits:
+            return constant
+        join, before = self._join, site.output
+        columns: list[fx.Node] = []
+        for column, is_lower in enumerate((True, False)):
+            ends = [self._end(limit.end + (not is_lower), site) for limit in proof.limits if limit.is_lower == is_lower]
+            if constant is not None:
+                ends.append(join(aten.select.int, before, constant, -1, column))
+            end = self._joined(aten.maximum.default if is_lower else aten.minimum.default, before, ends)
+            if end is None:
+                end = join(aten.full.default, before, [1, 1], 0 if is_lower else site.kv_len, **self._whole(site))
+            columns.append(join(aten.clamp.default, before, end, 0, site.kv_len))
+        sizes = [max(shape(c)[0] for c in columns), site.q_len]
+        wide = [join(aten.expand.default, before, c, sizes) for c in columns]
+        return self._cast(join(aten.stack.default, before, wide, -1), torch.int32)
+
+    def _constant_bounds(self, runs: MaskSpec, site: AttentionSite) -> fx.Node:
         key = f"{runs} {runs.claims} {site.q_len} {site.kv_len}"
         if key not in self._known:
             name = f"_attention_bounds_{sum(name.startswith('_attention_bounds') for name in self.module._buffers)}"
@@ -211,12 +229,54 @@ class _Emitter:
             self._known[key] = node
         return self._known[key]
 
+    def _end(self, end: Affine, site: AttentionSite) -> fx.Node:
+        """Int64 [batch | 1, q_len | 1] of a sum of elements and the index of the query."""
+        before = site.output
+        total: fx.Node | None = None
+        for of, coefficient in end.terms:
+            if isinstance(of, Element):
+                node = self._elements(of, site)
+            else:
+                assert isinstance(of, Index)
+                node = self._join(aten.arange.default, before, site.q_len, **self._whole(site))
+                node = self._on(node, aten.unsqueeze.default, 0)
+            node = node if coefficient == 1 else self._on(node, aten.mul.Scalar, coefficient)
+            total = node if total is None else self._join(aten.add.Tensor, before, total, node)
+        if total is None:
+            return self._join(aten.full.default, before, [1, 1], end.constant, **self._whole(site))
+        return self._on(total, aten.add.Scalar, end.constant) if end.constant else total
+
+    def _elements(self, of: Element, site: AttentionSite) -> fx.Node:
+        """The elements that the queries of each batch element read, int64 [batch | 1, q_len | 1]."""
+        node, sizes, dim = of.node, [1, 1], 0
+        for index in of.index:
+            if not index.terms:
+                node = self._on(node, aten.select.int, dim, index.constant)
+                continue
+            ((along, _),) = index.terms
+            assert isinstance(along, Index)
+            sizes[0 if along.axis == 0 else 1] = length = site.batch if along.axis == 0 else site.q_len
+            if shape(node)[dim] != length:
+                node = self._on(node, aten.slice.Tensor, dim, index.constant, index.constant + length)
+            dim += 1
+        return self._on(self._cast(node, torch.int64), aten.reshape.default, sizes)
+
+    def _whole(self, site: AttentionSite) -> dict[str, Any]:
+        """The options of a tensor of integers beside the query."""
+        key = f"device of {site.query.node}"
+        if key not in self._known:
+            value = site.query.node.meta["val"].device
+            with self.graph.inserting_before(self._behind(site.query.node)):
+                self._known[key] = self.graph.call_function(getattr, (site.query.node, "device"))
+            self._known[key].meta["val"] = value
+        return {"dtype": torch.int64, "device": self._known[key]}
+
     def _joined(self, target: Any, before: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
         return reduce(lambda a, b: self._join(target, before, a, b), nodes) if nodes else None
 
-    def _join(self, target: Any, before: fx.Node, *nodes: fx.Node) -> fx.Node:
-        """An operator on several tensors, all computed before `before`."""
-        return self._insert(before, target, *nodes)
+    def _join(self, target: Any, before: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        """An operator on what is computed before `before`."""
+        return self._insert(before, target, *args, **kwargs)
 
     def _on(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
         """An operator on one tensor, right behind it."""

@@ -187,23 +187,17 @@ def all_values(count: int, values: int = 2) -> Tensor:
     return torch.tensor(list(itertools.product(range(values), repeat=count)))
 
 
-def assert_sound(attention: str, programs: Any, addend: str, fill: float, dtype: torch.dtype) -> RewrittenModule:
-    """Rewrite, and compare with the original for every value of the masks."""
+def assert_same_everywhere(model: Any, every: tuple[Tensor, ...]) -> RewrittenModule:
+    """Rewrite a function of (q, k, v, *inputs), and compare for each element of the first dim of `every`."""
     torch.manual_seed(0)
     fixed = tuple(3 * torch.randn(BATCH, 1, LENGTH, 8) for _ in range(3))
-    ones = torch.ones(BATCH, LENGTH).to(dtype)
-    model = model_of(attention, programs, addend, fill)
-    rewritten = rewrite(graph_of(model, (*fixed, ones, ones.clone())), config=EXACT)
-    cells = all_values(BATCH * LENGTH).reshape(-1, BATCH, LENGTH)
-    # The other mask takes every value too, though not every pair of both.
-    every = (cells.to(dtype), cells[torch.randperm(len(cells))].to(dtype))
+    rewritten = rewrite(graph_of(model, (*fixed, *(values[-1].clone() for values in every))), config=EXACT)
     old = torch.stack([model(*fixed, *given) for given in zip(*every, strict=True)])
     new = everywhere(rewritten, fixed, every)
-    defined = ~old.isnan()
-    difference = ((old - new).where(defined, 0)).abs().amax((1, 2, 3, 4))
+    difference = ((old - new).where(~old.isnan(), 0)).abs().amax((1, 2, 3, 4))
     worst = int(difference.argmax())
     assert difference[worst] <= TOLERANCES[torch.float32] * old.nan_to_num().abs().max(), (
-        f"{rewritten.report}\nis wrong for {every[0][worst].tolist()}, {every[1][worst].tolist()}"
+        f"{rewritten.report}\nis wrong for {[values[worst].tolist() for values in every]}"
     )
     return rewritten
 
@@ -221,7 +215,88 @@ def test_every_claim_holds_for_all_inputs(
 ) -> None:
     if dtype == torch.bool and any(name in str(programs) for name in ("both", "either", "cumulated", "positions")):
         dtype = torch.int64
-    assert_sound(attention, programs, addend, fill, dtype)
+    cells = all_values(BATCH * LENGTH).reshape(-1, BATCH, LENGTH)
+    # The other mask takes every value too, though not every pair of both.
+    every = cells.to(dtype), cells[torch.randperm(len(cells))].to(dtype)
+    assert_same_everywhere(model_of(attention, programs, addend, fill), every)
+
+
+# Integers with more values: positions, lengths, segments
+
+NUMBERS: dict[str, Any] = {
+    "up to a position": lambda p, c, n: (key() <= c[:, None])[None, None],
+    "before a position": lambda p, c, n: (key() < c[:, None])[None, None],
+    "window at a position": lambda p, c, n: ((key() <= c[:, None]) & (key() > c[:, None] - 2))[None, None],
+    "from a position on": lambda p, c, n: (c[:, None] <= key())[None, None],
+    "position of a batch": lambda p, c, n: key()[None, None] <= p[:, None, :, None],
+    "position of keys": lambda p, c, n: p[:, None, None, :] <= row()[None, None],
+    "two positions": lambda p, c, n: p[:, None, None, :] <= p[:, None, :, None],
+    "lengths": lambda p, c, n: torch.arange(LENGTH) < n[:, None, None, None],
+    "lengths and rows": lambda p, c, n: torch.arange(LENGTH) < n[:, None, None, None] + row(),
+    "twice the length": lambda p, c, n: 2 * torch.arange(LENGTH) < n[:, None, None, None],
+    "left of the length": lambda p, c, n: torch.arange(LENGTH) >= LENGTH - n[:, None, None, None],
+    "segments": lambda p, c, n: p[:, None, None, :] == p[:, None, :, None],
+    "one segment": lambda p, c, n: (p == 1)[:, None, None, :],
+    "a real segment": lambda p, c, n: p[:, None, None, :] != 0,
+    "a first length": lambda p, c, n: (key() < n[0])[None, None],
+    "next position": lambda p, c, n: (key() <= torch.cat([c[1:], c[:1]])[:, None])[None, None],
+    "later positions": lambda p, c, n: (key() <= F.pad(c[1:], (0, 1), value=3)[:, None])[None, None],
+    "the larger": lambda p, c, n: (key() <= torch.maximum(c[:, None], row()))[None, None],
+    "clamped": lambda p, c, n: (key() <= c.clamp(min=1)[:, None])[None, None],
+    "packed": lambda p, c, n: (
+        ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, None, :])
+        == ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, :, None])
+    ),
+    "causal": lambda p, c, n: (key() <= row())[None, None],
+    "prefix or causal": lambda p, c, n: (key() < n[:, None, None, None]) | (key() <= row()),
+}
+LEAVES.update(NUMBERS)
+
+
+@settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "60")), deadline=None)
+@given(
+    attention=st.sampled_from(["sdpa, bool", "added", "filled", "added twice"]),
+    programs=st.tuples(bools(sorted(NUMBERS), 3), bools(["causal", "lengths", "up to a position"], 1)),
+    addend=st.sampled_from(sorted(ADDENDS)),
+    fill=st.sampled_from(FILLS),
+)
+def test_every_claim_about_numbers_holds(attention: str, programs: Any, addend: str, fill: float) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, cache_position: Tensor, lengths: Tensor) -> Tensor:
+        a, b = (evaluate(program, position_ids, cache_position, lengths) for program in programs)
+        result: Tensor = ATTENTIONS[attention](q, k, v, a, b, ADDENDS[addend], fill)
+        return result
+
+    rows = all_values(LENGTH, 4)
+    shuffled = [torch.randperm(len(rows)) for _ in range(4)]
+    positions = torch.stack([rows[shuffled[0]], rows[shuffled[1]]], 1)
+    assert_same_everywhere(model, (positions, rows[shuffled[2]], rows[shuffled[3]][:, :BATCH] + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("up to a position", "key <= cache_position_1[query]"),
+        ("window at a position", "key >= cache_position_1[query] - 1 & key <= cache_position_1[query]"),
+        ("position of a batch", "key <= position_ids_1[batch, query]"),
+        ("lengths", "key <= lengths_1[batch] - 1"),
+        ("left of the length", "key >= - lengths_1[batch] + 4"),
+        ("lengths and rows", "key <= lengths_1[batch] + query - 1"),
+        ("a real segment", "key_padding(position_ids_1)"),
+        ("later positions", "none"),
+        ("segments", "none"),
+        ("two positions", "none"),
+        ("twice the length", "key_padding(lt)"),
+    ],
+)
+def test_bounds_at_run_time_are_named(name: str, mask: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, cache_position: Tensor, lengths: Tensor) -> Tensor:
+        visible = evaluate((name,), position_ids, cache_position, lengths)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+    values = torch.randint(0, 4, (8, BATCH, LENGTH))
+    rewritten = assert_same_everywhere(model, (values, values[:, 0], values[:, 0, :BATCH] + 1))
+    assert set(str(rewritten.report.sites[0].mask).split(" & ")) == set(mask.split(" & "))
+    assert not any("holds only 0 and 1" in reason for reason in rewritten.report.sites[0].reasons)
 
 
 @pytest.mark.parametrize("attention", ["sdpa, bool", "added"])

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_attn_rewrite import RewriteConfig, RewriteWarning, rewrite
 from neuron_attn_rewrite.capture import capture
-from neuron_attn_rewrite.masks.prove import Proof, Prover, fit_rows
-from neuron_attn_rewrite.masks.read import row_intervals
+from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
+from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite

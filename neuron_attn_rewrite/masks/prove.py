@@ -14,9 +14,13 @@ from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.masks.affine import Affine
+from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
+from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.read import MASKED, read
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, KeyPadding, MaskSpec, Unproven
+from neuron_attn_rewrite.masks.spec import Band, Claim, KeyPadding, Limited, MaskSpec, Unproven
+from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term
@@ -54,6 +58,7 @@ class Proof:
     dense: tuple[Dense, ...] = ()
     empty_rows: EmptyRows = EmptyRows.NEVER
     reasons: tuple[Reason, ...] = ()
+    limits: tuple[Limit, ...] = ()
     promised: tuple[Padding, ...] = ()
     """Key padding that was dropped because the caller promised right padding."""
 
@@ -65,8 +70,9 @@ class _Claimed:
     spec: MaskSpec
     fill: float | None = None
     """The number by which it hides keys, None if it uses several."""
-    padding: Padding | None = None
-    assumption: Reason | None = None
+    paddings: tuple[Padding, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    assumptions: tuple[Reason, ...] = ()
 
 
 class Prover:
@@ -74,6 +80,7 @@ class Prover:
 
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
         self.evaluator = Evaluator(module)
+        self.symbolic = SymbolicEvaluator(module)
         self.config = config
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 
@@ -137,6 +144,16 @@ class Prover:
         return ()
 
     def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
+        """For symbolic indices, which takes no time; else for every element."""
+        found = conditions(term, dims, tuple(Affine(dim_size(dim)) for dim in dims), self.symbolic)
+        if isinstance(found, Unproven):
+            return self._read_element_by_element(term, dims)
+        if all(limit.is_runtime for limit in found.limits):
+            return _claimed(found)
+        constant = self._read_element_by_element(term, dims)
+        return _claimed(found) if isinstance(constant, Unproven) else constant
+
+    def _read_element_by_element(self, term: Term, dims: Dims) -> _Claimed | Unproven:
         reading = read(term, dims, self.evaluator)
         if isinstance(reading, Unproven):
             return reading
@@ -147,8 +164,9 @@ class Prover:
         if isinstance(padding, Unproven):
             return padding
         leaf = self.evaluator.leaf(padding.node)
-        assumption = Reason("binary-input", f"{leaf.node.name} holds only 0 and 1") if leaf.assumed else None
-        return _Claimed(MaskSpec((*claims, KeyPadding(leaf.node.name))), reading.fill, padding, assumption)
+        assumed = (_assumption(leaf.node),) if leaf.assumed else ()
+        spec = MaskSpec((*claims, KeyPadding(leaf.node.name)))
+        return _Claimed(spec, reading.fill, (padding,), assumptions=assumed)
 
     def _padding(self, cells: Tensor, inverted: bool) -> Padding | Unproven:
         """The 0/1 tensor of which each key reads its own element, in order."""
@@ -179,7 +197,7 @@ class Prover:
     def _with_empty_rows(self, proof: Proof, site: AttentionSite, hides: list[EmptyRows]) -> Proof:
         """What the model gives for a row that sees no key, if there can be one."""
         possible = (
-            bool(proof.paddings)
+            bool(proof.paddings or proof.limits)
             or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
             or not (proof.mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all()
         )
@@ -211,14 +229,25 @@ class Prover:
         )
 
 
+def _claimed(found: Conditions) -> _Claimed:
+    claims: list[Claim] = [] if found.band == Band() else [found.band]
+    claims += [Limited(str(limit)) for limit in found.limits]
+    claims += [KeyPadding(node.name) for node, *_ in found.paddings]
+    paddings = tuple(Padding(*padding) for padding in found.paddings)
+    return _Claimed(MaskSpec(tuple(claims)), found.fill, paddings, found.limits, tuple(map(_assumption, found.assumed)))
+
+
+def _assumption(node: fx.Node) -> Reason:
+    return Reason("binary-input", f"{node.name} holds only 0 and 1")
+
+
 def _extended(proof: Proof, claimed: _Claimed) -> Proof:
-    padding = (claimed.padding,) if claimed.padding and claimed.padding not in proof.paddings else ()
-    said = (claimed.assumption,) if claimed.assumption and claimed.assumption not in proof.reasons else ()
     return replace(
         proof,
         mask=proof.mask & claimed.spec,
-        paddings=(*proof.paddings, *padding),
-        reasons=(*proof.reasons, *said),
+        paddings=tuple(dict.fromkeys((*proof.paddings, *claimed.paddings))),
+        limits=tuple(dict.fromkeys((*proof.limits, *claimed.limits))),
+        reasons=tuple(dict.fromkeys((*proof.reasons, *claimed.assumptions))),
     )
 
 
@@ -226,25 +255,3 @@ def vectors_of(node: fx.Node) -> int:
     """How many vectors of its last dim a tensor holds."""
     sizes = shape(node)
     return 1 if not sizes else int(torch.Size(sizes[:-1]).numel())
-
-
-def fit_rows(rows: Tensor, kv_len: int) -> tuple[Claim, ...]:
-    """The claims whose conjunction gives exactly these int [q_len, 2] intervals.
-
-    Candidates are read off the ends that are not those of the keys, and accepted only if every row agrees.
-    """
-    q_len = len(rows)
-    first, end = rows.unbind(1)
-    i, seen = torch.arange(q_len), first < end
-    uppers = set((end - 1 - i)[seen & (end < kv_len)].tolist())
-    lowers = set((first - i)[seen & (first > 0)].tolist())
-    band = Band(min(lowers) if len(lowers) == 1 else None, min(uppers) if len(uppers) == 1 else None)
-    causal: tuple[Claim, ...] = () if band.upper is None else (Band(upper=band.upper),)
-    candidates: list[tuple[Claim, ...]] = [(), (band,)] if band != Band() else [()]
-    if size := int(i[seen & (first > 0)][0]) if lowers else 0:
-        chunk = Chunked(size)
-        candidates += [(*causal, chunk), (chunk,)]
-    for claims in candidates:
-        if torch.equal(MaskSpec(claims).rows(q_len, kv_len), rows):
-            return claims
-    return (Intervals(tuple((lo, hi) for lo, hi in rows.tolist())),)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.graph import shape
+from neuron_attn_rewrite.masks.fit import row_intervals
 from neuron_attn_rewrite.masks.regions import Region
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Opaque, Table
@@ -159,15 +160,6 @@ def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         any_row, cell = any_of(depends, 1, 2), cell[:, 0, 0]
         return cell.where(any_row, NO_CELL), cell.where(any_row, -1)
     return cell.where(depends, NO_CELL).amin((1, 2)), cell.where(depends, -1).amax((1, 2))
-
-
-def row_intervals(visible: Tensor) -> Tensor | None:
-    """Int64 [rows, 2] of the one interval that each row of a bool [rows, keys] sees; None if some row sees two."""
-    bits = visible.view(torch.uint8)
-    count = bits.sum(1, dtype=torch.int64)
-    first = bits.argmax(1)
-    end = torch.where(count > 0, visible.shape[1] - bits.flip(1).argmax(1), 0)
-    return torch.stack([first, end], 1) if torch.equal(end - first, count) else None
 
 
 def any_of(flags: Tensor, *dims: int) -> Tensor:

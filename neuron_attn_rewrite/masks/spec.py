@@ -88,7 +88,22 @@ class KeyPadding:
         return f"key_padding({self.source})"
 
 
-Claim: TypeAlias = Band | Chunked | Intervals | KeyPadding
+@dataclass(frozen=True)
+class Limited:
+    """Each query sees the keys up to a run-time number, or from it on."""
+
+    condition: str
+    """In words, such as `key <= cache_position[query]`."""
+
+    def rows(self, q_len: int, kv_len: int) -> Tensor:
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see."""
+        return torch.tensor([[0, kv_len]]).expand(q_len, 2)
+
+    def __str__(self) -> str:
+        return self.condition
+
+
+Claim: TypeAlias = Band | Chunked | Intervals | KeyPadding | Limited
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,8 @@ class MaskSpec:
 
     @property
     def runs(self) -> MaskSpec:
-        """The claims that a band can't express."""
-        return MaskSpec(tuple(c for c in self.claims if isinstance(c, (Chunked, Intervals))))
+        """The claims that take bounds of each row: a band can't express them."""
+        return MaskSpec(tuple(c for c in self.claims if isinstance(c, (Chunked, Intervals, Limited))))
 
     def __str__(self) -> str:
         return " & ".join(map(str, self.claims)) or "none"

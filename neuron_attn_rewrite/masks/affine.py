@@ -1,0 +1,142 @@
+"""Integer linear arithmetic: sums of variables, and whether inequalities between them can hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from math import gcd
+from typing import TypeAlias
+
+from torch import fx
+
+MOST_INEQUALITIES = 400
+"""Elimination gives up here, and calls the inequalities possible."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index along one axis of the kernel: 0 batch, 1 head, 2 query, 3 key; later ones are bound in a rule."""
+
+    axis: int
+    size: Affine
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that is not a number: an expression of torch's symbols."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element of an integer tensor of which nothing is known."""
+
+    node: fx.Node
+    index: tuple[Affine, ...]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """1 if an element of a tensor is not zero, else 0."""
+
+    node: fx.Node
+    index: tuple[Affine, ...]
+
+
+Variable: TypeAlias = Index | Size | Element | Truth
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`sum(coefficient * variable) + constant`."""
+
+    constant: int = 0
+    terms: frozenset[tuple[Variable, int]] = field(default_factory=frozenset)
+
+    @property
+    def is_constant(self) -> bool:
+        return not self.terms
+
+    def coefficient(self, variable: Variable) -> int:
+        return next((c for v, c in self.terms if v == variable), 0)
+
+    def without(self, variable: Variable) -> Affine:
+        return Affine(self.constant, frozenset(t for t in self.terms if t[0] != variable))
+
+    def __add__(self, other: Affine | int) -> Affine:
+        if isinstance(other, int):
+            return Affine(self.constant + other, self.terms)
+        if not other.terms:
+            return Affine(self.constant + other.constant, self.terms)
+        total = dict(self.terms)
+        for variable, coefficient in other.terms:
+            total[variable] = total.get(variable, 0) + coefficient
+        return Affine(self.constant + other.constant, frozenset((v, c) for v, c in total.items() if c))
+
+    def __mul__(self, factor: int) -> Affine:
+        terms = frozenset((v, c * factor) for v, c in self.terms if factor)
+        return Affine(self.constant * factor, terms)
+
+    def __neg__(self) -> Affine:
+        return self * -1
+
+    def __sub__(self, other: Affine | int) -> Affine:
+        return self + (-other)
+
+
+def variable(of: Variable) -> Affine:
+    return Affine(0, frozenset([(of, 1)]))
+
+
+Guard: TypeAlias = frozenset[Affine]
+"""Sums of which each is at least 0."""
+
+
+def negated(inequality: Affine) -> Affine:
+    """What is at least 0 where the given sum is not."""
+    return -inequality - 1
+
+
+def impossible(inequalities: Iterable[Affine], limits: Callable[[Variable], Iterable[Affine]]) -> bool:
+    """Whether no integers satisfy all inequalities and the limits of their variables; False where that is not seen.
+
+    Fourier-Motzkin elimination, with each inequality rounded to integers.
+    """
+    known: set[Affine] = set()
+    waiting = list(inequalities)
+    bounded: set[Variable] = set()
+    while waiting:
+        inequality = waiting.pop()
+        known.add(_rounded(inequality))
+        for of, _ in inequality.terms:
+            if of not in bounded:
+                bounded.add(of)
+                waiting += limits(of)
+    while True:
+        if any(not k.terms and k.constant < 0 for k in known):
+            return True
+        known = {k for k in known if k.terms}
+        if not known or len(known) > MOST_INEQUALITIES:
+            return False
+        variables = {v for k in known for v, _ in k.terms}
+        of = min(variables, key=lambda v: _cost(known, v))
+        above = [k for k in known if k.coefficient(of) > 0]
+        below = [k for k in known if k.coefficient(of) < 0]
+        known = {k for k in known if not k.coefficient(of)}
+        known |= {_rounded(a * -b.coefficient(of) + b * a.coefficient(of)) for a in above for b in below}
+
+
+def _cost(known: Iterable[Affine], of: Variable) -> int:
+    """How many inequalities it takes to eliminate a variable."""
+    signs = [k.coefficient(of) for k in known]
+    return sum(c > 0 for c in signs) * sum(c < 0 for c in signs)
+
+
+def _rounded(inequality: Affine) -> Affine:
+    """Divided by what its coefficients share: a sum of integers is an integer."""
+    shared = reduce(gcd, (abs(c) for _, c in inequality.terms), 0)
+    if shared <= 1:
+        return inequality
+    return Affine(inequality.constant // shared, frozenset((v, c // shared) for v, c in inequality.terms))

@@ -1,0 +1,196 @@
+"""From the cases of a mask's element to claims: on which conditions a key is seen.
+
+If a key is seen exactly where some inequalities hold, and each of them bounds the key or asks for one element of a
+0/1 vector, the mask is proven: for every size, and every value of its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from neuron_attn_rewrite.graph import tensor
+from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Truth, variable
+from neuron_attn_rewrite.masks.read import MASKED
+from neuron_attn_rewrite.masks.spec import Band, Unproven
+from neuron_attn_rewrite.masks.symbolic import Case, SymbolicEvaluator, Unknown
+from neuron_attn_rewrite.patterns.axes import Dims
+from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.reasons import Reason
+
+BATCH, HEAD, QUERY, KEY = range(4)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound at run time: query i of batch element b sees key j only if `j >= end` (lower) or `j <= end`."""
+
+    is_lower: bool
+    end: Affine
+    """A sum of sizes, elements of integer inputs, and the index of the query."""
+
+    @property
+    def is_runtime(self) -> bool:
+        """Whether it depends on an input."""
+        return any(isinstance(of, Element) for of, _ in self.end.terms)
+
+    def __str__(self) -> str:
+        return f"key {'>=' if self.is_lower else '<='} {_text(self.end)}"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A key is seen exactly where all of this holds."""
+
+    band: Band = field(default_factory=Band)
+    limits: tuple[Limit, ...] = ()
+    paddings: tuple[tuple[fx.Node, int, bool], ...] = ()
+    """A tensor of which key j of batch element b reads element [b, j + start], the start, and whether 1 hides."""
+    fill: float | None = None
+    """The number by which keys are hidden, None if there are several."""
+    assumed: tuple[fx.Node, ...] = ()
+    """Inputs that were taken to hold only 0 and 1."""
+
+
+def conditions(
+    term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: SymbolicEvaluator
+) -> Conditions | Unproven:
+    """What a term says along `dims`, the (batch, heads, query, key) of the kernel with their sizes."""
+    names = {dim: variable(Index(axis, size)) for axis, (dim, size) in enumerate(zip(dims, sizes, strict=True)) if dim}
+    if any(dim and dim not in names for dim in term.dims):
+        return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
+    evaluator.assumed.clear()
+    try:
+        cases = evaluator.cases(term.node, tuple(names[dim] if dim else Affine() for dim in term.dims))
+    except Unknown as unknown:
+        return Unproven(Reason("mask-symbolic", str(unknown)))
+    seen: list[Case] = []
+    hidden: list[Case] = []
+    fills: set[float] = set()
+    for case in cases:
+        visible, fill = _visibility(term, case)
+        if visible is None:
+            return Unproven(Reason("mask-bias", "it adds numbers that are neither 0 nor low enough to hide a key"))
+        (seen if visible else hidden).append(case)
+        fills |= {fill} if fill is not None else set()
+    shared = _shared(seen, hidden, evaluator)
+    if shared is None:
+        return Unproven(Reason("mask-symbolic", "the visible keys are not what bounds and paddings leave"))
+    found = Conditions(fill=fills.pop() if len(fills) == 1 else None, assumed=tuple(evaluator.assumed))
+    for inequality in shared:
+        more = _with(found, inequality, names.get(dims[KEY]), evaluator)
+        if more is None:
+            return Unproven(Reason("mask-symbolic", "it asks for more than bounds of keys and paddings"))
+        found = more
+    return found
+
+
+def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
+    """Whether the key is seen (None: neither), and the number that hides it."""
+    value = case.value
+    if term.kind in ("show", "hide"):
+        if term.fill > MASKED or (isinstance(value, Affine) and not value.is_constant):
+            return None, None
+        visible = (value != Affine()) == (term.kind == "show")
+        return visible, None if visible else term.fill
+    if isinstance(value, Affine):
+        return (True, None) if value == Affine() else (None, None)
+    if value == 0:
+        return True, None
+    fill = value * term.multiplier
+    return (False, fill) if fill <= MASKED else (None, None)
+
+
+def _shared(seen: list[Case], hidden: list[Case], evaluator: SymbolicEvaluator) -> list[Affine] | None:
+    """Inequalities that hold exactly where a key is seen; None if there are none of the cases' own."""
+    if not seen:
+        return None
+    candidates = {g for case in seen for g in case.guard}
+    shared = [g for g in candidates if all(evaluator.always(g, case.guard) for case in seen)]
+    if any(not evaluator.impossible([*case.guard, *shared]) for case in hidden):
+        return None
+    for inequality in sorted(shared, key=lambda g: -len(g.terms)):
+        others = [g for g in shared if g != inequality]
+        if evaluator.always(inequality, others):
+            shared = others
+    return shared
+
+
+def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: SymbolicEvaluator) -> Conditions | None:
+    """The conditions and one more; None if it is not one that a kernel knows."""
+    truths = [v for v, _ in inequality.terms if isinstance(v, Truth)]
+    if truths:
+        padding = _padding(inequality, truths[0], key)
+        return None if padding is None else replace(found, paddings=(*found.paddings, padding))
+    ((key_index, _),) = key.terms if key is not None else ((None, 0),)
+    slope = inequality.coefficient(key_index) if key_index else 0
+    if abs(slope) != 1 or key_index is None:
+        return None
+    end = inequality.without(key_index) * -slope
+    if any(not _is_known(v) for v, _ in end.terms):
+        return None
+    queries = [(v, c) for v, c in end.terms if isinstance(v, Index)]
+    if len(end.terms) == 1 and queries and queries[0][1] == 1:
+        band = found.band
+        if slope > 0:
+            band = Band(end.constant if band.lower is None else max(band.lower, end.constant), band.upper)
+        else:
+            band = Band(band.lower, end.constant if band.upper is None else min(band.upper, end.constant))
+        return replace(found, band=band)
+    return replace(found, limits=(*found.limits, Limit(slope > 0, end)))
+
+
+def _is_known(of: object) -> bool:
+    """Whether a kernel's bounds can be computed from it: a size, the query, or an element for each row or batch."""
+    if isinstance(of, Index):
+        return of.axis == QUERY
+    if not isinstance(of, Element):
+        return not isinstance(of, Truth)
+    axes = [_axis(i) for i in of.index]
+    known = [a for a in axes if a is not None]
+    return (
+        set(known) <= {BATCH, QUERY}
+        and known == sorted(set(known))
+        and all(a is not None or i.is_constant for a, i in zip(axes, of.index, strict=True))
+    )
+
+
+def _axis(index: Affine) -> int | None:
+    """The axis over whose whole index it runs, plus a number."""
+    if len(index.terms) != 1:
+        return None
+    ((of, slope),) = index.terms
+    return of.axis if isinstance(of, Index) and slope == 1 else None
+
+
+def _padding(inequality: Affine, of: Truth, key: Affine | None) -> tuple[fx.Node, int, bool] | None:
+    slope = inequality.coefficient(of)
+    if len(inequality.terms) != 1 or inequality not in (variable(of) - 1, -variable(of)) or not of.index:
+        return None
+    *lead, last = of.index
+    start = last - (key or Affine())
+    value = tensor(of.node)
+    assert value is not None
+    whole = [i for i, size in zip(lead, value.shape, strict=False) if not (isinstance(size, int) and size == 1)]
+    if not start.is_constant or (whole and ([_axis(i) for i in whole] != [BATCH] or whole[0].constant)):
+        return None
+    return of.node, start.constant, slope < 0
+
+
+def _text(end: Affine) -> str:
+    def name(of: object) -> str:
+        if isinstance(of, Index):
+            return ("batch", "head", "query", "key")[of.axis]
+        if isinstance(of, Element):
+            return f"{of.node.name}[{', '.join(_text(i) for i in of.index)}]"
+        return str(getattr(of, "name", of))
+
+    parts = [f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c)} * '}{name(v)}" for v, c in _ordered(end)]
+    if end.constant or not parts:
+        parts.append(f"{'-' if end.constant < 0 else '+'} {abs(end.constant)}")
+    return " ".join(parts).removeprefix("+ ")
+
+
+def _ordered(end: Affine) -> list[tuple[object, int]]:
+    return sorted(end.terms, key=lambda term: (isinstance(term[0], Index), str(term[0])))
