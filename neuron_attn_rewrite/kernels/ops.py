@@ -28,6 +28,7 @@ Arguments that do not fit raise `InputError`.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import cpu, reference, vendor
+from neuron_attn_rewrite.kernels import cpu, paged, prior, reference, simulated, vendor
+from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
@@ -79,6 +81,7 @@ def check(
     strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
     lnc: int = 1,
     kernel: str = "flash_fwd",
+    op: str = "flash_fwd",
 ) -> Terms:
     """The terms among the arguments of `flash_fwd`.
 
@@ -91,21 +94,21 @@ def check(
         ("value", value, "[batch, num_kv_heads, kv_len, v_head_dim]"),
     ):
         if tensor.dim() != 4:
-            raise _error(name, f"must be {dims}", tensor)
+            raise _error(op, name, f"must be {dims}", tensor)
         if tensor.dtype not in DTYPES:
-            raise _error(name, f"must be one of {', '.join(map(str, DTYPES))}", tensor)
+            raise _error(op, name, f"must be one of {', '.join(map(str, DTYPES))}", tensor)
         if tensor.dtype != query.dtype:
-            raise _error(name, f"must have query's dtype {query.dtype}", tensor)
+            raise _error(op, name, f"must have query's dtype {query.dtype}", tensor)
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     if head_dim == 0:
-        raise _error("query", "must have a head_dim of at least 1", query)
+        raise _error(op, "query", "must have a head_dim of at least 1", query)
     if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise _error("key", f"must have query's batch {batch} and head_dim {head_dim}", key)
+        raise _error(op, "key", f"must have query's batch {batch} and head_dim {head_dim}", key)
     if kv_heads == 0 or heads % kv_heads:
-        raise _error("key", f"must have a number of heads that divides query's {heads}", key)
+        raise _error(op, "key", f"must have a number of heads that divides query's {heads}", key)
     if value.shape[:3] != key.shape[:3]:
-        raise _error("value", f"must have the batch, heads and length of key, {list(key.shape[:3])}", value)
+        raise _error(op, "value", f"must have the batch, heads and length of key, {list(key.shape[:3])}", value)
     for name, operand, full, dtypes, broadcast in (
         ("key_padding", key_padding, (batch, kv_len), (torch.bool,), (True, False)),
         ("bounds", bounds, (batch, q_len, 2), BOUNDS_DTYPES, (True, False, False)),
@@ -115,37 +118,37 @@ def check(
         if operand is None:
             continue
         if operand.dtype not in dtypes:
-            raise _error(name, f"must be one of {', '.join(map(str, dtypes))}", operand)
+            raise _error(op, name, f"must be one of {', '.join(map(str, dtypes))}", operand)
         if operand.dim() != len(full) or any(
             size != wanted and not (may_be_one and size == 1)
             for size, wanted, may_be_one in zip(operand.shape, full, broadcast, strict=True)
         ):
             dims = ", ".join(f"{n} | 1" if one else f"{n}" for n, one in zip(full, broadcast, strict=True))
-            raise _error(name, f"must be [{dims}]", operand)
+            raise _error(op, name, f"must be [{dims}]", operand)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:
-            raise _error(name, f"must be on query's device {query.device}", tensor)
+            raise _error(op, name, f"must be on query's device {query.device}", tensor)
     for name, operand in (("key_padding", key_padding), ("bounds", bounds), ("bias", bias), ("sink", sink)):
         if operand is not None and operand.device != query.device:
-            raise _error(name, f"must be on query's device {query.device}", operand)
+            raise _error(op, name, f"must be on query's device {query.device}", operand)
     if not math.isfinite(scale):
-        raise InputError(f"flash_fwd: scale must be finite, not {scale}.")
+        raise InputError(f"{op}: scale must be finite, not {scale}.")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"flash_fwd: softcap must be positive and finite, not {softcap}.")
+        raise InputError(f"{op}: softcap must be positive and finite, not {softcap}.")
     if empty_rows not in ("zero", "mean"):
-        raise InputError(f'flash_fwd: empty_rows must be "zero" or "mean", not {empty_rows!r}.')
+        raise InputError(f'{op}: empty_rows must be "zero" or "mean", not {empty_rows!r}.')
     if strategy not in FlashAttentionStrategy.__members__ or strategy == FlashAttentionStrategy.NONE.name:
         names = [s.name for s in FlashAttentionStrategy if s is not FlashAttentionStrategy.NONE]
-        raise InputError(f"flash_fwd: strategy must be one of {', '.join(names)}, not {strategy!r}.")
+        raise InputError(f"{op}: strategy must be one of {', '.join(names)}, not {strategy!r}.")
     if lnc not in (1, 2):
-        raise InputError(f"flash_fwd: lnc must be 1 or 2, not {lnc}.")
+        raise InputError(f"{op}: lnc must be 1 or 2, not {lnc}.")
     if kernel not in KERNELS:
-        raise InputError(f"flash_fwd: kernel must be one of {', '.join(KERNELS)}, not {kernel!r}.")
+        raise InputError(f"{op}: kernel must be one of {', '.join(KERNELS)}, not {kernel!r}.")
     return Terms(scale, band_lower, band_upper, key_padding, bounds, bias, softcap, sink, empty_rows)
 
 
-def _error(name: str, rule: str, tensor: Tensor) -> InputError:
-    return InputError(f"flash_fwd: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}.")
+def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:
+    return InputError(f"{op}: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}.")
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -154,7 +157,12 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return cpu.attention(query, key, value, check(query, key, value, **options))
+    terms, target = check(query, key, value, **options), simulated.simulating()
+    if target is not None and query.numel() and value.numel():
+        how = {name: options[name] for name in ("strategy", "lnc") if name in options}
+        launch = prepare.flash_fwd(query, key, value, terms, **how, target=target)
+        return cast(Tensor, simulated.run(launch, target)[0])
+    return cpu.attention(query, key, value, terms)
 
 
 def _decomposed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -259,3 +267,35 @@ for _op, _on_cpu, _elsewhere, _meta in (
     # takes precedence over this.
     LIBRARY.impl(_op, _elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"neuron_attn::{_op}", _meta, lib=LIBRARY)
+
+
+def _register(op: ModuleType) -> None:
+    """An op of inference beside `flash_fwd`, which shares its operands' rules: `prior` and `paged` say what it is."""
+    LIBRARY.define(op.NAME + op.SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+
+    def checked(*tensors: Tensor, **options: Any) -> None:
+        shared = {name: options[name] for name in ("scale", "softcap", "sink", "lnc") if name in options}
+        check(*tensors[:3], **shared, op=op.NAME)
+        op.check(*tensors, **options)
+
+    def fake(*tensors: Tensor, **options: Any) -> Tensor:
+        checked(*tensors, **options)
+        return tensors[0].new_empty(*tensors[0].shape[:3], tensors[2].shape[3])
+
+    def on_cpu(*tensors: Tensor, **options: Any) -> Tensor:
+        checked(*tensors, **options)
+        if (target := simulated.simulating()) is not None and tensors[0].numel():
+            return cast(Tensor, simulated.run(op.launch(*tensors, **options, target=target), target)[0])
+        return cast(Tensor, op.on_cpu(*tensors, **options))
+
+    def decomposed(*tensors: Tensor, **options: Any) -> Tensor:
+        checked(*tensors, **options)
+        return cast(Tensor, op.decomposed(*tensors, **options))
+
+    LIBRARY.impl(op.NAME, on_cpu, "CPU")
+    LIBRARY.impl(op.NAME, decomposed, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"neuron_attn::{op.NAME}", fake, lib=LIBRARY)
+
+
+for _module in (prior, paged):
+    _register(_module)

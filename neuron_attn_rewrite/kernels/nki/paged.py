@@ -1,0 +1,238 @@
+"""The NKI kernel of paged attention with a schedule: the flash core over tiles that are known only at run time.
+
+Which query rows meet which rows of the cache is data: indices for the DMA, and bounds for the mask. So the state of
+every query tile waits in HBM, where the next tile of the schedule, whichever it is, finds it. Keys and values stay in
+SBUF from tile to tile: an index out of range leaves in place what an earlier tile has loaded.
+"""
+
+from typing import Any
+
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+from neuron_attn_rewrite.kernels.nki.core import (
+    LOWEST,
+    ROWS,
+    Loaded,
+    Rows,
+    Run,
+    State,
+    flash_step,
+    load_transposed,
+    load_values,
+    normalised,
+)
+
+
+@nki.jit
+def flash_paged(
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    q_rows: Any,
+    kv_rows: Any,
+    tile_bounds: Any,
+    active_bounds: Any,
+    sink: Any = None,
+    group: int = 1,
+    kv_heads: int = 1,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    section: int = 8192,
+) -> Any:
+    """Rows of several requests against a paged cache, tile by tile of a schedule, then against the new keys.
+
+    q: [kv_heads * group * q_len, head_dim], q_len a multiple of 128. k, v: [kv_heads * q_len, head_dim | v_dim], the
+    new keys. k_cache, v_cache: [rows, head_dim | v_dim]. For each tile of the schedule, q_rows int32 [heads, 128,
+    tiles] are the rows of q that it is about, and kv_rows int32 [kv_heads, tiles, 128, kv_tile / 128] those of the
+    cache, key 128 * b + p at [p, b], out of range where an earlier tile's stay. tile_bounds [128, 2 * tiles] float32
+    are the columns that each row sees, active_bounds [128, 2 * q_len / 128] the new keys. Gives
+    [kv_heads * group * q_len, v_dim].
+    """
+    cores = 1
+    core = 0
+    if nl.program_ndim() > 0:
+        cores = nl.num_programs(0)
+        core = nl.program_id(0)
+    out = nl.ndarray((q.shape[0], v.shape[1]), dtype=q.dtype, buffer=nl.shared_hbm)
+    # A core has its own copy of the state; heads that do not divide are computed by both.
+    states = nl.ndarray((q.shape[0], v.shape[1] + 2), dtype=nl.float32, buffer=nl.private_hbm)
+    tile_bounds_sb = nl.ndarray(tile_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile_bounds_sb, src=tile_bounds)
+    active_bounds_sb = nl.ndarray(active_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=active_bounds_sb, src=active_bounds)
+    mine = kv_heads
+    step = 1
+    first = 0
+    if kv_heads % cores == 0:
+        mine = kv_heads // cores
+        step = cores
+        first = core
+    for i in range(mine):
+        head = i * step + first
+        _clear(states, head * group * (q.shape[0] // (kv_heads * group)), q.shape[0] // kv_heads, scale, softcap)
+        _prior(q, k_cache, v_cache, states, q_rows, kv_rows, tile_bounds_sb, head, group, scale, softcap)
+        _active(q, k, v, states, active_bounds_sb, sink, head, group, kv_heads, scale, softcap, section, out)
+    return out
+
+
+def _clear(states: Any, start: int, count: int, scale: float, softcap: Any) -> None:
+    """Rows that have seen nothing."""
+    width = states.shape[1]
+    tile = nl.ndarray((ROWS, width), dtype=nl.float32, buffer=nl.sbuf)
+    factor = scale
+    if softcap is not None:
+        factor = softcap
+    nisa.memset(dst=tile, value=0.0)
+    nisa.memset(dst=tile[:, width - 2 : width - 1], value=-factor * LOWEST)
+    for row in range(start, start + count, ROWS):
+        nisa.dma_copy(dst=states[row : row + ROWS, :], src=tile)
+
+
+def _state(tile: Any) -> State:
+    """A tile [128, v_dim + 2] as a state: the output, then the largest exponent, then the sum."""
+    v_dim = tile.shape[1] - 2
+    return State(tile[:, 0:v_dim], tile[:, v_dim : v_dim + 1], tile[:, v_dim + 1 : v_dim + 2])
+
+
+def _packed(state: State) -> Any:
+    rows, v_dim = state.acc.shape
+    tile = nl.ndarray((rows, v_dim + 2), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_copy(dst=tile[:, 0:v_dim], src=state.acc)
+    nisa.tensor_copy(dst=tile[:, v_dim : v_dim + 1], src=state.neg_top)
+    nisa.tensor_copy(dst=tile[:, v_dim + 1 : v_dim + 2], src=state.total)
+    return tile
+
+
+def _gathered(source: Any, rows: Any) -> Any:
+    """Rows of HBM [rows, width] as SBUF [128, width]; rows: int32 [128, 1] in SBUF."""
+    width = source.shape[1]
+    tile = nl.ndarray((ROWS, width), dtype=source.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=source.ap([[width, ROWS], [1, width]], vector_offset=rows, indirect_dim=0))
+    return tile
+
+
+def _turned(tile: Any, into: Any, start: int) -> None:
+    """SBUF [128, size] transposed into the tiles [<=128, n] of `into`, at the columns from `start` on."""
+    for c in range(len(into)):
+        features = into[c].shape[0]
+        turned = nl.ndarray((features, ROWS), dtype=tile.dtype, buffer=nl.psum)
+        nisa.nc_transpose(dst=turned, data=tile[:, c * ROWS : c * ROWS + features], engine=nisa.engine.tensor)
+        nisa.activation(dst=into[c][:, start : start + ROWS], op=nl.copy, data=turned)
+
+
+def _feature_tiles(size: int, count: int, dtype: Any) -> Any:
+    tiles = []
+    for c in range(0, size, ROWS):
+        tiles.append(nl.ndarray((min(ROWS, size - c), count), dtype=dtype, buffer=nl.sbuf))
+    return tiles
+
+
+def _prior(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    states: Any,
+    q_rows: Any,
+    kv_rows: Any,
+    bounds: Any,
+    head: int,
+    group: int,
+    scale: float,
+    softcap: Any,
+) -> None:
+    """The tiles of the schedule, for one kv head."""
+    tiles = kv_rows.shape[1]
+    blocks = kv_rows.shape[3]
+    head_dim = k_cache.shape[1]
+    v_dim = v_cache.shape[1]
+    keys = nl.ndarray((ROWS, blocks, head_dim), dtype=k_cache.dtype, buffer=nl.sbuf)
+    values = nl.ndarray((ROWS, blocks, v_dim), dtype=v_cache.dtype, buffer=nl.sbuf)
+    # Skipped rows of a first tile are hidden, but what hides them multiplies.
+    nisa.memset(dst=keys, value=0.0)
+    nisa.memset(dst=values, value=0.0)
+    q_index = []
+    for g in range(group):
+        index = nl.ndarray((ROWS, tiles), dtype=nl.int32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=index, src=q_rows[head * group + g])
+        q_index.append(index)
+    for t in range(tiles):
+        kv_index = nl.ndarray((ROWS, blocks), dtype=nl.int32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=kv_index, src=kv_rows[head, t])
+        k_t = _feature_tiles(head_dim, blocks * ROWS, k_cache.dtype)
+        for b in range(blocks):
+            at = kv_index[:, b : b + 1]
+            nisa.dma_copy(
+                dst=keys[:, b, :],
+                src=k_cache.ap([[head_dim, ROWS], [1, head_dim]], vector_offset=at, indirect_dim=0),
+                oob_mode=nisa.oob_mode.skip,
+            )
+            nisa.dma_copy(
+                dst=values[:, b, :],
+                src=v_cache.ap([[v_dim, ROWS], [1, v_dim]], vector_offset=at, indirect_dim=0),
+                oob_mode=nisa.oob_mode.skip,
+            )
+            _turned(keys[:, b, :], k_t, b * ROWS)
+        loaded = Loaded(0, k_t, values, None, None)
+        run = Run(0, blocks * ROWS, blocks * ROWS, blocks * ROWS)
+        for g in range(group):
+            at = q_index[g][:, t : t + 1]
+            q_t = _feature_tiles(head_dim, ROWS, q.dtype)
+            _turned(_gathered(q, at), q_t, 0)
+            tile = Rows(q_t, bounds[:, 2 * t : 2 * t + 1], bounds[:, 2 * t + 1 : 2 * t + 2])
+            state = flash_step(tile, loaded, run, None, scale, softcap, _state(_gathered(states, at)))
+            nisa.dma_copy(
+                dst=states.ap([[v_dim + 2, ROWS], [1, v_dim + 2]], vector_offset=at, indirect_dim=0),
+                src=_packed(state),
+            )
+
+
+def _active(
+    q: Any,
+    k: Any,
+    v: Any,
+    states: Any,
+    bounds: Any,
+    sink: Any,
+    head: int,
+    group: int,
+    kv_heads: int,
+    scale: float,
+    softcap: Any,
+    section: int,
+    out: Any,
+) -> None:
+    """The new keys, for one kv head; then the output."""
+    q_len = k.shape[0] // kv_heads
+    for start in range(0, q_len, section):
+        stop = min(start + section, q_len)
+        loaded = Loaded(
+            start,
+            load_transposed(k, head * q_len + start, stop - start),
+            load_values(v, head * q_len + start, stop - start),
+            None,
+            None,
+        )
+        for row in range(start, q_len, ROWS):
+            # No row sees a key that comes after it.
+            last = min(row + ROWS, stop)
+            column = row // ROWS * 2
+            for g in range(group):
+                at = (head * group + g) * q_len + row
+                tile = Rows(
+                    load_transposed(q, at, ROWS), bounds[:, column : column + 1], bounds[:, column + 1 : column + 2]
+                )
+                before = nl.ndarray((ROWS, states.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
+                nisa.dma_copy(dst=before, src=states[at : at + ROWS, :])
+                state = flash_step(tile, loaded, Run(start, last, last, last), None, scale, softcap, _state(before))
+                if stop < row + ROWS:
+                    nisa.dma_copy(dst=states[at : at + ROWS, :], src=_packed(state))
+                else:
+                    sink_sb = None
+                    if sink is not None:
+                        sink_sb = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
+                        nisa.dma_copy(dst=sink_sb, src=sink.ap([[1, ROWS], [1, 1]], offset=(head * group + g) * ROWS))
+                    nisa.dma_copy(dst=out[at : at + ROWS, :], src=normalised(state, sink_sb, None, out.dtype))

@@ -1,0 +1,249 @@
+"""From an op's operands to a kernel launch: the host's share of the work, the same for simulator, device and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.kernels.nki import plan
+from neuron_attn_rewrite.kernels.nki.plan import Intervals
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256
+"""Largest head_dim and v_head_dim."""
+HIDDEN = -3.0e38
+"""Added to a score that must not count; a bias that is -inf counts as this."""
+LOWEST_BIAS = -5.0e29
+"""A finite bias counts as at least this: still far below any score, and above `core.LOWEST`, so that a row whose
+biases are all as low as that sees its keys."""
+KEY_BYTES = 80 * 1024
+"""SBUF bytes of a partition for keys and values."""
+STATE_BYTES = 32 * 1024
+"""SBUF bytes of a partition for tiles that wait while sections of keys pass by."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call: `finish(kernel[lnc](**tensors, **static))` is what the op gives.
+
+    Nothing here reads a tensor's data unless it lies on the CPU, so that a launch can be traced on any device.
+    """
+
+    module: str
+    """Where the kernel is; importing it needs `nki` or the simulator."""
+    kernel: str
+    tensors: Mapping[str, Tensor]
+    """By argument name, contiguous, in the kernel's layout. An absent operand is left out."""
+    static: Mapping[str, Any]
+    """Compile-time arguments: numbers, and tuples of them."""
+    lnc: int
+    finish: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys that the rows look at, and what they see of them."""
+
+    suffix: str
+    """Of the kernel's arguments: "" or "_prior"."""
+    key: Tensor
+    value: Tensor
+    intervals: Intervals
+    """What each row sees."""
+    planned: Intervals
+    """What is known of it before the launch: no row sees more."""
+    exact: bool
+    """It is all that hides a key of this source from a row, but for `padding` and a bias."""
+    padding: Tensor | None = None
+    """Bool [1 | batch, kv_len], True where a key is seen."""
+
+
+def flash_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    *,
+    strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
+    lnc: int = 1,
+    target: str = "gen3",
+) -> Launch:
+    """The launch of `neuron_attn::flash_fwd` (operands, terms and strategy as there, all of them checked).
+
+    Raises:
+        InputError: what no kernel here computes, or not on that target: "gen2", "gen3" or "gen4".
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    intervals = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
+    planned, exact = intervals, True
+    if terms.bounds is not None:
+        lo, hi = terms.bounds.to(torch.int32).unbind(2)
+        intervals = plan.meet(intervals, Intervals(lo, hi).within(kv_len))
+        exact = is_static(terms.bounds)
+        planned = intervals if exact else planned
+    source = Source("", key, value, intervals, planned, exact, terms.key_padding)
+    whole = launch(query, [source], terms, lnc=lnc, target=target)
+    if strategy != FlashAttentionStrategy.SLIDING_WINDOW_KERNEL.name or terms.bias is not None:
+        return whole
+    static = {name: value for name, value in whole.static.items() if name != "chunk"}
+    seq_tile_size = 2048 if kv_len >= 2048 else 512
+    return replace(whole, kernel="sliding_window_fwd", static={**static, "seq_tile_size": seq_tile_size})
+
+
+def launch(query: Tensor, sources: list[Source], terms: Terms, *, lnc: int, target: str) -> Launch:
+    """The launch of the kernel for rows that see keys of one source or two; of `terms` all but the masks count.
+
+    Raises:
+        InputError: as `flash_fwd`.
+    """
+    batch, heads, q_len, _ = query.shape
+    kv_heads, kv_len, v_dim = sources[0].value.shape[1:]
+    refuse(query, sources[0].value)
+    query, scale = positive_scale(query, terms.scale)
+    group, rows = heads // kv_heads, q_len
+    fold = group > 1 and group * q_len <= plan.ROWS
+    bias, row_bias = _biases(terms, scale, kv_len, fold)
+    sink = None if terms.sink is None else terms.sink.float()[:, None].expand(heads, min(plan.ROWS, q_len))
+    if fold:  # the rows of a group of heads are one tile
+        bias = _folded_bias(bias, group, q_len)
+        sink = None if sink is None else sink.reshape(kv_heads, group * q_len)
+        sources = [
+            replace(s, intervals=_folded(s.intervals, group), planned=_folded(s.planned, group)) for s in sources
+        ]
+        group, rows = 1, group * q_len
+    runs = [plan.runs(s.planned, s.exact) for s in sources]
+    if target == "gen2" and any(not plan.is_full(run) for part in runs for run in part):
+        raise InputError("the NKI kernel of gen2 takes no causal, window or bounds mask: it has no range_select.")
+    tensors: dict[str, Tensor | None] = {"q": _rows(query), "bias": bias, "sink": sink}
+    static = {
+        **_tiles(plan.tile_starts(rows), runs),
+        **sizes(query, sources, group, len(runs[0]), bias is not None),
+        "items": batch * kv_heads,
+        "group": group,
+        "kv_heads": kv_heads,
+        "scale": scale,
+        "softcap": terms.softcap,
+        "mean_rows": terms.empty_rows == "mean" and _may_be_empty(sources, terms),
+    }
+    for s in sources:
+        tensors |= {
+            f"k{s.suffix}": _rows(s.key),
+            f"v{s.suffix}": _rows(s.value),
+            f"bounds{s.suffix}": plan.bounds_tensor(s.intervals),
+            f"key_bias{s.suffix}": _key_bias(s.padding, row_bias),
+        }
+    shape = (batch, heads, q_len, v_dim)
+    return Launch(
+        module="neuron_attn_rewrite.kernels.nki.flash",
+        kernel="flash_fwd",
+        tensors={name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
+        static=static,
+        lnc=lnc,
+        finish=lambda out: out.reshape(shape),
+    )
+
+
+def refuse(query: Tensor, value: Tensor) -> None:
+    """Raise InputError for what no kernel here computes."""
+    if query.dtype not in DTYPES:
+        raise InputError(f"the NKI kernels take {', '.join(map(str, DTYPES))}, not {query.dtype}.")
+    if max(query.shape[3], value.shape[3]) > HEAD_DIM:
+        raise InputError(
+            f"the NKI kernels take a head_dim of up to {HEAD_DIM}, not {query.shape[3]} and {value.shape[3]}."
+        )
+
+
+def is_static(tensor: Tensor) -> bool:
+    """Its values may be read: on a device they are not there yet."""
+    return tensor.device.type == "cpu"
+
+
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernel finds the largest score before it scales: a scale is positive, its sign goes to the query."""
+    if scale == 0:
+        return torch.zeros_like(query), 1.0
+    return (-query, -scale) if scale < 0 else (query, scale)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The rows of all heads under each other."""
+    return tensor.reshape(-1, tensor.shape[3])
+
+
+def _folded(intervals: Intervals, group: int) -> Intervals:
+    """Of the rows of all heads of a group under each other."""
+    return Intervals(intervals.lo.repeat(1, group), intervals.hi.repeat(1, group))
+
+
+def _folded_bias(bias: Tensor | None, group: int, q_len: int) -> Tensor | None:
+    if bias is None:
+        return None
+    batch, heads, _, kv_len = bias.shape
+    return bias.expand(batch, group if heads == 1 else heads, q_len, kv_len).reshape(batch, -1, group * q_len, kv_len)
+
+
+def _biases(terms: Terms, scale: float, kv_len: int, fold: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The bias as [1 | batch, 1 | heads, rows, 1 | kv_len], or [1 | batch, 1 | heads, kv_len] if all rows of a tile
+    have the same.
+
+    The kernel multiplies the latter by the scale, or the softcap, as it does with the scores.
+    """
+    bias = terms.bias
+    if bias is None:
+        return None, None
+    if bias.shape[2] == 1 and (bias.shape[1] == 1 or not fold):
+        row = bias[:, :, 0].float().expand(-1, -1, kv_len)
+        scaled = (row / (terms.softcap or scale)).clamp(LOWEST_BIAS, -LOWEST_BIAS)
+        return None, torch.where(row == -torch.inf, HIDDEN, scaled)
+    bias = bias.float() if bias.dtype == torch.float64 else bias
+    if bias.dtype != torch.float16:  # whose finite numbers are all large enough
+        bias = torch.where(bias == -torch.inf, bias, bias.clamp_min(LOWEST_BIAS))
+    return bias, None
+
+
+def _key_bias(padding: Tensor | None, row_bias: Tensor | None) -> Tensor | None:
+    """[1 | batch, 1 | heads, kv_len] to add to the scores of all rows."""
+    if padding is None:
+        return row_bias
+    if row_bias is None:
+        return torch.where(padding[:, None], 0.0, HIDDEN).to(torch.bfloat16)
+    return torch.where(padding[:, None], row_bias, HIDDEN)
+
+
+def _may_be_empty(sources: list[Source], terms: Terms) -> bool:
+    """Some row may see no key."""
+    hidden = any(not s.exact or s.padding is not None for s in sources) or terms.bias is not None
+    return hidden or bool((sources[0].planned.lo >= sources[0].planned.hi).any())
+
+
+def _tiles(starts: tuple[int, ...], sources: list[tuple[plan.Run, ...]]) -> dict[str, Any]:
+    """The plan of one core, and of two that share the tiles, as the kernel takes it."""
+    pairs = [plan.paired(starts, runs) for runs in sources]
+    return {
+        "tiles": tuple(((start,), tuple(runs[t] for runs in sources)) for t, start in enumerate(starts)),
+        "pairs": tuple((pairs[0][p][0], tuple(pair[p][1] for pair in pairs)) for p in range(len(pairs[0]))),
+    }
+
+
+def section(query: Tensor, value: Tensor) -> int:
+    """How many keys, with their values, lie in SBUF at a time."""
+    partitions = 128
+    features = -(-query.shape[3] // partitions) * partitions
+    return KEY_BYTES * partitions // (query.element_size() * (features + value.shape[3])) // plan.ALIGN * plan.ALIGN
+
+
+def sizes(query: Tensor, sources: list[Source], group: int, tiles: int, bias: bool) -> dict[str, int]:
+    """How much lies in SBUF at a time: keys, scores of one step, waiting tiles."""
+    value = sources[0].value
+    keys = section(query, value)
+    chunk = 8192 if query.element_size() == 2 and not bias else 4096
+    waiting = max(STATE_BYTES // (group * (4 * value.shape[3] + 8)), 1)
+    all_at_once = len(sources) == 1 and value.shape[2] <= keys
+    return {"section": keys, "chunk": chunk, "block": tiles if all_at_once else waiting}

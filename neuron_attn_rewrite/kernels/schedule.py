@@ -1,0 +1,122 @@
+"""The host's share of paged attention: which tile of query rows meets which tile of cached keys, and in what order.
+
+The requests of a batch lie one behind the other, their rows along one axis and the blocks of their caches along
+another. Tiles of 128 rows and `kv_tile` keys cover that plane; those in which no row sees a key are left out, and the
+others are ordered by their keys, so that a tile of keys is loaded once for all the rows that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.kernels.nki.plan import ROWS
+
+NO_BLOCK = -1
+"""A block of a tile of keys that holds none."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What `neuron_attn::flash_paged` takes besides its tensors, all int32."""
+
+    tile_q: Tensor
+    """[tiles]: rows `128 * tile_q[t]` to `128 * tile_q[t] + 127` ..."""
+    tile_kv: Tensor
+    """[tiles]: ... meet the keys of the blocks `kv_blocks[tile_kv[t]]`."""
+    kv_blocks: Tensor
+    """[kv_tiles, kv_tile / block_size]: numbers of blocks in the cache, -1 for none."""
+    tile_bounds: Tensor
+    """[tiles, 128, 2]: the columns [lo, hi) of the tile that each row sees."""
+    active_bounds: Tensor
+    """[q_len, 2]: the new keys [lo, hi) that each row sees, its own the last."""
+
+    @property
+    def loads(self) -> int:
+        """Tiles of keys that are loaded."""
+        return int((self.tile_kv[1:] != self.tile_kv[:-1]).sum()) + int(len(self.tile_kv) > 0)
+
+
+def make_schedule(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size: int,
+    *,
+    kv_tile: int = 512,
+    window: int | None = None,
+    q_len: int | None = None,
+    tiles: int | None = None,
+    kv_tiles: int | None = None,
+) -> Schedule:
+    """The schedule of a batch of requests.
+
+    Request r has `query_lens[r]` new tokens after `context_lens[r]` cached ones, the latter in the blocks
+    `block_tables[r]` of `block_size` tokens. With a `window` a token sees the last `window` tokens, itself among them.
+    q_len, tiles and kv_tiles fix the sizes, for kernels that are compiled before the requests are known; what is over
+    is padding, which sees nothing and loads nothing.
+
+    Raises:
+        InputError: lengths that do not fit each other, or sizes that do not suffice.
+    """
+    total = sum(query_lens)
+    q_len = total if q_len is None else q_len
+    if not len(query_lens) == len(context_lens) == len(block_tables):
+        raise InputError("make_schedule: query_lens, context_lens and block_tables must have one entry a request.")
+    if block_size < 1 or kv_tile % ROWS or kv_tile % block_size:
+        raise InputError(
+            f"make_schedule: kv_tile={kv_tile} must be a multiple of {ROWS} and of block_size={block_size}."
+        )
+    if q_len < total:
+        raise InputError(f"make_schedule: q_len={q_len} is less than the {total} rows of the requests.")
+    blocks: list[int] = []
+    lo, hi = torch.zeros(2, q_len, dtype=torch.int32)
+    active = torch.zeros(q_len, 2, dtype=torch.int32)
+    row = 0
+    for r, (new, context, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
+        used = -(-context // block_size)
+        if len(table) < used:
+            raise InputError(f"make_schedule: request {r} has {context} cached tokens in {len(table)} blocks.")
+        rows, i = slice(row, row + new), torch.arange(new, dtype=torch.int32)
+        start = len(blocks) * block_size
+        first = torch.zeros_like(i) if window is None else (context + i + 1 - window).clamp_min(0)
+        lo[rows], hi[rows] = start + first.clamp_max(context), start + context
+        active[rows, 0] = row + (first - context).clamp_min(0)
+        active[rows, 1] = row + i + 1
+        blocks += table[:used]
+        row += new
+    per_tile = kv_tile // block_size
+    needed = -(-len(blocks) // per_tile)
+    kv_tiles = max(needed, 1) if kv_tiles is None else kv_tiles
+    if kv_tiles < needed:
+        raise InputError(f"make_schedule: kv_tiles={kv_tiles} is less than the {needed} that the requests need.")
+    kv_blocks = torch.full((kv_tiles * per_tile,), NO_BLOCK, dtype=torch.int32)
+    kv_blocks[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    pairs, bounds = _tiles(lo, hi, kv_tile, needed)
+    count = max(len(pairs), 1) if tiles is None else tiles
+    if count < len(pairs):
+        raise InputError(f"make_schedule: tiles={count} is less than the {len(pairs)} that the requests need.")
+    spare = count - len(pairs)
+    last = pairs[-1][0] if pairs else 0
+    pairs += [(last, 0)] * spare
+    kv, q = torch.tensor(pairs, dtype=torch.int32).T
+    padding = torch.zeros(spare, ROWS, 2, dtype=torch.int32)
+    return Schedule(
+        q.contiguous(), kv.contiguous(), kv_blocks.view(kv_tiles, per_tile), torch.cat([bounds, padding]), active
+    )
+
+
+def _tiles(lo: Tensor, hi: Tensor, kv_tile: int, kv_tiles: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """The (kv tile, q tile) in which some row sees a key, by kv tile first, and what their rows see."""
+    q_tiles = -(-len(lo) // ROWS)
+    start = (torch.arange(kv_tiles, dtype=torch.int32) * kv_tile)[:, None, None]
+    rows = torch.zeros(2, q_tiles * ROWS, dtype=torch.int32)
+    rows[:, : len(lo)] = torch.stack([lo, hi])
+    bounds = (rows.view(2, q_tiles, ROWS)[:, None] - start).clamp(0, kv_tile)
+    seen = (bounds[0] < bounds[1]).any(2).nonzero()
+    pairs = [(kv, q) for kv, q in seen.tolist()]
+    return pairs, bounds.permute(1, 2, 3, 0)[seen[:, 0], seen[:, 1]]
