@@ -107,7 +107,7 @@ def bools(leaves: list[str], size: int = 4) -> st.SearchStrategy[Any]:
 def evaluate(program: Any, *masks: Tensor) -> Tensor:
     name, *operands = program
     if not operands:
-        found: Tensor = LEAVES[name](*masks)
+        found: Tensor = (LEAVES if len(masks) == 2 else NUMBERS)[name](*masks)
         return found
     return {**UNARY, **BINARY}[name](*(evaluate(p, *masks) for p in operands))
 
@@ -250,7 +250,6 @@ NUMBERS: dict[str, Any] = {
     "causal": lambda p, c, n: (key() <= row())[None, None],
     "prefix or causal": lambda p, c, n: (key() < n[:, None, None, None]) | (key() <= row()),
 }
-LEAVES.update(NUMBERS)
 
 
 @settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "60")), deadline=None)
