@@ -1,0 +1,125 @@
+"""Nothing is chosen that a kernel can't compute: problems are drawn, and the chosen kernel's stand-in must agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.kernels import ops, reference, vendor
+from neuron_attn_rewrite.masks.spec import Band, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
+from neuron_attn_rewrite.strategy.legality import mask
+from tests import stand_ins
+
+LENGTHS = (1, 100, 200, 512)
+LOOSE = {torch.float32: 0.016}
+"""The SDK's kernels round float32 to bfloat16; the stand-ins do not, so that a wrong number shows."""
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
+    """A problem and the keyword arguments of the op that stand for its mask and terms."""
+    batch, kv_heads, group = draw(st.sampled_from(((1, 2, 2), (2, 1, 2), (1, 1, 1))))
+    plain = draw(st.booleans())
+    heads, q_len = kv_heads * group, draw(st.just(512) if plain else st.sampled_from(LENGTHS))
+    kv_len = draw(st.sampled_from((512, 512, 1024) if plain else (q_len, q_len + 128, 300)))
+    head_dim = draw(st.sampled_from((8, 16)))
+    free = st.sampled_from([None, 0, kv_len - q_len, kv_len - q_len, draw(st.integers(-3, kv_len))])
+    upper = draw(st.sampled_from((None, 0, 0)) if plain else free)
+    window = draw(st.sampled_from((None, 5, 300) if plain else (None, None, 1, 5, 300)))
+    lower = None if upper is None or window is None else upper - window + 1
+    options: dict[str, Any] = {"scale": draw(st.sampled_from((1.0, 0.3, -0.5)))}
+    claims: list[Any] = []
+    if (lower, upper) != (None, None):
+        claims.append(Band(lower, upper))
+        options |= {"band_lower": lower, "band_upper": upper}
+    if not plain and draw(st.integers(0, 2)) == 0:
+        rows = tuple((i * kv_len // q_len // 2, kv_len - i % 3) for i in range(q_len))
+        claims.append(Intervals(rows))
+        options["bounds"] = torch.tensor([rows])
+    if not plain and draw(st.integers(0, 2)) == 0:
+        claims.append(KeyPadding("mask"))
+        options["key_padding"] = torch.rand(batch, kv_len) > 0.3
+    bias_shape = None
+    if not plain and draw(st.integers(0, 2)) == 0:
+        bias_shape = (
+            draw(st.sampled_from((1, batch))),
+            draw(st.sampled_from((1, heads))),
+            draw(st.sampled_from((1, q_len))),
+            kv_len,
+        )
+        options["bias"] = torch.randn(bias_shape)
+    sink = not plain and draw(st.booleans())
+    if sink:
+        options["sink"] = torch.randn(heads)
+    mask = MaskSpec(tuple(claims))
+    rows_seen = mask.rows(q_len, kv_len)
+    empty = "key_padding" in options or bool((rows_seen[:, 0] >= rows_seen[:, 1]).any())
+    problem = AttentionProblem(
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        v_head_dim=head_dim if plain else draw(st.sampled_from((head_dim, 24))),
+        dtype=torch.float32,
+        scale=options["scale"],
+        mask=mask,
+        bias_shape=bias_shape,
+        sink=sink,
+        empty_rows=draw(st.sampled_from((EmptyRows.ANY, EmptyRows.ANY, EmptyRows.ZERO))) if empty else EmptyRows.NEVER,
+    )
+    return problem, options
+
+
+PLACES = (("trn2", "2.31"), ("trn2", "2.29"), ("trn1", "2.28"))
+
+
+def test_what_is_chosen_is_right() -> None:
+    kinds: set[tuple[str, str, bool]] = set()
+
+    @seed(0)
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(problems())
+    def check(drawn: tuple[AttentionProblem, dict[str, Any]]) -> None:
+        problem, options = drawn
+        for target, sdk in PLACES:
+            cte = stand_ins.attention_cte_2_31 if sdk == "2.31" else stand_ins.attention_cte_2_29
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                stand_ins.install(monkeypatch, cte)
+                names = tuple(vendor.ADAPTERS)
+                config = RewriteConfig(policy="always", target=target, sdk=sdk, kernels=names, tolerances=LOOSE)
+                decision = choose(problem, config)
+                able, refused = candidates(problem, config)
+                assert {*able, *refused} == set(names)
+                assert decision.kernel in able if able else decision.kernel == NATIVE
+                for kernel in able:
+                    kinds.add((kernel, mask(problem).kind, mask(problem).window is not None))
+                    _check(kernel, problem, options, decision.lnc)
+
+    check()
+    cte = [(kind, window) for name, kind, window in kinds if name == "attention_cte"]
+    assert set(cte) >= {("full", False), ("causal", False), ("causal", True), ("prior", False), ("rows", False)}
+    assert {name for name, _, _ in kinds} == set(vendor.ADAPTERS)
+
+
+def _check(kernel: str, p: AttentionProblem, options: dict[str, Any], lnc: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = 2 * torch.randn(p.batch, p.num_heads, p.q_len, p.head_dim, generator=generator)
+    key = 2 * torch.randn(p.batch, p.num_kv_heads, p.kv_len, p.head_dim, generator=generator)
+    value = torch.randn(p.batch, p.num_kv_heads, p.kv_len, p.v_head_dim, generator=generator)
+    terms = ops.check(query, key, value, **options)
+    adapter = vendor.find(kernel)
+    assert adapter is not None
+    actual, expected = adapter.call(query, key, value, terms, lnc), reference.attention(query, key, value, terms)
+    # Rows that see nothing were said not to matter.
+    seen = reference.visible(terms, p.q_len, p.kv_len).any(-1)[..., None].expand_as(expected)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual[seen], expected[seen], rtol=0, atol=1e-4)
