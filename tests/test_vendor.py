@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +14,10 @@ import torch
 
 from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels import ops, reference, vendor
+from neuron_attn_rewrite.kernels.simulator import active, run
 from tests import stand_ins
 
+CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
 
 
@@ -130,3 +137,28 @@ def test_a_kernel_is_known_by_its_signature(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(vendor.installed()) == set(vendor.ADAPTERS)
     stand_ins.put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=lambda q, k, v: v)
     assert vendor.find("attention_cte") is None
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="NKI_LIBRARY names no checkout of aws-neuron/nki-library")
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("case", range(len(CTE)))
+def test_attention_cte_itself_on_the_simulator(case: int, lnc: int) -> None:
+    with active():
+        sys.path.insert(0, str(Path(CHECKOUT) / "src"))
+        kernel = importlib.import_module("nkilib_src.nkilib.core.attention.attention_cte").attention_cte
+        sys.path.pop(0)
+
+    def launch(kernel: Any, lnc: int) -> Any:
+        # The library gives its cores unequal parts of a causal sequence.
+        return lambda **arguments: run(kernel, lnc=lnc, target="gen3", same_instructions=False, **arguments).outputs
+
+    adapter = replace(
+        vendor.ADAPTERS["attention_cte"], kernel=kernel, launch=launch, parameters=frozenset({"bound_min"})
+    )
+    sizes, options = CTE[case]
+    torch.manual_seed(0)
+    query, key, value = (t.bfloat16() for t in operands(**{"batch": 1, "heads": 2, "kv_heads": 1, **sizes}))
+    options = {k: v[:1] if k == "key_padding" else v[:2] if k == "sink" else v for k, v in options.items()}
+    terms = ops.check(query, key, value, **options)
+    actual, expected = adapter.call(query, key, value, terms, lnc), reference.attention(query, key, value, terms)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
