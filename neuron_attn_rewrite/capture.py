@@ -26,7 +26,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat graph and the example inputs that it was made with (None where only shapes were known)."""
+    """A flat graph and the example inputs that it was made with.
+
+    The inputs are None where only shapes were known, or where a tensor is on the meta device: nothing can be run.
+    """
 
     module: fx.GraphModule
     inputs: tuple[Any, ...] | None
@@ -63,7 +66,10 @@ def capture(
     module = normalise(_copied(program) if isinstance(program, fx.GraphModule) else _unlift(program))
     for part in module.modules():
         part.training = training
-    return Captured(module, tuple(pytree.tree_leaves((args, kwargs))) if given else None)
+    inputs = pytree.tree_leaves((args, kwargs))
+    tensors = [*inputs, *module.parameters(), *module.buffers()]
+    has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
+    return Captured(module, tuple(inputs) if has_values else None)
 
 
 def _is_aten(module: fx.GraphModule) -> bool:

@@ -176,7 +176,9 @@ class Evaluator:
         if node.op == "placeholder":
             return Kind.CELLS if _is_zero_one(node) and _is_small(node) else Kind.OPAQUE
         if node.op == "get_attr":
-            return Kind.OPAQUE if isinstance(_attribute(self.module, node), torch.nn.Parameter) else Kind.CONSTANT
+            held = _attribute(self.module, node)
+            no_value = isinstance(held, Tensor) and held.is_meta
+            return Kind.OPAQUE if no_value or isinstance(held, torch.nn.Parameter) else Kind.CONSTANT
         if node.op != "call_function" or name in RANDOM:
             return Kind.OPAQUE
         inputs: Iterable[fx.Node] = node.all_input_nodes

@@ -1,0 +1,317 @@
+"""The command line: what each command prints and returns, and one line for each way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import Distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
+from neuron_attn_rewrite.cli import doctor, models
+from neuron_attn_rewrite.cli.commands import run
+from neuron_attn_rewrite.cli.models import Asked, load
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.strategy import profile
+from neuron_attn_rewrite.strategy.legality import KERNELS
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+SHORT = ["--seq-len", "32", "--policy", "always"]
+MODEL_FILE = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def forward(self, query, key, value):
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+def make():
+    return Attention(), tuple(torch.randn(1, 2, 16, 8) for _ in range(3))
+
+def by_name():
+    return Attention(), {n: torch.randn(1, 2, 16, 8) for n in ("query", "key", "value")}
+
+def wrong():
+    return Attention()
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "made.py"
+    path.write_text(MODEL_FILE, encoding="utf-8")
+    return str(path)
+
+
+def test_explain_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forms = {"--html": "r.html", "--json": "r.json", "--markdown": "r.md", "--dot": "r.dot"}
+    options = [part for name, file in forms.items() for part in (name, str(tmp_path / file))]
+    assert run(["explain", "llama", *SHORT, "--dtype", "fp32", *options]) == 0
+    printed = capsys.readouterr()
+    assert "2 of 2 attentions replaced" in printed.out and "model.layers.[0-1].self_attn" in printed.out
+    assert printed.err.count("wrote ") == 4
+    report = RewriteReport.from_json((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert str(report) == printed.out.rstrip("\n")
+    assert report.sites[0].q_len == 32 and report.sites[0].max_error is None
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == report.to_html()
+
+
+@pytest.mark.parametrize("name", ["make", "by_name"])
+def test_a_function_in_a_file(file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", f"{file}:{name}", "--policy", "always"]) == 0
+    assert "1 of 1 attentions replaced" in capsys.readouterr().out
+
+
+def test_a_directory_and_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config keeps its sizes, and the weights that lie beside it are those that are verified."""
+    model = load(Asked("llama", dtype="fp32", seq_len=32, numbers=True)).model
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = load(Asked(str(tmp_path), dtype="fp32", seq_len=32, numbers=True)).model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    for place in (tmp_path, tmp_path / "config.json"):
+        assert run(["explain", str(place), *SHORT, "--attn", "eager", "--set", "num_hidden_layers=1"]) == 0
+        out = capsys.readouterr().out
+        assert "1 of 1" in out and "query [1, 4, 32, 16]" in out and "matmul >" in out
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["verify", "bert", *SHORT, "--dtype", "fp32", "--attn", "eager"]
+    assert run(arguments) == 0
+    out = capsys.readouterr().out
+    assert "they agree" in out and "2 of 2" in out
+    monkeypatch.setattr(RewriteConfig, "tolerance", lambda self, dtype: 1e-12)
+    assert run(arguments) == 1
+    out = capsys.readouterr().out
+    assert "they differ" in out and "put-back" in out
+
+
+def test_diff(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    assert run(["explain", f"{file}:make", "--policy", "always", "--json", before]) == 0
+    assert run(["explain", f"{file}:make", "--policy", "sdk", "--lnc", "1", "--json", after]) == 0
+    capsys.readouterr()
+    assert run(["diff", before, before]) == 0 and capsys.readouterr().out == "no change\n"
+    assert run(["diff", before, after]) == 1
+    assert "kernel flash_fwd -> native" in capsys.readouterr().out
+
+
+def test_the_reproducer(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for site in ("0", "scaled_dot_product_attention"):
+        assert run(["explain", f"{file}:make", "--policy", "always", "--reproducer", site]) == 0
+        assert compile(capsys.readouterr().out, "script", "exec")
+
+
+def test_strategies_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["strategies"]) == 0
+    out = capsys.readouterr().out
+    assert all(strategy.name in out for strategy in FlashAttentionStrategy) and "LNC 1, q_len >= 4096" in out
+    assert run(["kernels"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in KERNELS) and "{" not in out and "not installed here" in out
+
+
+def test_profile_needs_a_device(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", f"{file}:make", "--out", str(tmp_path / "times.json")]) == 2
+    assert "No Neuron device" in capsys.readouterr().err and not (tmp_path / "times.json").exists()
+
+
+def test_profile_times_each_kind_as_kernel_and_as_it_was(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the CPU in the place of the device: every call is made and can be run."""
+    ran: list[Any] = []
+    monkeypatch.setattr(profile, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(profile, "_median_micros", lambda call, repeats: float(len(ran)) if ran.append(call()) else 7.0)
+    path = tmp_path / "times.json"
+    assert run(["profile", f"{file}:make", "--out", str(path)]) == 0
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    assert [(e["kernel"], e["target"], e["cores"]) for e in entries] == [
+        ("native", "trn2", 2),
+        ("flash_fwd", "trn2", 2),
+    ]
+    assert len(ran) == 2 and len({e["problem"] for e in entries}) == 1
+    problem = rewrite(*_made(file), config=RewriteConfig(profile=str(path))).report.sites[0]
+    assert "measure" in problem.reasons[-1], problem.reasons
+
+
+def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    loaded = load(Asked(f"{file}:make"))
+    return loaded.model, loaded.args
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "lama"], "did you mean llama"),
+        (["explain", "zzzz"], "give a model type such as"),
+        (["explain", "nothing.py:make"], "is not a file"),
+        (["explain", "FILE:nothing"], "has no function 'nothing'"),
+        (["explain", "FILE:wrong"], "must return (model, inputs)"),
+        (["explain", "DIRECTORY"], "has no config.json"),
+        (["explain", "nothing.json"], "no file, no directory and no model type"),
+        (["explain", "llama", "--set", "hidden"], "is not KEY=VALUE"),
+        (["explain", "llama", "--set", "hiden_size=4"], "did you mean hidden_size"),
+        (["explain", "llama", "--attn", "nothing"], "transformers can't build llama"),
+        (["explain", "llama", "--target", "trn9"], "--target"),
+        (["explain", "llama", "--lnc", "2", "--target", "trn1"], "lnc=2 needs one of"),
+        (["explain", "llama", "--seq-len", "0"], "--seq-len"),
+        (["explain", "patchtst"], "file.py:function"),
+        (["explain", "FILE:make", "--reproducer", "nothing"], "no site 'nothing'"),
+        (["explain", "FILE:make", "--html", "DIRECTORY/none/r.html"], "No such file or directory"),
+        (["diff", "FILE", "FILE"], "not JSON"),
+        (["diff", "nothing.json", "nothing.json"], "does not exist"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_an_error_is_one_line(
+    arguments: list[str], words: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    given = [a.replace("FILE", file).replace("DIRECTORY", str(empty)) for a in arguments]
+    assert run(given) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.startswith("error: "), printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "lama", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["explain", "--help"], ["verify", "-h"]):
+        assert run(arguments) == 0
+        assert "Examples:" in capsys.readouterr().out
+
+
+def test_without_the_extras(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "click", None)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["doctor"])
+    assert left.value.code == 2
+    assert (
+        capsys.readouterr().err.strip() == "neuron-attn-rewrite needs its extra: pip install 'neuron-attn-rewrite[cli]'"
+    )
+
+
+def test_the_core_imports_none_of_the_extras_and_the_module_runs() -> None:
+    """In a fresh process, in which every extra is barred."""
+    script = """
+        import runpy, sys
+        for name in ("click", "rich", "jinja2", "transformers", "jsonschema", "torch_xla"):
+            sys.modules[name] = None
+        import torch
+        import neuron_attn_rewrite as nar
+        q = torch.randn(1, 1, 8, 8)
+        class M(torch.nn.Module):
+            def forward(self, q, k, v):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        report = nar.rewrite(M(), (q, q.clone(), q.clone()), config=nar.RewriteConfig(policy="always")).report
+        assert len(report.replaced) == 1 and report.to_text() and report.to_json() and report.to_dot()
+        sys.argv = ["x", "doctor"]
+        runpy.run_module("neuron_attn_rewrite", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 2 and "[cli]" in done.stderr, done.stderr
+
+
+# Models
+
+
+def test_full_size_takes_no_memory_and_proves_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two layers of the real width: 3.9 billion parameters, none of them held; masks in buffers keep their values."""
+    loaded = load(Asked("llama", size="full", seq_len=64, changes=[("num_hidden_layers", "2")]))
+    parameters = list(loaded.model.parameters())
+    assert sum(p.numel() for p in parameters) > 3.5e9
+    assert sum(p.untyped_storage().nbytes() for p in {id(p): p for p in parameters}.values()) < 1e6
+    assert run(["explain", "llama", "--size", "full", *SHORT, "--set", "num_hidden_layers=1", "--attn", "eager"]) == 0
+    out = capsys.readouterr().out
+    assert "query [1, 64, 32, 128], key [1, 8, 32, 128]" in out and "causal(offset=0) & key_padding" in out
+
+
+class Masked(nn.Module):
+    """Its mask is a buffer, its bias a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("visible", torch.ones(8, 8, dtype=torch.bool).tril())
+        self.bias = nn.Parameter(torch.empty(8, 8))
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scores = query @ key.transpose(-1, -2) + self.bias
+        return scores.masked_fill(~self.visible, torch.finfo(scores.dtype).min).softmax(-1) @ value
+
+
+def test_what_has_no_values_is_never_read_by_a_proof() -> None:
+    """A mask that is held is proven; one on the meta device is an operand, and the numbers are not compared."""
+    always = RewriteConfig(policy="always")
+    query, key, value = (torch.randn(1, 2, 8, 8) for _ in range(3))
+    with models._Weightless():
+        model = Masked()
+    assert model.bias.is_meta and not model.visible.is_meta
+    models.give_stand_ins(model)
+    (site,) = rewrite(model, (query, key, value), config=RewriteConfig(policy="always", verify=False)).report.sites
+    assert str(site.mask) == "causal(offset=0)" and site.bias == (1, 1, 8, 8)
+    everywhere = Masked().to("meta")
+    meta = [x.to("meta") for x in (query, key, value)]
+    (site,) = rewrite(everywhere, tuple(meta), config=always).report.sites
+    assert str(site.mask) != "causal(offset=0)" and site.max_error is None
+    models.give_stand_ins(everywhere)
+    assert isinstance(everywhere.visible, nn.Parameter)
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("vit", 2), ("whisper", 6), ("t5", 6), ("clip", 4), ("gemma2", 2)])
+def test_inputs_by_convention(name: str, attentions: int) -> None:
+    loaded = load(Asked(name, seq_len=32, dtype="fp32", batch=2))
+    report = rewrite(loaded.model, (), loaded.kwargs, config=RewriteConfig(policy="always", verify=False)).report
+    assert len(report.sites) == attentions, report
+    assert {site.batch for site in report.sites} <= {2}
+
+
+# The doctor
+
+
+def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    states = {finding.what: finding.state for finding in doctor.examine()}
+    assert states["torch"] == doctor.OK and states["python"] == doctor.OK
+    assert set(states) >= {f"kernel {name}" for name in vendor.ADAPTERS}
+    code = run(["doctor"])
+    assert code == (doctor.PROBLEM in states.values())
+    assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "placeholder"), [(0, True), (40, True), (5000, False)])
+def test_doctor_knows_empty_placeholders(
+    size: int, placeholder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A distribution with the right name, and a module that is missing, almost empty, or real."""
+    about = tmp_path / "torch_neuronx-0.0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-neuronx\nVersion: 0.0.1\n", encoding="utf-8")
+    module = tmp_path / "torch_neuronx"
+    record = "torch_neuronx-0.0.1.dist-info/METADATA,,\n"
+    if size:
+        module.mkdir()
+        (module / "__init__.py").write_text("#" * size, encoding="utf-8")
+        record += "torch_neuronx/__init__.py,,\n"
+    (about / "RECORD").write_text(record, encoding="utf-8")
+    found = Distribution.at(about)
+    assert doctor.is_placeholder(found, "torch_neuronx") == placeholder
+    monkeypatch.setattr(doctor, "_distribution", lambda name: found if name == "torch-neuronx" else None)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._neuron,))
+    assert run(["doctor"]) == int(placeholder)
+    out = capsys.readouterr().out
+    assert ("empty placeholder" in out) == placeholder
+    assert "the Neuron package repository" in out
