@@ -289,7 +289,7 @@ def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(states) >= {f"kernel {name}" for name in vendor.ADAPTERS}
     code = run(["doctor"])
     assert code == (doctor.PROBLEM in states.values())
-    assert torch.__version__ in capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("size", "placeholder"), [(0, True), (40, True), (5000, False)])
