@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import neuron_attn_rewrite
 from neuron_attn_rewrite import InputError, RewriteConfig, RewriteError, RewriteReport, SiteReport, rewrite
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, KeyPadding, MaskSpec
-from neuron_attn_rewrite.report.drawing import HEIGHT, LAYER, WIDTH, Box, boxes, layout
+from neuron_attn_rewrite.report.drawing import GAP, HEIGHT, LAYER, WIDTH, Box, boxes, layout
 from neuron_attn_rewrite.report.groups import common_name, groups, ranges
 from neuron_attn_rewrite.report.html import magnitude
 from neuron_attn_rewrite.report.pictures import mask_svg
@@ -257,7 +257,7 @@ def test_drawn_boxes_do_not_overlap_and_edges_run_down(graph: list[set[int]]) ->
     assert set(plan.routes) == {(i, box.name) for box in drawn for i in box.inputs}
     for (start, end), bends in plan.routes.items():
         assert [row for _, row in bends] == list(range(plan.at[start][1] + 1, plan.at[end][1]))
-        half = WIDTH / (WIDTH + 14) / 2
+        half = WIDTH / (WIDTH + GAP) / 2
         assert all(abs(bend - column) > half for bend, row in bends for column in rows.get(row, []))
     assert HEIGHT < LAYER
 

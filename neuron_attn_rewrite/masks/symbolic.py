@@ -198,6 +198,8 @@ class SymbolicEvaluator:
         stored = getattr(self.module.get_submodule(path), name)
         if isinstance(stored, torch.nn.Parameter) or not isinstance(stored, Tensor):
             raise Unknown(f"{node.name} is a parameter")
+        if stored.is_meta:
+            raise Unknown(f"{node.name} has no values")
         if all(i.is_constant for i in at):
             return (Case(frozenset(), _exact(stored[tuple(i.constant for i in at)])),)
         first = stored.reshape(-1)[:1]

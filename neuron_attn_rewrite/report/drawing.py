@@ -13,7 +13,7 @@ from itertools import pairwise
 from neuron_attn_rewrite.report.groups import groups
 from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
 
-WIDTH, HEIGHT, GAP, LAYER = 132, 36, 14, 62
+WIDTH, HEIGHT, GAP, LAYER = 152, 36, 14, 62
 
 
 @dataclass(frozen=True)
