@@ -251,6 +251,8 @@ class NkiTensor:
             if step > 1 and d == 0 and self.storage.on_chip:
                 _fail("__getitem__", "partitions cannot be read with a step")
             return int(start), -(-int(stop - start) // int(step)), int(step), True
+        if isinstance(k, VirtualRegister):
+            _fail("__getitem__", "a register as index: use nl.ds(register, size) or .select(dim, register)")
         if isinstance(k, bool) or not isinstance(k, int | np.integer):
             _fail("__getitem__", f"{k!r} is no index: use an int, a slice or nl.ds")
         if not 0 <= k < size:

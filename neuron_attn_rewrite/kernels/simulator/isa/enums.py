@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, IntEnum
 
 
 class engine(Enum):
@@ -48,7 +48,9 @@ class matmul_perf_mode(Enum):
     double_row = "double_row"
 
 
-class nc_version(Enum):
+class nc_version(IntEnum):
+    """Generations, in their order: kernels compare them."""
+
     gen2 = 2
     gen3 = 3
     gen4 = 4

@@ -292,8 +292,6 @@ def _checked(self: Issue, key: str, t: NkiTensor) -> NkiTensor:
     if region not in regions:
         self.fail(f"{key} is in {region.value}; it may be in {', '.join(r.value for r in regions)}")
     if t.indirect_by is not None:
-        if not t.indirect_by.scalar and self.engine is not DMA:
-            self.fail(f"{key} has a vector offset, which only a DMA can follow")
         t = resolve(t, what)
     if self.engine is not DMA and t.storage.on_chip:
         if region is PSUM and self.engine is POOL:
