@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.dialects import expand_fused, plain_transformers, refresh_shapes
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.graph import eliminate_dead_code, fake_mode, mutates
 
@@ -63,7 +64,10 @@ def capture(
         args = args if given else _zeros_from_shapes(model)
         kwargs = _in_signature_order(model, args, kwargs)
         program, training = _export(model, args, kwargs), model.training
-    module = normalise(_copied(program) if isinstance(program, fx.GraphModule) else _unlift(program))
+    module = _copied(program) if isinstance(program, fx.GraphModule) else _unlift(program)
+    if isinstance(program, fx.GraphModule):
+        refresh_shapes(module)
+    module = normalise(module)
     for part in module.modules():
         part.training = training
     inputs = pytree.tree_leaves((args, kwargs))
@@ -117,7 +121,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
-            return torch.export.export(model, args, kwargs, strict=strict)
+            with plain_transformers():
+                return torch.export.export(model, args, kwargs, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {_first_line(error)}")
@@ -398,6 +403,7 @@ PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
     inline_regions,
     drop_guards,
     flatten_vmap,
+    expand_fused,
     functionalise,
     register_constants,
     follow_input_device,

@@ -193,7 +193,8 @@ class _Emitter:
     def _additive(self, dense: Dense) -> fx.Node:
         term = dense.term
         if term.kind == "add":
-            return term.node if term.multiplier == 1.0 else self._on(term.node, aten.mul.Scalar, term.multiplier)
+            addend = term.node if dtype(term.node).is_floating_point else self._cast(term.node, torch.float32)
+            return addend if term.multiplier == 1.0 else self._on(addend, aten.mul.Scalar, term.multiplier)
         yes, no = (0.0, dense.fill) if term.kind == "show" else (dense.fill, 0.0)
         return self._on(term.node, aten.where.Scalar, yes, no)
 

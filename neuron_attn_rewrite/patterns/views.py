@@ -33,6 +33,8 @@ def is_inactive_dropout(node: fx.Node) -> bool:
 def keeps_values(node: fx.Node) -> bool:
     """Whether the node's elements are those of its source, one for one and in place (casts included)."""
     name = op_name(node)
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
     if name in CASTS:
         return dtype(node).is_floating_point == dtype(source(node)).is_floating_point
     if name in IDENTITIES or is_inactive_dropout(node):
