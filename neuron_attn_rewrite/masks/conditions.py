@@ -12,8 +12,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Truth, variable
-from neuron_attn_rewrite.masks.read import MASKED
-from neuron_attn_rewrite.masks.spec import Band, Unproven
+from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
 from neuron_attn_rewrite.masks.symbolic import Case, SymbolicEvaluator, Unknown
 from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.site import Term

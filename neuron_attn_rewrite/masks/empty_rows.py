@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.graph import dtype, is_tensor, op_name
-from neuron_attn_rewrite.masks.read import MASKED
+from neuron_attn_rewrite.masks.spec import MASKED
 from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.problem import EmptyRows

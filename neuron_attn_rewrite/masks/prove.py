@@ -18,8 +18,8 @@ from neuron_attn_rewrite.masks.affine import Affine
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
-from neuron_attn_rewrite.masks.read import MASKED, read
-from neuron_attn_rewrite.masks.spec import Band, Claim, KeyPadding, Limited, MaskSpec, Unproven
+from neuron_attn_rewrite.masks.read import read
+from neuron_attn_rewrite.masks.spec import MASKED, Band, Claim, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan

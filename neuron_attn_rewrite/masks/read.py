@@ -19,14 +19,11 @@ from torch import Tensor
 from neuron_attn_rewrite.graph import shape
 from neuron_attn_rewrite.masks.fit import row_intervals
 from neuron_attn_rewrite.masks.regions import Region
-from neuron_attn_rewrite.masks.spec import Unproven
+from neuron_attn_rewrite.masks.spec import MASKED, Unproven
 from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Opaque, Table
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, plan, run_layout
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
-
-MASKED = -9984.0
-"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
 
 BLOCK = 2**20
 """Elements of a mask that are looked at together."""

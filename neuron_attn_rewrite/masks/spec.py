@@ -14,6 +14,9 @@ from torch import Tensor
 
 from neuron_attn_rewrite.reasons import Reason
 
+MASKED = -9984.0
+"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
+
 
 @dataclass(frozen=True)
 class Band:

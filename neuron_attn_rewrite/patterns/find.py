@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import fx
 
 from neuron_attn_rewrite.masks.tables import Evaluator
-from neuron_attn_rewrite.patterns import scores as _scores  # noqa: F401  fills the table of rules
 from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.read import MASKED
+from neuron_attn_rewrite.masks.spec import MASKED
 from neuron_attn_rewrite.masks.tables import UNKNOWN, Table
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
