@@ -200,6 +200,24 @@ def _cte(
     return out.mT.contiguous() if tp_out else out
 
 
+def attention_tkg_entry(q, k_active, v_active, k_prior, v_prior, mask, sink=None):
+    """Our entry to nkilib's attention_tkg, which scales nothing and takes the active keys for the last of the prior."""
+    keys, batch, heads, rows = mask.shape
+    d = q.shape[0]
+    assert q.shape == (d, batch * heads * rows) and k_active.shape == (d, batch * rows) and d <= 128
+    assert v_active.shape == (batch, 1, rows, d) and k_prior.shape == v_prior.shape == (batch, 1, keys, d)
+    assert keys % 128 == 0 and mask.dtype == torch.uint8 and (sink is None or sink.shape == (heads, 1))
+    query = q.float().reshape(d, batch, heads, rows).permute(1, 2, 3, 0)
+    key, value = k_prior[:, 0].float().clone(), v_prior[:, 0].float().clone()
+    key[:, keys - rows :] = k_active.float().reshape(d, batch, rows).permute(1, 2, 0)
+    value[:, keys - rows :] = v_active[:, 0].float()
+    scores = (query @ key[:, None].mT).reshape(batch * heads, rows, keys)
+    seen = mask.bool().permute(1, 2, 3, 0).reshape(batch * heads, rows, keys)
+    column = None if sink is None else sink.repeat(batch, 1)
+    out = softmax_v(scores, seen, value.repeat_interleave(heads, 0), column)
+    return out.reshape(batch, heads, rows, d).mT.to(q.dtype)
+
+
 def attention_isa_kernel(q, k, v, scale, out, kernel_name, use_dma_transpose=False):
     """neuronxcc's closed kernel as NxD Inference 2.26 calls it: q, k, out [G, d, S], v [G, S, d]; no grouped heads."""
     groups, d, q_len = q.shape
@@ -277,12 +295,16 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
     """Every stand-in under the SDK's import paths."""
     kernels = {
         "attention_cte": Recorded(cte),
+        "attention_tkg": Recorded(attention_tkg_entry),
         "attention_isa_kernel": Recorded(attention_isa_kernel),
         "neuronxcc_flash_fwd": Recorded(neuronxcc_flash_fwd),
         "sliding_window_flash_fwd": Recorded(sliding_window_flash_fwd),
     }
     put(monkeypatch, "nki", jit=lambda kernel: kernel)
     put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=kernels["attention_cte"])
+    entry = types.ModuleType("neuron_attn_rewrite.kernels.vendor.tkg_entry")
+    entry.attention_tkg_entry = kernels["attention_tkg"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, entry.__name__, entry)
     put(monkeypatch, "torch_neuronx.xla_impl.ops", nki_jit=lambda: lambda kernel: kernel)
     put(monkeypatch, "neuronxcc.nki.language", nc=Cores)
     put(

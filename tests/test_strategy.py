@@ -172,6 +172,7 @@ def test_a_table_of_the_caller() -> None:
 PADDED = MaskSpec((KeyPadding("m"),))
 BACK = MaskSpec((Band(upper=1024),))
 ROWS = MaskSpec((Intervals(((0, 5),) * 2048),))
+ONE = {"q_len": 1, "mask": FULL}
 OLD = {"sdk": "2.28", "target": "trn1", "cores": 1}
 # Kernel, setting, what it can compute, the nearest it can't, and a word of the clause.
 BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
@@ -218,6 +219,19 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
         {"kv_len": 3072, "mask": BACK, "bias_shape": (1, 1, 2048, 3072)},
         "behind a prefix",
     ),
+    ("attention_tkg", {"target": "trn1"}, {}, ONE, "not on trn1"),
+    ("attention_tkg", {"sdk": "2.27"}, {}, ONE, "not with 2.27"),
+    ("attention_tkg", {}, ONE, ONE | {"batch": 0}, "no size may be 0"),
+    ("attention_tkg", {}, ONE, ONE | {"num_heads": 7}, "num_heads 7"),
+    ("attention_tkg", {}, ONE, ONE | {"v_head_dim": 32}, "v_head_dim 32"),
+    ("attention_tkg", {}, ONE, ONE | {"dtype": torch.float32}, "products in bfloat16"),
+    ("attention_tkg", {}, ONE, ONE | {"scale": float("inf")}, "scale inf"),
+    ("attention_tkg", {}, ONE, ONE | {"softcap": 1.0}, "softcap"),
+    ("attention_tkg", {}, ONE, ONE | {"bias_shape": (1, 1, 1, 2048)}, "bias"),
+    ("attention_tkg", {}, ONE | {"empty_rows": EmptyRows.ANY}, ONE | {"empty_rows": EmptyRows.ZERO}, "undefined"),
+    ("attention_tkg", {}, ONE | {"q_len": 7}, ONE | {"q_len": 8}, "q_len 8 must be at most 7"),
+    ("attention_tkg", {}, ONE | {"batch": 128}, ONE | {"batch": 129}, "16 MiB"),
+    ("attention_tkg", {}, ONE | {"sink": True, "num_kv_heads": 1}, ONE | {"sink": True}, "sinks of one kv head"),
     ("attention_isa_kernel", OLD, {}, {}, ""),
     ("attention_isa_kernel", OLD | {"target": "trn3"}, {}, {"mask": FULL}, "not on trn3"),
     ("attention_isa_kernel", OLD | {"sdk": "2.29"}, {}, {"mask": FULL}, "not with 2.29"),
@@ -339,6 +353,8 @@ def test_an_installed_kernel_is_asked_what_it_takes() -> None:
         ("attention_cte", {"scale": 1.0, "length": 100, "mask": MaskSpec((Chunked(50),))}, ["one interval", "128"]),
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 8, 2048, 2048)}, []),
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 1, 2048, 2048)}, ["each head"]),
+        ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1"]),
+        ("attention_tkg", {"q_len": 1, "kv_len": 300, "mask": FULL}, ["scale", "0 and 1", "a core"]),
         ("attention_isa_kernel", {"scale": 1.0, "num_kv_heads": 8}, []),
         ("attention_isa_kernel", {}, ["scale", "repeated"]),
         ("sliding_window_flash_fwd", {"mask": WINDOW}, ["repeated"]),

@@ -125,10 +125,10 @@ def _per_group(problem: AttentionProblem, skips_rows: bool) -> list[int]:
     return per_group
 
 
-def work(problem: AttentionProblem, cores: int, skips_rows: bool) -> tuple[float, float]:
+def work(problem: AttentionProblem, cores: int, skips_rows: bool, folds_groups: bool = False) -> tuple[float, float]:
     """Groups and tiles of the busier core: heads are dealt out, and the last of an odd number is split by rows."""
     per_group = _per_group(problem, skips_rows)
-    heads = problem.batch * problem.num_heads
+    heads = problem.batch * (problem.num_kv_heads if folds_groups else problem.num_heads)
     groups, total = len(per_group), sum(per_group)
     if cores == 1:
         return heads * groups, heads * total
@@ -148,7 +148,7 @@ def kernel_time(name: str, problem: AttentionProblem, target: str, cores: int, c
     c = constants or fit()
     element = problem.dtype.itemsize if name == OURS else 2
     engine, bound = HARDWARE[target].tile_bound(problem.head_dim, problem.v_head_dim, element)
-    groups, count = work(problem, cores, KERNELS[name].skips_rows)
+    groups, count = work(problem, cores, KERNELS[name].skips_rows, KERNELS[name].folds_groups)
     parts = {
         "the kernel's fixed cost": c.fixed,
         "small operations for each 128 rows": c.per_group * groups,

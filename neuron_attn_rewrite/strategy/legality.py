@@ -18,6 +18,8 @@ OURS = "flash_fwd"
 """Our own kernel."""
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DECODE_ROWS = 7
+"""Query rows for which attention_tkg is meant."""
 SDK_HEAD_DIM = 128
 """Largest head_dim of every kernel of the SDK, by its documentation."""
 
@@ -61,6 +63,8 @@ class Kernel:
 
     clauses: tuple[Clause, ...]
     bridges: tuple[Bridge, ...] = ()
+    folds_groups: bool = False
+    """The query heads of a group are the rows of one tile."""
     skips_rows: bool = False
     """Tiles that bounds hide are skipped, not only those that causal and window hide."""
 
@@ -261,6 +265,41 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     lambda p, _: p.bias_shape is not None and p.bias_shape != (p.batch, p.num_heads, p.q_len, p.kv_len),
                 ),
             ),
+        ),
+        "attention_tkg": Kernel(
+            (
+                _targets("trn2", "trn3"),
+                _shipped("attention_tkg", "2.28", "2.32"),
+                SIZES,
+                GROUPS,
+                ONE_HEAD_DIM,
+                ROUNDED,
+                SCALE,
+                NO_SOFTCAP,
+                NO_BIAS,
+                NEVER_EMPTY,
+                Clause(
+                    "kernel-size",
+                    f"q_len {{p.q_len}} must be at most {DECODE_ROWS} and less than kv_len {{p.kv_len}}",
+                    lambda p, _: p.q_len <= DECODE_ROWS and p.q_len < p.kv_len,
+                ),
+                Clause(
+                    "kernel-size",
+                    "batch times num_heads times q_len times the keys of a tile, up to 8192, must fit 16 MiB of SBUF",
+                    lambda p, _: 8 * p.batch * p.num_heads * p.q_len * min(p.kv_len, 8192) <= 2**24,
+                ),
+                Clause(
+                    "kernel-sink",
+                    "it takes sinks of one kv head, and here are {p.num_kv_heads}",
+                    lambda p, _: not p.sink or p.num_kv_heads == 1,
+                ),
+            ),
+            (
+                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                Bridge("the mask is written out as 0 and 1", lambda *_: True),
+                Bridge("keys are padded to a multiple of 128 a core", lambda p, s: p.kv_len % (128 * s.cores) > 0),
+            ),
+            folds_groups=True,
         ),
         "attention_isa_kernel": Kernel(
             (

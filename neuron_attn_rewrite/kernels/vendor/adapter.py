@@ -62,8 +62,8 @@ def _attribute(module: str, attribute: str) -> Any:
         if find_spec(module.partition(".")[0]) is None:
             return None
         return getattr(import_module(module), attribute, None)
-    except (ImportError, ValueError):
-        # A ValueError is a module without a spec, such as an empty stand-in for a package.
+    except (ImportError, ValueError, AttributeError):
+        # An empty stand-in for a package has no spec (ValueError) or lacks what a module of ours imports.
         return None
 
 

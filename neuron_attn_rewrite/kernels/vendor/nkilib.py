@@ -1,6 +1,7 @@
 """nkilib, SDK 2.28 and later: open kernels, launched by `nki.jit(kernel)[lnc]`.
 
-Sources: nki-library `nkilib/core/attention/attention_cte.py`; SDK documentation nki/library/api/attention-cte.
+Sources: nki-library `nkilib/core/attention/attention_cte.py` and `attention_tkg.py`; SDK documentation
+nki/library/api/attention-cte and attention-tkg.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.reference import Terms, visible
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, nki_jit
 from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, multiple, padded, row_bounds, scaled
 
 QUERY_GROUP = 128
 """Bounds and bias come in groups of this many query rows."""
+KEY_TILE = 128
+"""Each core of attention_tkg takes a multiple of this many keys."""
 HIDDEN = -1e30
 """What a hidden key adds to a score: far below any score, and finite in bfloat16 (not in float16)."""
 MOST_HIDDEN = -3e38
@@ -78,6 +81,32 @@ def _bounds(
     return {"bound_min": first.contiguous(), "bound_max": end.contiguous()}
 
 
+def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+    """The query heads of a kv head as one batch element, the last keys as the active ones, any mask as 0 and 1."""
+    batch, heads, rows, dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    items, group = batch * kv_heads, heads // kv_heads
+    keys = multiple(kv_len, KEY_TILE * lnc)
+    query = scaled(query, terms.scale).reshape(items, group, rows, dim)
+    active, earlier = slice(kv_len - rows, kv_len), kv_len - rows
+    seen = visible(terms, rows, kv_len, query.device).expand(batch, kv_heads, rows, kv_len)
+    # What pads the keys comes before the active ones, which are the last.
+    hidden = padded(seen[..., :earlier].to(torch.uint8), -1, keys - rows)
+    mask = torch.cat([hidden, seen[..., active].to(torch.uint8)], -1).reshape(items, 1, rows, keys)
+    arguments = {} if terms.sink is None else {"sink": terms.sink.float()[:, None]}
+    out: Tensor = adapter(
+        lnc,
+        q=query.permute(3, 0, 1, 2).reshape(dim, -1).contiguous(),
+        k_active=folded(key[:, :, active]).permute(2, 0, 1).reshape(dim, -1).contiguous(),
+        v_active=folded(value[:, :, active])[:, None].contiguous(),
+        k_prior=padded(folded(key[:, :, :earlier]), 1, keys)[:, None].contiguous(),
+        v_prior=padded(folded(value[:, :, :earlier]), 1, keys)[:, None].contiguous(),
+        mask=mask.expand(items, group, rows, keys).permute(3, 0, 1, 2).contiguous(),
+        **arguments,
+    )
+    return out.mT.reshape(batch, heads, rows, dim).contiguous()
+
+
 ATTENTION_CTE = Adapter(
     name="attention_cte",
     places=(
@@ -89,4 +118,11 @@ ATTENTION_CTE = Adapter(
     ),
     launch=nki_jit,
     run=_attention_cte,
+)
+ATTENTION_TKG = Adapter(
+    name="attention_tkg",
+    places=("neuron_attn_rewrite.kernels.vendor.tkg_entry:attention_tkg_entry",),
+    needs=frozenset("q k_active v_active k_prior v_prior mask sink".split()),
+    launch=nki_jit,
+    run=_attention_tkg,
 )
