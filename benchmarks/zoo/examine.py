@@ -69,6 +69,8 @@ def examine(model_type: str, implementation: str, quick: bool) -> dict[str, Any]
         model, inputs = tiny.ready(model_type, implementation)
     except tiny.NotBuilt as error:
         return {**line, "failed": f"not built: {error}"}
+    if not count(model, inputs):
+        return {**line, "failed": "no attention"}
     calls = {"none": inputs, **tiny.paddings(model, inputs)}
     line["captures"] = {
         padding: examine_capture(model, {p: calls[p] for p in called if p in calls})
@@ -169,6 +171,7 @@ def examine_apart(model_type: str, known: frozenset[str], quick: bool) -> list[d
     """`examine` with each implementation not yet known, in a process of its own with limits of time and memory."""
     here, there = Pipe(duplex=False)
     process = get_context("fork").Process(target=_child, args=(model_type, known, quick, there))
+    process.daemon = True
     process.start()
     there.close()
     lines: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 BATCH, LENGTH, VOCABULARY, LAYERS, WINDOW, HEAD = 2, 64, 256, 2, 16, 16
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS, PATIENCE = 30_000_000, 20
+"""Parameters of a model, and seconds in which a config and inputs are looked for."""
 
 COUNTS = [
     (r"(num_(hidden_|encoder_|decoder_|block_)?layers|n_layers?|(encoder|decoder)_layers|.*_num_layers|depth)", LAYERS),
@@ -168,7 +170,10 @@ def ready(model_type: str, implementation: str) -> tuple[nn.Module, Inputs]:
         NotBuilt: there are none.
     """
     why: list[str] = []
+    start = time.process_time()
     for rung in RUNGS:
+        if time.process_time() > start + PATIENCE:
+            break
         try:
             model = build(model_type, implementation, *rung)
         except Exception as error:
@@ -178,6 +183,8 @@ def ready(model_type: str, implementation: str) -> tuple[nn.Module, Inputs]:
             failure = _failure(model, offer)
             if failure is None:
                 return model, offer
+            if time.process_time() > start + PATIENCE:
+                break
             why.append(f"{', '.join(offer)}: {_short(failure)}")
     raise NotBuilt(why[0] if why else "no inputs are known for it")
 
