@@ -1,7 +1,8 @@
 """Counting the attentions that a model computes while it runs, without the finder.
 
-An attention is an SDPA call; or a softmax of something that came from a batched product, whose result goes into another
-batched product.
+An attention is one fused call; or a softmax of something that came from a batched product, whose result goes into
+another batched product. What came from a product is marked, and marks follow the data until an operator that mixes
+features or chooses (a linear layer, a convolution, a norm, top-k).
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+FUSED = ("_scaled_dot_product", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 PRODUCTS = {"bmm", "baddbmm"}
+SOFTMAXES = {"_softmax", "_safe_softmax"}
 FORGETS = {"mm", "addmm", "convolution", "topk", "argmax", "embedding", "native_layer_norm", "max", "argsort", "sort"}
+
+SCORES = object()
+"""The mark of what came from a product. Every softmax of it makes a mark of its own."""
 
 
 class CountAttentions(TorchDispatchMode):
@@ -23,37 +29,33 @@ class CountAttentions(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fused = 0
-        self._seen: dict[int, tuple[Any, frozenset[str]]] = {}
-        self._used: set[str] = set()
+        self.total = 0
+        self._marks: dict[int, tuple[Any, frozenset[object]]] = {}
+        self._used: set[object] = {SCORES}
 
-    @property
-    def total(self) -> int:
-        return self.fused + len(self._used)
-
-    def _marks(self, tensor: Tensor) -> frozenset[str]:
-        alive, marks = self._seen.get(id(tensor), (None, frozenset()))
+    def _of(self, tensor: Tensor) -> frozenset[object]:
+        alive, marks = self._marks.get(id(tensor), (None, frozenset()))
         return marks if alive is not None and alive() is tensor else frozenset()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        marks = frozenset(
-            m for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) for m in self._marks(t)
-        )
-        if "scaled_dot_product" in name and "backward" not in name:
-            self.fused += 1
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        marks: frozenset[object] = frozenset().union(*(self._of(t) for t in given))
+        if name.startswith(FUSED) and "backward" not in name:
+            self.total += 1
             marks = frozenset()
         elif name in PRODUCTS:
-            self._used |= {m for m in marks if m != "scores"}
-            marks = frozenset({"scores"})
-        elif name in ("_softmax", "_safe_softmax"):
-            marks = frozenset({f"softmax {len(self._seen)} {id(result)}"}) if "scores" in marks else frozenset()
+            self.total += len(marks - self._used)
+            self._used |= marks
+            marks = frozenset({SCORES})
+        elif name in SOFTMAXES:
+            marks = frozenset({object()} if SCORES in marks else ())
         elif name in FORGETS:
             marks = frozenset()
         for t in pytree.tree_leaves(result):
             if isinstance(t, Tensor):
-                self._seen[id(t)] = (ref(t), marks)
+                self._marks[id(t)] = (ref(t), marks)
         return result
 
 

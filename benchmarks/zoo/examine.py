@@ -22,10 +22,11 @@ from neuron_attn_rewrite import CaptureError, RewriteConfig, RewrittenModule
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
-SECONDS, MEMORY = 150, 4 * 2**30
+SECONDS, MEMORY = 120, 4 * 2**30
 """The limits of one architecture."""
-TOLERANCE = 1e-4
-"""Largest accepted error of a whole model in float32, relative to the largest magnitude of each output."""
+TOLERANCE = 1e-3
+"""Largest accepted error of a whole model in float32, relative to the largest magnitude of each output. A deep model
+with random weights makes a hundred of one rounding; a mask that is missing makes more (see `blind`)."""
 CAPTURES = {"none": ("none",), "ones": ("ones", "right", "left")}
 """The padding with which a graph is captured, and those with which it is called."""
 
@@ -48,17 +49,16 @@ def outputs(run: Callable[..., Any], call: Call) -> Outputs:
 
 
 def difference(new: Outputs, old: Outputs) -> float:
-    """The largest over all outputs, each relative to its largest magnitude. NaN equals NaN."""
+    """The largest over all outputs, each relative to its largest finite magnitude. NaN equals NaN."""
     return max((_difference(a, b) for a, b in zip(new, old, strict=True)), default=0.0)
 
 
 def _difference(new: Tensor, old: Tensor) -> float:
-    if new.shape != old.shape:
+    finite = old.isfinite()
+    if new.shape != old.shape or not torch.allclose(new[~finite], old[~finite], equal_nan=True):
         return torch.inf
-    both = new.isnan() & old.isnan()
-    new, old = new.masked_fill(both, 0.0).double(), old.masked_fill(both, 0.0).double()
-    error = (new - old).abs().masked_fill(new == old, 0.0)
-    worst = float(error.max() / old.abs().max().clamp_min(1e-12)) if error.numel() else 0.0
+    new, old = new[finite].double(), old[finite].double()
+    worst = float((new - old).abs().max() / old.abs().max().clamp_min(1e-12)) if old.numel() else 0.0
     return worst if worst == worst else torch.inf
 
 
@@ -126,6 +126,7 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     return result
 
 
+MOST_BLINDED = 12
 MASKS = ("band_lower", "band_upper", "key_padding", "bounds", "bias")
 
 
@@ -133,7 +134,8 @@ def blind(rewritten: fx.GraphModule, call: Call) -> list[str]:
     """Kernel calls whose masks could be dropped without this call showing it."""
     right = outputs(rewritten, call)
     found = []
-    for node in rewritten.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default):
+    calls = rewritten.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default)
+    for node in list(calls)[:MOST_BLINDED]:
         given = node.kwargs
         node.kwargs = {name: value for name, value in given.items() if name not in MASKS}
         if node.kwargs != given:

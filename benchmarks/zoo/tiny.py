@@ -51,7 +51,13 @@ INPUTS = [
     (r"max_length", 128),
 ]
 """The value that an int field gets, by its name."""
-UNSET = {"head_dim": HEAD, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "prediction_length": 8}
+UNSET: dict[str, Any] = {
+    "layer_types": ["full_attention"] * LAYERS,
+    "head_dim": HEAD,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "prediction_length": 8,
+}
 """... and where a model needs a field that its config leaves at None."""
 
 RUNGS = [
@@ -84,7 +90,8 @@ def shrink(config: PretrainedConfig, sizes: list[tuple[str, int]], unset: bool) 
             _set(config, name, _small(name, value, sizes))
         elif isinstance(value, (list, tuple)) and CUT.fullmatch(name) and len(value) > LAYERS:
             _set(config, name, _each_kind(list(value)))
-    for rope in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+    ropes = (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None))
+    for rope in {id(rope): rope for rope in ropes}.values():
         if isinstance(rope, dict) and isinstance(rope.get("mrope_section"), (list, tuple)):
             rope["mrope_section"] = _portions(rope["mrope_section"], _head_dim(config) / old_head)
         elif isinstance(rope, dict) and unset:
