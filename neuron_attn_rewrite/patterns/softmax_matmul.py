@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import module_path, op_name, shape
+from neuron_attn_rewrite.graph import module_path, op_name, shape, tensor
 from neuron_attn_rewrite.patterns.axes import atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
@@ -19,6 +19,9 @@ from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.site import AttentionSite, Reader, UnknownAttention
 from neuron_attn_rewrite.patterns.weights import Weights, follow
 from neuron_attn_rewrite.reasons import Reason
+
+MOST_FOLLOWED = 24
+"""Nodes after a softmax among which a product is looked for."""
 
 
 def find_softmax_matmul(
@@ -78,18 +81,26 @@ def _pattern(scores: Scores) -> str:
     return " > ".join(("matmul", *scores.trail, "softmax", "matmul"))
 
 
+MIXES = frozenset("linear mm addmm conv1d conv2d convolution layer_norm embedding topk argmax sort argsort".split())
+"""Operators that make something else of what they read: scores from there are a gate over experts or a pooling, and
+weights that end there are not summed over keys."""
+
+
 def _is_router(node: fx.Node) -> bool:
-    """Scores that come straight from a weight: a gate over experts or a pooling, not an attention."""
-    return op_name(node) in ("linear", "addmm", "conv1d", "conv2d")
+    return op_name(node) in MIXES
 
 
-def _meets_product(node: fx.Node) -> bool:
-    """Whether the probabilities end in a product with something else."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if as_product(node) is not None:
-            return True
-    return any(as_product(user) is not None for user in node.users)
+def _meets_product(softmax: fx.Node) -> bool:
+    """Whether the weights, or something made of them element by element, end in a product with something else."""
+    open_ends, seen = [softmax], {softmax}
+    while open_ends and len(seen) < MOST_FOLLOWED:
+        for user in open_ends.pop(0).users:
+            if as_product(user) is not None:
+                return True
+            if user not in seen and op_name(user) not in MIXES and tensor(user) is not None:
+                seen.add(user)
+                open_ends.append(user)
+    return False
 
 
 def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:

@@ -47,6 +47,19 @@ def distilbert(live: int) -> Match:
     return Match(attention, lambda: (*qkv(), with_padding()[3].float() * live), "key_padding(eq)")
 
 
+def slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Slot attention: queries compete for keys."""
+    p = torch.softmax(q @ k.mT, -2)
+    return (p / (p.sum(-1, keepdim=True) + 1e-8)) @ v
+
+
+def two_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Global and local keys under one softmax, each with its own product."""
+    s = torch.cat([q @ k[:, :, :6].mT, q @ k[:, :, 6:].mT], -1)
+    p = torch.softmax(s / 4, -1)
+    return p[..., :6] @ v[:, :, :6] + p[..., 6:] @ v[:, :, 6:]
+
+
 MATCH = {
     "a mask whose live value is 2": distilbert(2),
     "a look-ahead of three": Match(
@@ -71,6 +84,8 @@ MATCH = {
 
 KEEP = {
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
+    "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
+    "one softmax over two blocks of keys": Keep(two_blocks, "not one column of sinks"),
     "softmax over the heads": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys"),
     "softmax over the batch": Keep(lambda q, k, v: torch.softmax(q @ k.mT / 2, 0) @ v, "keys"),
     "softmax over the queries, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "keys", cubes),
