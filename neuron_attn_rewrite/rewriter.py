@@ -20,12 +20,12 @@ from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Plan, commit, describe, graft
+from neuron_attn_rewrite.replace import Graft, Plan, commit, describe, graft
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.verify import measure
+from neuron_attn_rewrite.verify import measure, measure_exactly
 
 
 def rewrite(
@@ -67,9 +67,19 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
     before = snapshot(module.graph)
     grafts = graft(module, [p for p in plans if isinstance(p, Plan) and p.decision.kernel != NATIVE])
-    errors = measure(module, grafts, inputs) if config.verify and inputs is not None else {}
-    commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.dtype)])
+    errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
+    commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.coarsest)])
     return make_report(module.graph, before, plans, grafts, errors, config)
+
+
+def compare(
+    module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any], config: RewriteConfig
+) -> dict[Graft, float]:
+    """How far each kernel is from the model, or from its formula where the model rounds more than the kernel."""
+    errors = measure(module, grafts, inputs)
+    far = [g for g in grafts if errors[g] > config.tolerance(g.plan.site.coarsest)]
+    exact = measure_exactly(module, far, inputs) if far else {}
+    return errors | {g: min(errors[g], error) for g, error in exact.items()}
 
 
 def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: RewriteConfig) -> Plan | UnknownAttention:

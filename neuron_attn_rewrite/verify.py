@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from neuron_attn_rewrite.exact import in_float64, inside
 from neuron_attn_rewrite.graph import changed_in_place
 from neuron_attn_rewrite.masks.prove import Padding
 from neuron_attn_rewrite.patterns.axes import run_layout
@@ -38,13 +39,41 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
                 errors[graft] = _difference(self.env[graft.plan.site.output], value, _defined(graft, self.env))
             return value
 
-    keep_alive = [p.node for g in grafts for p in (*g.proof.paddings, *g.proof.promised)]
+    keep_alive = [n for g in grafts for n in _vectors(g)]
     runner = Compare(module)
     for nodes in runner.user_to_last_uses.values():
         nodes[:] = [n for n in nodes if n not in keep_alive]
     with _unchanged(module), torch.no_grad():
         runner.run(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
     return errors
+
+
+def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
+    """The same against the original computed in float64, for those sites that can be."""
+    errors: dict[Graft, float] = {}
+    by_result = {g.result: (g, *inside(g.plan.site)) for g in grafts}
+    keep_alive = {n for g, _, read in by_result.values() for n in (*read, *_vectors(g))}
+
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if node in by_result:
+                graft, nodes, _ = by_result[node]
+                exact = in_float64(nodes, self.env, lambda n: self.fetch_attr(str(n.target)))
+                if exact is not None:
+                    errors[graft] = _difference(exact, value, _defined(graft, self.env))
+            return value
+
+    runner = Compare(module)
+    for nodes in runner.user_to_last_uses.values():
+        nodes[:] = [n for n in nodes if n not in keep_alive]
+    with _unchanged(module), torch.no_grad():
+        runner.run(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+    return errors
+
+
+def _vectors(graft: Graft) -> list[fx.Node]:
+    return [p.node for p in (*graft.proof.paddings, *graft.proof.promised)]
 
 
 def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from neuron_attn_rewrite.graph import dtype
 from neuron_attn_rewrite.patterns.axes import Dims, Layout
 from neuron_attn_rewrite.reasons import Reason
 
@@ -105,6 +106,11 @@ class AttentionSite:
     """A lower limit of all scores, applied after the terms."""
     readers: tuple[Reader, ...] = ()
     """What else reads the weights or scores."""
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype that rounds most: the one of the kernel's operands, or of the model's output."""
+        return max(self.dtype, dtype(self.output), key=lambda kind: float(torch.finfo(kind).eps))
 
 
 @dataclass(frozen=True)

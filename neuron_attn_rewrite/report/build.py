@@ -189,7 +189,7 @@ def _site(
     error = errors.get(graft) if graft else None
     reasons = decision.reasons
     if graft and not after:
-        limit = config.tolerance(site.dtype)
+        limit = config.tolerance(site.coarsest)
         words = f"put back: it differs by {error:.1e} of the largest output, more than {limit:g}"
         reasons += (Reason("put-back", words),)
     source, source_code = source_of(site.anchor)

@@ -37,11 +37,13 @@ def sine(walk: patterns.Walk, scores: patterns.Scores) -> patterns.Scores:
     return scores.to(scores.node.args[0])
 
 
-def test_a_wrong_rule_is_caught_on_the_example() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_rule_is_caught_on_the_example(dtype: torch.dtype) -> None:
     model = Function(lambda q, k, v: torch.softmax(torch.sin(q @ k.mT), -1) @ v)
+    inputs = tuple(x.to(dtype) for x in qkv())
     with patterns.register("scores", "sin", sine), pytest.warns(UserWarning, match="put back"):
-        assert not rewrite(model, qkv(), config=ALWAYS).report.replaced
-    (site,) = rewrite(model, qkv(), config=ALWAYS).report.kept
+        assert not rewrite(model, inputs, config=ALWAYS).report.replaced
+    (site,) = rewrite(model, inputs, config=ALWAYS).report.kept
     assert any("sin" in reason and "no rule knows it" in reason for reason in site.reasons)
 
 
