@@ -5,6 +5,7 @@ How it is printed, drawn and compared stands in the modules beside this one; eac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +96,11 @@ class SiteReport:
 
     @property
     def score_bytes(self) -> int:
-        """Bytes of the scores of all heads, [batch, num_heads, q_len, kv_len]: what a kernel never holds."""
-        if None in (self.batch, self.num_heads, self.q_len, self.kv_len, self.dtype):
+        """Bytes of the scores, [batch, num_heads, q_len, kv_len], which a kernel never holds; 0 if not known."""
+        sizes = (self.batch, self.num_heads, self.q_len, self.kv_len)
+        if self.dtype is None or not all(isinstance(size, int) for size in sizes):
             return 0
-        return self.batch * self.num_heads * self.q_len * self.kv_len * self.dtype.itemsize  # type: ignore[operator,union-attr]
+        return math.prod(sizes) * self.dtype.itemsize  # type: ignore[arg-type]
 
     @property
     def flops(self) -> int:
@@ -111,8 +113,9 @@ class SiteReport:
     @property
     def visible(self) -> float:
         """The part of all pairs of query and key that the proven mask lets see, from 0 to 1, without padding."""
-        if not isinstance(self.mask, MaskSpec) or not self.q_len or not self.kv_len:
+        if not isinstance(self.mask, MaskSpec) or not self.score_bytes:
             return 1.0
+        assert self.q_len and self.kv_len
         first, end = self.mask.rows(self.q_len, self.kv_len).unbind(1)
         return float((end - first).sum()) / (self.q_len * self.kv_len)
 

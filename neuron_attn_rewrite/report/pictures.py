@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neuron_attn_rewrite.masks.spec import KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.report.model import SiteReport
 
 CELLS = 32
@@ -12,7 +12,10 @@ CELLS = 32
 
 
 def mask_svg(site: SiteReport) -> str:
-    """An SVG of 64 x 64 units. Key padding is a hatched strip below, a dense operand a dotted field above all."""
+    """An SVG of 64 x 64 units.
+
+    A hatched strip below says that key padding or limits are known at run time; dots above all are a dense operand.
+    """
     return (
         '<svg class="mask" viewBox="-2 -2 68 74" role="img" aria-label="' + _words(site) + '">'
         '<rect class="field" width="64" height="64"/>' + "".join(_parts(site)) + "</svg>"
@@ -31,7 +34,7 @@ def _parts(site: SiteReport) -> Iterator[str]:
     yield f'<path class="seen" d="{_seen(mask, site.q_len, site.kv_len)}"/>'
     if site.bias:
         yield '<rect class="dense" width="64" height="64"/>'
-    if any(isinstance(claim, KeyPadding) for claim in mask.claims):
+    if any(isinstance(claim, (KeyPadding, Limited)) for claim in mask.claims):
         yield '<rect class="padding" y="66.5" width="64" height="5"/>'
 
 

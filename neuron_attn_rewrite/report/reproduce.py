@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.masks.spec import KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
 
 
 def reproducer(report: RewriteReport, site: SiteReport) -> str:
-    body = _understood(site) if isinstance(site.mask, MaskSpec) else _replayed(site)
+    body = _understood(site) if _is_understood(site) else _replayed(site)
     return "\n".join([*_head(report, site), *body, *_tail(report, site)]) + "\n"
 
 
@@ -33,7 +33,7 @@ def _head(report: RewriteReport, site: SiteReport) -> Iterator[str]:
     yield "from torch import nn"
     yield ""
     yield "from neuron_attn_rewrite import RewriteConfig, rewrite"
-    if isinstance(site.mask, MaskSpec):
+    if _is_understood(site):
         yield "from neuron_attn_rewrite.masks.spec import *  # noqa: F403"
     yield ""
     yield "torch.manual_seed(0)"
@@ -58,6 +58,13 @@ def _tail(report: RewriteReport, site: SiteReport) -> Iterator[str]:
 
 
 # Written anew
+
+REBUILT = (Band, Chunked, Intervals, KeyPadding)
+"""Claims that say all there is to say; the others depend on run-time numbers that the report does not hold."""
+
+
+def _is_understood(site: SiteReport) -> bool:
+    return isinstance(site.mask, MaskSpec) and all(isinstance(claim, REBUILT) for claim in site.mask.claims)
 
 
 def _understood(site: SiteReport) -> Iterator[str]:
