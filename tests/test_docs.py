@@ -47,11 +47,6 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-def test_the_index_knows_every_page() -> None:
-    text = (HERE / "index.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"({page.name})" not in text] == []
-
-
 def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
     """Each block that runs, its language, and what stands in a text block right behind it."""
     found = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
