@@ -110,6 +110,22 @@ def test_more_keys_than_fit(monkeypatch: pytest.MonkeyPatch, lnc: int) -> None:
         assert_right(sizes, torch.float32, options, lnc=lnc)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "with_bias"),
+    [(128, torch.bfloat16, False), (256, torch.bfloat16, True), (256, torch.float32, False)],
+)
+def test_it_fits_into_memory(head_dim: int, dtype: torch.dtype, with_bias: bool) -> None:
+    """SBUF and PSUM as large as they are, for as many keys as are ever loaded and looked at in one step."""
+    sizes = Sizes(1, 2, 1, 256, 20480, head_dim, head_dim)
+    query, key, value = operands(sizes, dtype)
+    options: dict[str, Any] = {"scale": head_dim**-0.5, "band_upper": 20480 - 256, "sink": torch.randn(2)}
+    if with_bias:
+        options["bias"] = bias(sizes, 2, 3)
+    out, _ = simulated.run(launch(query, key, value, options), "gen3", memory="physical")
+    plain = torch.ops.neuron_attn.flash_fwd.default(query.float(), key.float(), value.float(), **options)
+    assert relative_error(out, plain.double()) <= TOLERANCES[dtype]
+
+
 def test_bounds_known_only_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "is_static", lambda tensor: False)
     for options in ({"bounds": spans(SMALL, 2)}, {"bounds": chunks(SMALL, 32), "band_upper": 0, "empty_rows": "mean"}):

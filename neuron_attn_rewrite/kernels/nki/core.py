@@ -17,8 +17,12 @@ BANK = 512
 """Columns of a score tile: the float32 elements of one PSUM bank."""
 EXP_COLUMNS = 2048
 """Columns of one exponential: wide enough to hide its start, narrow enough to feed the transposes early."""
-TRANSPOSE_BLOCKS = 4
-"""Blocks of P that one DMA transposes."""
+TURNS = (("scalar", 0, 3), ("vector", 3, 5), ("dma", 5, 8))
+"""Of each 8 blocks of P, who transposes which: the PE, with the engine named emptying PSUM, or a DMA. This keeps all
+engines of trn2 about as busy; all by DMA, the DMA would take twice as long as any other engine."""
+TURNS_GEN4 = (("scalar", 0, 1), ("vector", 1, 3), ("dma", 3, 8))
+"""The same for trn3, whose DMA is faster and whose scalar engine is not."""
+TURN_BLOCKS = 8
 MASKED = -3.4028234663852886e38
 """What range_select puts where a key is hidden; its hardware knows no other value."""
 LOWEST = -1.0e30
@@ -215,11 +219,21 @@ def _evict(dst: Any, source: Any, tile: Rows, ragged: bool, start: int, top: Any
 def _weighted_sum(acc: Any, weights: Any, values: Any, block: int) -> None:
     """acc [rows, v_dim] = weights [rows, width] times the values from block `block` on."""
     rows, width = weights.shape
-    for x in range(0, width, TRANSPOSE_BLOCKS * ROWS):
-        y = min(x + TRANSPOSE_BLOCKS * ROWS, width)
+    turns = TURNS
+    if nisa.get_nc_version() == nisa.nc_version.gen4:
+        turns = TURNS_GEN4
+    for x in range(0, width, TURN_BLOCKS * ROWS):
+        y = min(x + TURN_BLOCKS * ROWS, width)
         blocks = (y - x + ROWS - 1) // ROWS
         turned = nl.ndarray((ROWS, blocks, rows), dtype=weights.dtype, buffer=nl.sbuf)
-        _transpose_weights(turned, weights, x, y)
+        for i in range(len(turns)):
+            who, start, stop = turns[i]
+            a = x + start * ROWS
+            b = min(x + stop * ROWS, y)
+            if a < b and who == "dma" and weights.dtype != nl.float32:
+                _turn_by_dma(turned, weights, start, a, b)
+            elif a < b:
+                _turn_by_pe(turned, weights, start, a, b, nisa.engine.vector if who == "vector" else nisa.engine.scalar)
         for i in range(blocks):
             keys = min(ROWS, y - x - i * ROWS)
             nisa.nc_matmul(
@@ -230,30 +244,46 @@ def _weighted_sum(acc: Any, weights: Any, values: Any, block: int) -> None:
             )
 
 
-def _transpose_weights(dst: Any, weights: Any, x: int, y: int) -> None:
-    """dst [128, blocks, rows]: each 128 columns of weights[:, x:y] transposed; by DMA, or for float32 by the PE."""
+def _turn_by_pe(dst: Any, weights: Any, first: int, a: int, b: int, engine: Any) -> None:
+    """Blocks of dst [128, blocks, rows] from `first` on: each 128 columns of weights[:, a:b] transposed."""
+    rows, _ = weights.shape
+    whole = (b - a) // ROWS
+    rest = b - a - whole * ROWS
+    turned = nl.ndarray((ROWS, whole + 1, rows), dtype=weights.dtype, buffer=nl.psum)
+    for i in range(whole):
+        c = a + i * ROWS
+        nisa.nc_transpose(dst=turned[:, i, :], data=weights[:, c : c + ROWS], engine=nisa.engine.tensor)
+    if whole > 0:
+        _empty(dst[:, first : first + whole, :], turned[:, 0:whole, :], engine)
+    if rest > 0:
+        nisa.nc_transpose(dst=turned[0:rest, whole, :], data=weights[:, b - rest : b], engine=nisa.engine.tensor)
+        _empty(dst[0:rest, first + whole, :], turned[0:rest, whole, :], engine)
+
+
+def _empty(dst: Any, source: Any, engine: Any) -> None:
+    """PSUM into SBUF."""
+    if engine == nisa.engine.vector:
+        nisa.tensor_copy(dst=dst, src=source, engine=nisa.engine.vector)
+    else:
+        nisa.activation(dst=dst, op=nl.copy, data=source)
+
+
+def _turn_by_dma(dst: Any, weights: Any, first: int, a: int, b: int) -> None:
+    """As `_turn_by_pe`, for 16-bit weights."""
     rows, width = weights.shape
-    blocks = dst.shape[1]
-    if weights.dtype == nl.float32:
-        for i in range(blocks):
-            a = x + i * ROWS
-            b = min(a + ROWS, y)
-            turned = nl.ndarray((b - a, rows), dtype=nl.float32, buffer=nl.psum)
-            nisa.nc_transpose(dst=turned, data=weights[:, a:b], engine=nisa.engine.tensor)
-            nisa.activation(dst=dst[0 : b - a, i, :], op=nl.copy, data=turned)
-        return
-    whole = (y - x) // ROWS
+    stride = dst.shape[1] * rows
+    whole = (b - a) // ROWS
+    rest = b - a - whole * ROWS
     if whole > 0:
         nisa.dma_transpose(
-            dst=dst.ap([[blocks * rows, ROWS], [1, 1], [rows, whole], [1, rows]]),
-            src=weights.ap([[width, rows], [1, 1], [ROWS, whole], [1, ROWS]], offset=x),
+            dst=dst.ap([[stride, ROWS], [1, 1], [rows, whole], [1, rows]], offset=first * rows),
+            src=weights.ap([[width, rows], [1, 1], [ROWS, whole], [1, ROWS]], offset=a),
             axes=(3, 1, 2, 0),
         )
-    if whole < blocks:
-        rest = y - x - whole * ROWS
+    if rest > 0:
         nisa.dma_transpose(
-            dst=dst.ap([[blocks * rows, rest], [1, 1], [rows, 1], [1, rows]], offset=whole * rows),
-            src=weights.ap([[width, rows], [1, 1], [ROWS, 1], [1, rest]], offset=x + whole * ROWS),
+            dst=dst.ap([[stride, rest], [1, 1], [rows, 1], [1, rows]], offset=(first + whole) * rows),
+            src=weights.ap([[width, rows], [1, 1], [ROWS, 1], [1, rest]], offset=a + whole * ROWS),
             axes=(3, 1, 2, 0),
         )
 
