@@ -138,7 +138,7 @@ class _Emitter:
             "lnc": decision.lnc,
             "kernel": decision.kernel,
         }
-        result = self._insert(
+        result = self._new(
             output.next,
             torch.ops.neuron_attn.flash_fwd.default,
             query,
@@ -289,11 +289,14 @@ class _Emitter:
     def _insert(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         key = f"{target}{args}{kwargs}"
         if key not in self._known:
-            with self.graph.inserting_before(before):
-                node = self.graph.call_function(target, args, kwargs)
-            fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with self._mode:
-                node.meta["val"] = target(*fakes[0], **fakes[1])
-            self.added.append(node)
-            self._known[key] = node
+            self._known[key] = self._new(before, target, *args, **kwargs)
         return self._known[key]
+
+    def _new(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self._mode:
+            node.meta["val"] = target(*fakes[0], **fakes[1])
+        self.added.append(node)
+        return node
