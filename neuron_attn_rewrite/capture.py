@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 return torch.export.export(model, args, kwargs, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
-            causes.append(f"{how}: {type(error).__name__}: {_first_line(error)}")
+            causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  "
         + "\n  ".join(causes)
@@ -134,7 +134,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     ) from first
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
@@ -148,9 +148,11 @@ def _unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
 # Normalisation
 
 
-def normalise(module: fx.GraphModule) -> fx.GraphModule:
-    """Apply every pass of `PASSES`, in order. The module is changed: it must not be the caller's own."""
-    for apply in PASSES:
+def normalise(
+    module: fx.GraphModule, passes: Sequence[Callable[[fx.GraphModule], None]] | None = None
+) -> fx.GraphModule:
+    """Apply the passes in order, by default all of `PASSES`. The module is changed: it must not be the caller's own."""
+    for apply in PASSES if passes is None else passes:
         apply(module)
     eliminate_dead_code(module.graph)
     module.graph.lint()

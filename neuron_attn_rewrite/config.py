@@ -85,6 +85,8 @@ class RewriteConfig:
     leaves it as it is, "beside" lets a kernel compute the output and keeps the softmax for the weights alone."""
     verify: bool = True
     """Compare each replaced site with the original on the example inputs, and put back those that differ."""
+    require: int | str | None = None
+    """How many attentions must be replaced, exactly, or "all" that are found: anything else is a `RewriteError`."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     """Overrides of `TOLERANCES`, by dtype."""
 
@@ -110,6 +112,9 @@ class RewriteConfig:
             )
         if self.strategy is not None and not isinstance(self.strategy, FlashAttentionStrategy):
             raise ConfigError(f"RewriteConfig.strategy={self.strategy!r} is not a FlashAttentionStrategy.")
+        counts = isinstance(self.require, int) and not isinstance(self.require, bool) and self.require >= 0
+        if self.require not in (None, "all") and not counts:
+            raise ConfigError(f'RewriteConfig.require={self.require!r} is not possible: give a number, "all" or None.')
         for dtype, tolerance in self.tolerances.items():
             if not isinstance(dtype, torch.dtype) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
                 raise ConfigError(

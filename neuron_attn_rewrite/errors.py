@@ -27,6 +27,10 @@ class DeviceError(RewriteError, RuntimeError):
     """Something is to run on a Neuron device, and there is none."""
 
 
+class TraceError(RewriteError, RuntimeError):
+    """A module does not lower as it should, or can't be lowered here."""
+
+
 class RewriteWarning(UserWarning):
     """The rewrite succeeded, but something in it deserves to be read."""
 

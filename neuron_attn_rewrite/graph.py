@@ -10,6 +10,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 aten = torch.ops.aten
+HIDDEN_WRITES = {"batch_norm": ("running_mean", "running_var"), "instance_norm": ("running_mean", "running_var")}
+"""Operators that write into arguments, in training, without their schema saying so."""
+SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+"""Calls that change how everything behind them runs."""
 PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
 
 
@@ -67,7 +71,8 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values()]
     path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", paths[-1]) if paths else ""
-    return re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).strip(".") or node.name
+    parts = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).split(".")
+    return ".".join(part for part in parts if part and part != "_modules") or node.name
 
 
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
@@ -77,6 +82,10 @@ def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if op_name(node) in HIDDEN_WRITES:
+            values = arguments(node)
+            hidden = [values[name] for name in HIDDEN_WRITES[op_name(node)]]
+            changed |= {owner.get(given, given) for given in hidden if isinstance(given, fx.Node)}
         schema = node.target._schema
         for argument, given in zip(schema.arguments, node.args, strict=False):
             if argument.alias_info is None or not isinstance(given, fx.Node):
@@ -97,7 +106,7 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
     def has_effect(node: fx.Node) -> bool:
         if not isinstance(node.target, torch._ops.OpOverload):
-            return node.op != "call_function" and node.op != "get_attr"
+            return node.op not in ("call_function", "get_attr") or node.target in SWITCHES
         if mutates(node):
             return True
         draws = torch.Tag.nondeterministic_seeded in node.target.tags

@@ -48,6 +48,7 @@ class Reason(str):
 
 TOPICS: Mapping[str, str] = MappingProxyType(
     {
+        "graph": "The graph around it could not be analysed",
         "find": "The attention was not understood",
         "mask": "The mask says more than a kernel's mask can",
         "empty": "A query may see no key",
@@ -63,6 +64,21 @@ _DENSE = "The numbers are exact; the kernel reads the mask as a dense operand, o
 
 REASONS: Mapping[str, Entry] = MappingProxyType(
     {
+        "symbolic-sizes": Entry(
+            "graph",
+            "torch.compile hands over a graph whose sizes are symbols.",
+            _LEFT + "Compile with dynamic=False, or mark the dims with torch._dynamo.mark_static.",
+        ),
+        "not-traced": Entry(
+            "graph",
+            "A graph of torch.compile can't be traced to ATen operators.",
+            _LEFT + "The report quotes the tracer; `rewrite` captures in another way, and may get further.",
+        ),
+        "beside-checkpoint": Entry(
+            "graph",
+            "In a graph with regions under torch.utils.checkpoint, only those regions are rewritten.",
+            _LEFT + "Checkpoint the module that holds this attention too, or none.",
+        ),
         "unknown-node": Entry(
             "find",
             "Between the two products stands an operator that no rule knows.",

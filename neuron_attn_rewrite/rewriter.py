@@ -13,7 +13,7 @@ from torch import fx, nn
 import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.errors import RewriteWarning
+from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
@@ -46,6 +46,7 @@ def rewrite(
     Raises:
         InputError: the example inputs are missing or don't fit.
         CaptureError: the model can't be captured as one graph.
+        RewriteError: `config.require` is not met.
     """
     config = config or RewriteConfig()
     captured = capture(model, args, kwargs)
@@ -55,6 +56,31 @@ def rewrite(
     return RewrittenModule.wrap(captured.module, report)
 
 
+def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, **kwargs: Any) -> RewriteReport:
+    """What `rewrite` would do with a model, without a rewritten model.
+
+    A model that can't be captured as one graph is run once through torch.compile, and the report is of all its graphs.
+
+    Args:
+        model: as for `rewrite`, or the result of torch.compile.
+        args: example positional inputs.
+        config: see `RewriteConfig`; its `require` is not applied.
+        kwargs: example keyword inputs.
+
+    Raises:
+        InputError: the example inputs are missing or don't fit.
+    """
+    from neuron_attn_rewrite.backends.compile import explain_graphs
+
+    config = replace(config or RewriteConfig(), require=None)
+    model = getattr(model, "_orig_mod", model)
+    try:
+        captured = capture(model, args, kwargs)
+    except CaptureError:
+        return explain_graphs(model, args, kwargs, config)
+    return rewrite_graph(captured.module, captured.inputs, config)
+
+
 def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:
     """Everything behind capture: `module` is a normalised graph of our own, and is changed.
 
@@ -62,6 +88,9 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
         module: as `capture.normalise` leaves it.
         inputs: a value for each placeholder, to measure with; None without any.
         config: see `RewriteConfig`.
+
+    Raises:
+        RewriteError: fewer attentions were replaced than `config.require` asks for.
     """
     prover = Prover(module, config)
     plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
@@ -69,7 +98,25 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     grafts = graft(module, [p for p in plans if isinstance(p, Plan) and p.decision.kernel != NATIVE])
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.coarsest)])
-    return make_report(module.graph, before, plans, grafts, errors, config)
+    report = make_report(module.graph, before, plans, grafts, errors, config)
+    demand(report, config)
+    return report
+
+
+def demand(report: RewriteReport, config: RewriteConfig) -> None:
+    """Hold a report to `config.require`.
+
+    Raises:
+        RewriteError: fewer attentions were replaced, or others than all.
+    """
+    found, replaced = len(report.sites), len(report.replaced)
+    if config.require is None or replaced == (found if config.require == "all" else config.require):
+        return
+    kept = [f"{site.name}: {site.reasons[-1]}" for site in report.kept if site.reasons]
+    shown = "".join(f"\n  {line}" for line in kept[:3]) + (f"\n  and {len(kept) - 3} more" if len(kept) > 3 else "")
+    raise RewriteError(
+        f"RewriteConfig.require={config.require!r}, but {replaced} of {found} attentions were replaced.{shown}"
+    )
 
 
 def compare(

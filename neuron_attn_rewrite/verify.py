@@ -25,8 +25,8 @@ from neuron_attn_rewrite.replace import Graft
 def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
     """The largest difference of each site's output, relative to the largest magnitude in it.
 
-    Rows for which the caller or the model leaves the output undefined don't count. The module's buffers and the inputs
-    are as before afterwards.
+    Rows for which the caller or the model leaves the output undefined don't count. The module's buffers, the inputs
+    and the random state are as before afterwards.
     """
     errors: dict[Graft, float] = {}
     by_result = {g.result: g for g in grafts}
@@ -43,8 +43,13 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
     runner = Compare(module)
     for nodes in runner.user_to_last_uses.values():
         nodes[:] = [n for n in nodes if n not in keep_alive]
-    with _unchanged(module), torch.no_grad():
-        runner.run(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+    written = changed_in_place(module.graph)
+    given = [
+        value.clone() if isinstance(value, Tensor) and node in written else value
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    with _unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        runner.run(*given)
     return errors
 
 
@@ -77,7 +82,7 @@ def _vectors(graft: Graft) -> list[fx.Node]:
 
 
 def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
-    old, new = old.double(), new.double()
+    old, new = old.detach().double(), new.detach().double()
     if defined is not None:
         keep = defined.expand(old.shape) & ~old.isnan()
         old, new = old.where(keep, 0), new.where(keep, 0)
@@ -111,9 +116,9 @@ def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
 
 @contextmanager
 def _unchanged(module: fx.GraphModule) -> Iterator[None]:
-    """Put back the buffers that the graph writes into (all of them in training, where batch norm writes unseen)."""
+    """Put back the buffers that the graph writes into."""
     written = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers() if name in written or module.training}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers() if name in written}
     try:
         yield
     finally:

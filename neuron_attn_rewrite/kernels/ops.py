@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import cpu, paged, prior, reference, simulated, vendor
+from neuron_attn_rewrite.kernels import cpu, launch, paged, prior, reference, simulated, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
@@ -169,6 +169,18 @@ def _decomposed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Te
     return reference.attention(query, key, value, check(query, key, value, **options))
 
 
+def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    terms = check(query, key, value, **options)
+    kernel, lnc = options.get("kernel", "flash_fwd"), options.get("lnc", 1)
+    return launch.on_xla(
+        kernel,
+        (query, key, value),
+        options,
+        launched=lambda: launch.launch(query, key, value, terms, kernel, lnc),
+        decomposed=lambda: reference.attention(query, key, value, terms),
+    )
+
+
 def _autograd(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     bias, sink = options.get("bias"), options.get("sink")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias, sink)):
@@ -239,9 +251,10 @@ def _backward_cpu(
     return _like_operands(cpu.attention_backward(grad, query, key, value, terms, bias_grad), query, terms)
 
 
-def _backward_decomposed(
+def backward_decomposed(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
 ) -> tuple[Tensor, ...]:
+    """`flash_bwd` as plain torch operators."""
     terms = check(query, key, value, **options)
     by_query, by_key, by_value, by_bias, by_sink = reference.attention_backward(grad, query, key, value, terms)
     by_bias = by_bias if bias_grad else query.new_empty(0)
@@ -258,13 +271,13 @@ def _like_operands(grads: tuple[Tensor, ...], query: Tensor, terms: Terms) -> tu
 
 
 LIBRARY.impl("flash_fwd", _autograd, "Autograd")
+LIBRARY.impl("flash_fwd", _xla, "XLA")
 for _op, _on_cpu, _elsewhere, _meta in (
     ("flash_fwd", _cpu, _decomposed, _fake),
-    ("flash_bwd", _backward_cpu, _backward_decomposed, _backward_fake),
+    ("flash_bwd", _backward_cpu, backward_decomposed, _backward_fake),
 ):
     LIBRARY.impl(_op, _on_cpu, "CPU")
-    # Every other device. The launch of the NKI kernel goes here, as an implementation for "XLA": an explicit one
-    # takes precedence over this.
+    # Every other device.
     LIBRARY.impl(_op, _elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"neuron_attn::{_op}", _meta, lib=LIBRARY)
 
@@ -292,7 +305,18 @@ def _register(op: ModuleType) -> None:
         checked(*tensors, **options)
         return cast(Tensor, op.decomposed(*tensors, **options))
 
+    def on_xla(*tensors: Tensor, **options: Any) -> Tensor:
+        checked(*tensors, **options)
+        return launch.on_xla(
+            op.NAME,
+            tensors,
+            options,
+            launched=lambda: launch.run(op.launch(*tensors, **options, target=launch.generation())),
+            decomposed=lambda: cast(Tensor, op.decomposed(*tensors, **options)),
+        )
+
     LIBRARY.impl(op.NAME, on_cpu, "CPU")
+    LIBRARY.impl(op.NAME, on_xla, "XLA")
     LIBRARY.impl(op.NAME, decomposed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"neuron_attn::{op.NAME}", fake, lib=LIBRARY)
 

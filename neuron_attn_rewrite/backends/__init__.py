@@ -1,0 +1,1 @@
+"""The doors beside `rewrite`: torch.compile, torch_neuronx.trace and Hugging Face."""

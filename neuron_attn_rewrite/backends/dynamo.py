@@ -1,0 +1,212 @@
+"""From the graph that Dynamo hands to a backend to the graph that the rest of the package reads, and back.
+
+Dynamo's graph holds torch functions and methods, its parameters are inputs, and its metadata is called `example_value`.
+It is traced once more, before autograd and autocast are applied, so that scaled_dot_product_attention stays one node;
+what comes out is normalised like any capture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from neuron_attn_rewrite.capture import PASSES, first_line, follow_input_device, normalise
+from neuron_attn_rewrite.graph import aten, dtype, is_tensor, op_name
+from neuron_attn_rewrite.reasons import Reason
+
+_ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
+CAST_BY_AUTOCAST = ("matmul", "bmm", "baddbmm", "einsum", "linear", "scaled_dot_product_attention", "softmax")
+"""Operators around an attention that compute in another dtype under torch.autocast."""
+
+
+class NotAnalysed(Exception):
+    """A graph goes on as it came, for this `reason`."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def to_aten(module: fx.GraphModule) -> fx.GraphModule:
+    """A new, normalised ATen graph of what a torch-level graph computes, with the same inputs in the same order.
+
+    Raises:
+        NotAnalysed: the sizes are symbolic, an input is no plain tensor, or some call can't be traced.
+    """
+    _must_be_plain(module.graph)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    values = [value(node) for node in placeholders]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        raise NotAnalysed(Reason("not-traced", "the graph has no tensor inputs"))
+    devices = {v.device.type for v in values if isinstance(v, FakeTensor)}
+    runner = _Run(module)
+    try:
+        with mode, preserve_node_meta(), runner.restoring_state():
+            inputs = [_fresh(v) for v in values]
+            traced = make_fx(lambda *a: runner.run(*a), pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:  # whatever a tracer meets: the graph goes on as it was
+        words = f"the graph can't be traced to ATen: {type(error).__name__}: {first_line(error)}"
+        raise NotAnalysed(Reason("not-traced", words)) from error
+    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
+        new._rename(_readable(old))
+        new.meta.setdefault("val", value(old))
+    if runner.casts or any(torch.is_autocast_enabled(device) for device in devices):
+        spell_out_autocast(traced.graph)
+    # The devices of a graph that is made for one call are those of the call.
+    return normalise(traced, tuple(p for p in PASSES if p is not follow_input_device))
+
+
+def value(node: fx.Node) -> Any:
+    """What a node of either dialect says that it holds."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _must_be_plain(graph: fx.Graph) -> None:
+    """Static sizes everywhere, and no input that is more than a tensor."""
+    symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    for node in graph.nodes:
+        given = value(node)
+        is_input, is_plain = node.op == "placeholder", type(given) is FakeTensor and given.layout is torch.strided
+        if is_input and given is None:
+            raise NotAnalysed(Reason("not-traced", f"the input {_readable(node)} carries no shape"))
+        if is_input and isinstance(given, Tensor) and not is_plain:
+            words = f"the input {_readable(node)} is a {type(given).__name__} and no plain tensor"
+            raise NotAnalysed(Reason("not-traced", words))
+        if isinstance(given, symbolic) or (is_plain and any(isinstance(size, symbolic) for size in given.shape)):
+            words = "compile with dynamic=False, or mark the dims with torch._dynamo.mark_static"
+            raise NotAnalysed(
+                Reason("symbolic-sizes", f"the graph's sizes are symbolic (at {_readable(node)}): {words}")
+            )
+
+
+def _fresh(given: Any) -> Any:
+    """An input of its own for the tracer: what the graph writes must not reach the tensors that Dynamo keeps."""
+    if not isinstance(given, FakeTensor):
+        return given
+    return torch.empty_strided(
+        given.shape, given.stride(), dtype=given.dtype, device=given.device, requires_grad=given.requires_grad
+    )
+
+
+def _readable(node: fx.Node) -> str:
+    """`attention_mask` for `l_attention_mask_`. Only inputs of the model may claim by name to be a mask of 0 and 1."""
+    name = re.sub(r"^l_(kwargs_)?|_$", "", node.name)
+    return name.replace("mask", "m_ask") if name.startswith("self_") else name
+
+
+class _Run(fx.Interpreter):
+    """Runs a Dynamo graph and keeps count of the autocast regions in it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.open: list[Any] = []
+        self.casts = False
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if node.target is _ENTER_AUTOCAST:
+            self.open.append(result)
+            self.casts |= bool(node.args[2])
+        if node.target is _EXIT_AUTOCAST:
+            self.open.pop()
+        return result
+
+    @contextmanager
+    def restoring_state(self) -> Iterator[None]:
+        """Leave grad mode and autocast as they were, even if the run ends half way."""
+        grad = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            torch._C._set_grad_enabled(grad)
+            while self.open:
+                _EXIT_AUTOCAST(self.open.pop())
+
+
+def spell_out_autocast(graph: fx.Graph) -> None:
+    """Make the casts that autocast puts in front of an operator nodes of the graph."""
+    for node in list(graph.nodes):
+        if op_name(node) not in CAST_BY_AUTOCAST or not is_tensor(node):
+            continue
+        wanted = dtype(node)
+        with graph.inserting_before(node):
+            for given in node.all_input_nodes:
+                if is_tensor(given) and dtype(given).is_floating_point and dtype(given) != wanted:
+                    cast = graph.call_function(aten.to.dtype, (given, wanted))
+                    cast.meta = {**given.meta, "val": given.meta["val"].to(wanted)}
+                    node.replace_input_with(given, cast)
+
+
+def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Let the very graph object of `target` compute what `source` computes; its placeholders stay as they are."""
+    graph = target.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    device = next(v.device for n in placeholders if isinstance(v := value(n), Tensor))
+    for node in reversed(graph.nodes):
+        if node.op != "placeholder":
+            graph.erase_node(node)
+    mapping: dict[fx.Node, Any] = dict(zip(source.graph.find_nodes(op="placeholder"), placeholders, strict=True))
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            held = _attribute(source, str(node.target))
+            name = str(node.target).replace(".", "_")
+            while hasattr(target, name):
+                name += "_"
+            assert isinstance(held, Tensor)
+            target.register_buffer(name, held.to(device), persistent=False)
+            mapping[node] = graph.create_node("get_attr", name)
+            mapping[node].meta = dict(node.meta)
+    results = graph.graph_copy(source.graph, mapping)
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta.setdefault("example_value", node.meta["val"])
+    graph.output(tuple(results) if isinstance(results, (list, tuple)) else results)
+    graph.lint()
+    target.recompile()
+
+
+def declare_constants(module: fx.GraphModule) -> None:
+    """Say of each buffer that Dynamo does not know where it is from: AOTAutograd asks for it."""
+    from torch._dynamo.source import ConstantSource
+
+    sources = getattr(module, "_param_name_to_source", None)
+    if isinstance(sources, dict):
+        for name, _ in module.named_buffers(remove_duplicate=False):
+            sources.setdefault(name, ConstantSource(source_name=name))
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    path, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(path), name)
+
+
+@contextmanager
+def tracing_as(module: fx.GraphModule) -> Iterator[None]:
+    """A tracing context of the fake mode in which the graph's values live: Dynamo's own may be a later one."""
+    fakes = (value(node) for node in module.graph.nodes)
+    mode = next((v.fake_mode for v in fakes if isinstance(v, FakeTensor)), None)
+    with tracing(TracingContext(mode)):
+        yield
+
+
+def checkpointed(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The bodies of the regions under torch.utils.checkpoint."""
+    calls = [n for n in module.graph.nodes if str(getattr(n.target, "__name__", "")).endswith("activation_checkpoint")]
+    names = dict.fromkeys(str(a.target) for call in calls for a in call.all_input_nodes if a.op == "get_attr")
+    return [body for name in names if isinstance(body := _attribute(module, name), fx.GraphModule)]
+
+
+def attentions(graph: fx.Graph) -> Sequence[fx.Node]:
+    """The calls of a torch-level graph that look like attention by their names, for a graph that is not analysed."""
+    return [n for n in graph.nodes if n.op != "placeholder" and re.search("softmax|scaled_dot_product", str(n.target))]

@@ -1,0 +1,284 @@
+"""The way to `torch_neuronx.trace`: a module that it lowers as it is, and a check of that on any machine."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.backends.activations import restore_activations
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.errors import InputError, TraceError
+from neuron_attn_rewrite.kernels.launch import TARGET, placeholder_kernels
+from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.rewriter import rewrite
+
+WHOLE_MODEL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Largest accepted difference of a lowered model's output, relative to the largest magnitude: XLA rounds otherwise."""
+FLASH = torch.ops.neuron_attn.flash_fwd.default
+
+
+def rewrite_for_trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    config: RewriteConfig | None = None,
+) -> RewrittenModule:
+    """What to hand to `torch_neuronx.trace(rewritten, example_inputs)`.
+
+    Args:
+        model: as for `rewrite`.
+        example_inputs: as for torch_neuronx.trace, a tensor or a tuple; or a dict of keyword inputs, and then
+            `tuple(example_inputs.values())` is what the result is traced with.
+        config: see `RewriteConfig`; `require="all"` makes an attention that stays native an error.
+
+    Returns:
+        A module that is called by position. A dict or ModelOutput among its outputs is a dict of tensors; what is None
+        is left out. silu, gelu and softmax are called by name, for torch_neuronx to replace.
+
+    Raises:
+        InputError, CaptureError, RewriteError: as `rewrite`.
+    """
+    if isinstance(example_inputs, Mapping):
+        rewritten = rewrite(model, (), example_inputs, config=config)
+    elif isinstance(example_inputs, (Tensor, tuple, list)):
+        rewritten = rewrite(model, example_inputs, config=config)
+    else:
+        raise InputError(
+            f"example_inputs must be a tensor, a tuple or a dict of tensors, not {type(example_inputs).__name__}."
+        )
+    _plain_outputs(rewritten)
+    restore_activations(rewritten)
+    return rewritten
+
+
+def _plain_outputs(module: fx.GraphModule) -> None:
+    """Give dicts, lists and tuples of tensors only."""
+    codegen: Any = module.graph._codegen
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    leaves = list(pytree.tree_leaves(output.args[0]))
+    numbered = pytree.tree_unflatten(list(range(len(leaves))), codegen.pytree_info.out_spec)
+    kept, spec = pytree.tree_flatten(_plain(numbered, {i for i, leaf in enumerate(leaves) if leaf is not None}))
+    output.args = ([leaves[i] for i in kept],)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    module.recompile()
+
+
+def _plain(value: Any, kept: set[int]) -> Any:
+    if isinstance(value, int):
+        return value if value in kept else None
+    if isinstance(value, Mapping):
+        plain = {key: _plain(entry, kept) for key, entry in value.items()}
+        return {key: entry for key, entry in plain.items() if entry is not None}
+    entries = value if isinstance(value, (tuple, list)) else pytree.tree_leaves(value)
+    made = [entry for entry in (_plain(entry, kept) for entry in entries) if entry is not None]
+    return made if isinstance(value, list) else tuple(made)
+
+
+@dataclass(frozen=True)
+class TraceCheck:
+    """What `verify_trace` has seen in the lowered graph."""
+
+    unused_inputs: tuple[str, ...]
+    """Inputs that the module reads and the lowered graph does not: they were baked in, or dropped."""
+    baked_weights: tuple[str, ...]
+    """Parameters and buffers, likewise."""
+    fallbacks: tuple[str, ...]
+    """Operators that torch_xla ran on the CPU while it traced: their results are constants of the graph."""
+    kernels: int
+    """NKI custom calls."""
+    expected_kernels: int | None
+    """Kernel calls in the module's own graph; None if it has no graph."""
+    score_buffers: tuple[str, ...]
+    """Shapes of intermediates that hold a score for each query and key of a replaced attention."""
+    max_error: float | None
+    """Largest difference from the module on the CPU, relative to the largest magnitude; None if it was not run."""
+    tolerance: float
+    """What `max_error` must not pass."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, in one line each."""
+        found = []
+        for name in self.unused_inputs:
+            found.append(
+                f"input {name} vanished: it is a constant of the lowered graph, or nothing reads it. Trace with an "
+                "example that uses it (an attention_mask with padding), and bake no device into the graph."
+            )
+        found += [f"weight {name} vanished: it is baked into the lowered graph" for name in self.baked_weights]
+        found += [f"{name} ran on the CPU while tracing: its result is a constant" for name in self.fallbacks]
+        if self.expected_kernels is not None and self.kernels != self.expected_kernels:
+            found.append(f"{self.kernels} NKI custom calls, but {self.expected_kernels} attentions were replaced")
+        found += [f"a buffer {shape} of scores is left" for shape in self.score_buffers]
+        if self.max_error is not None and not self.max_error <= self.tolerance:
+            found.append(f"the lowered graph's output differs by {self.max_error:.1e}, more than {self.tolerance:g}")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        if self.problems:
+            return "\n".join(self.problems)
+        error = "not run" if self.max_error is None else f"differs by {self.max_error:.1e}"
+        return f"lowered: {self.kernels} NKI custom calls, every input read, no fallback; output {error}"
+
+
+def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True) -> TraceCheck:
+    """Lower a module through torch_xla as torch_neuronx.trace does, on the CPU, and look at what became of it.
+
+    The kernels are placeholder custom calls while the graph is looked at, and plain torch operators while it is run.
+    Neither the module nor the inputs are moved or changed; weights are copied to the XLA device while the call lasts.
+
+    Args:
+        module: what `rewrite_for_trace` gives; any other module can be checked as well.
+        example_inputs: as for torch_neuronx.trace: a tensor, a tuple, or a dict that is passed in its order.
+        strict: raise if anything is wrong.
+
+    Raises:
+        TraceError: torch-xla is missing, or, if `strict`, what `TraceCheck.problems` says.
+    """
+    if find_spec("torch_xla") is None:
+        raise TraceError("verify_trace needs torch-xla: pip install 'neuron-attn-rewrite[xla]'.")
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    inputs = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    lowered = _lower(module, inputs)
+    error, tolerance = _difference(module, inputs)
+    report = getattr(module, "report", None)
+    sites = report.replaced if isinstance(report, RewriteReport) else ()
+    calls = module.graph.find_nodes(op="call_function", target=FLASH) if isinstance(module, fx.GraphModule) else None
+    check = TraceCheck(
+        unused_inputs=lowered.unused_inputs,
+        baked_weights=lowered.baked_weights,
+        fallbacks=lowered.fallbacks,
+        kernels=lowered.hlo.count(f'custom_call_target="{TARGET}"'),
+        expected_kernels=None if calls is None else len(calls),
+        score_buffers=tuple(dict.fromkeys(shape for site in sites for shape in score_buffers(lowered.hlo, site))),
+        max_error=error,
+        tolerance=tolerance,
+    )
+    if strict and check.problems:
+        raise TraceError(f"{type(module).__name__} does not lower as it should:\n  " + "\n  ".join(check.problems))
+    return check
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    hlo: str
+    unused_inputs: tuple[str, ...]
+    baked_weights: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+
+
+def lowered_hlo(module: nn.Module, example_inputs: tuple[Any, ...]) -> str:
+    """The text of the HLO, with placeholders for kernels. Nothing is executed."""
+    return _lower(module, example_inputs).hlo
+
+
+def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
+    torch_xla: Any = import_module("torch_xla")
+    metrics: Any = import_module("torch_xla.debug.metrics")
+    torch_xla.sync()
+    given = pytree.tree_map_only(Tensor, lambda t: t.detach().to(torch_xla.device()), inputs)
+    weights = _moved_weights(module, torch_xla.device())
+    before = _fallback_counts(metrics)
+    with placeholder_kernels(), torch.no_grad():
+        outputs = torch.func.functional_call(module, weights, given)
+        written = [t for t in weights.values() if t._version > 0]
+        tensors = [t for t in [*pytree.tree_leaves(outputs), *written] if isinstance(t, Tensor)]
+        context = torch_xla._XLAC.lowering.LoweringContext("verify_trace")
+        context.build(tensors)
+        hlo = torch_xla._XLAC._get_xla_tensors_hlo(tensors)
+    fallbacks = tuple(sorted(name for name in _fallback_counts(metrics) - before))
+    read_inputs, read_weights = _names_that_are_read(module)
+    named = zip(_input_names(module, inputs), pytree.tree_leaves(given), strict=True)
+    unused = [
+        name
+        for name, tensor in named
+        if isinstance(tensor, Tensor)
+        and context.tensor_parameter_id(tensor) == -1
+        and (read_inputs is None or name in read_inputs)
+    ]
+    baked = [
+        name
+        for name, tensor in weights.items()
+        # torch_xla makes constants of single numbers, as it does of literals.
+        if tensor.dim() and name in (read_weights or ()) and context.tensor_parameter_id(tensor) == -1
+    ]
+    return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks)
+
+
+def _moved_weights(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Copies on the device, ties kept. The module's own tensors stay where they are."""
+    copies: dict[int, Tensor] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: copies.setdefault(id(t), t.detach().to(device)) for name, t in named}
+
+
+def _fallback_counts(metrics: Any) -> Counter[str]:
+    names = [name for name in metrics.counter_names() if name.startswith(("aten::", "neuron_attn::"))]
+    return Counter({name: metrics.counter_value(name) for name in names})
+
+
+def _input_names(module: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+    leaves = pytree.tree_leaves(inputs)
+    if isinstance(module, fx.GraphModule):
+        names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    else:
+        names = list(inspect.signature(module.forward).parameters)[: len(inputs)]
+    return names if len(names) == len(leaves) else [f"number {i}" for i in range(len(leaves))]
+
+
+def _names_that_are_read(module: nn.Module) -> tuple[set[str] | None, set[str] | None]:
+    """Inputs and weights that a graph computes with; None where there is no graph to tell."""
+    if not isinstance(module, fx.GraphModule):
+        return None, None
+    read = [node for node in module.graph.nodes if any(user.target is not getattr for user in node.users)]
+    inputs = {node.name for node in read if node.op == "placeholder"}
+    return inputs, {str(node.target) for node in read if node.op == "get_attr"}
+
+
+def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | None, float]:
+    """How far the lowered module is from the module; None where XLA is not on the CPU."""
+    torch_xla: Any = import_module("torch_xla")
+    tolerance = max((WHOLE_MODEL.get(t.dtype, 0.0) for t in module.parameters()), default=WHOLE_MODEL[torch.float32])
+    if import_module("torch_xla.runtime").device_type() != "CPU":
+        return None, tolerance
+    given = pytree.tree_map_only(Tensor, lambda t: t.detach().to(torch_xla.device()), inputs)
+    with torch.no_grad():
+        lowered = torch.func.functional_call(module, _moved_weights(module, torch_xla.device()), given)
+        # On copies, for what is written in place.
+        kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        expected = torch.func.functional_call(module, kept, pytree.tree_map_only(Tensor, torch.clone, inputs))
+    errors = [0.0]
+    for new, old in zip(pytree.tree_leaves(lowered), pytree.tree_leaves(expected), strict=True):
+        if isinstance(old, Tensor) and old.is_floating_point() and old.numel():
+            tolerance = max(tolerance, WHOLE_MODEL.get(old.dtype, tolerance))
+            a, b = new.cpu().double(), old.double()
+            both = a.isfinite() & b.isfinite()
+            differs = not torch.equal(a.isfinite(), b.isfinite())
+            scale = b.where(both, 0).abs().max().clamp_min(1e-30)
+            errors.append(float("inf") if differs else float((a - b).where(both, 0).abs().max() / scale))
+    return max(errors), tolerance
+
+
+def score_buffers(hlo: str, site: SiteReport) -> list[str]:
+    """Shapes in HLO text that hold a score, or a mask, for each query and key of a replaced attention."""
+    if site.bias is not None or site.kv_len in (site.head_dim, site.v_head_dim) or not site.batch or not site.num_heads:
+        return []
+    found = []
+    for kind, dims in set(re.findall(r"\b(pred|f32|bf16|f16|f64)\[([\d,]+)\]", hlo)):
+        *lead, rows, keys = [0, 0, *map(int, dims.split(","))]
+        count = torch.Size(n for n in lead if n).numel()
+        by_head = len(lead) - 2 >= 2 or count == site.batch * site.num_heads
+        if (rows, keys) == (site.q_len, site.kv_len) and by_head and len(lead) > 2:
+            found.append(f"{kind}[{dims}]")
+    return sorted(found)

@@ -1,0 +1,224 @@
+"""What `neuron_attn::flash_fwd` runs as where there is no CPU kernel: on XLA tensors, and on TorchNeuron.
+
+With the Neuron SDK installed the kernel object launches itself and emits its own custom call: its payload is a private
+contract between `nki` and `neuronx-cc`. Without it the op is plain torch operators. For inspection on any machine
+there is a placeholder: a custom call with the real target, operands and results, which nothing can execute.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.errors import KernelError
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.kernels.nki import prepare
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
+
+TARGET = "AwsNeuronCustomNativeKernel"
+"""The custom call that a NKI kernel is in HLO (AWS Neuron documentation, NKI framework custom operators)."""
+GENERATIONS = {"trn1": "gen2", "inf2": "gen2", "trn2": "gen3", "trn3": "gen4"}
+"""What NKI calls the NeuronCores of a target."""
+PLATFORM = "NEURON_PLATFORM_TARGET_OVERRIDE"
+WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
+"""Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""
+
+_placeholders: list[bool] = []
+
+
+@contextmanager
+def placeholder_kernels() -> Iterator[None]:
+    """Within the block the ops are placeholder custom calls on XLA tensors: look at the HLO, and don't execute it."""
+    _placeholders.append(True)
+    try:
+        yield
+    finally:
+        _placeholders.pop()
+
+
+def on_xla(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    options: Mapping[str, Any],
+    *,
+    launched: Callable[[], Tensor],
+    decomposed: Callable[[], Tensor],
+) -> Tensor:
+    """An attention op on XLA tensors, whose result is [batch, heads, rows, v_head_dim].
+
+    Args:
+        kernel: what is called.
+        tensors: the op's positional operands; the first is the query, the third the value.
+        options: its keyword arguments.
+        launched: launches the kernel of the SDK or of this package.
+        decomposed: computes the same in plain torch operators.
+
+    Raises:
+        KernelError: the Neuron SDK is here, but not the kernel that was chosen.
+    """
+    if _placeholders:
+        return _placeholder(kernel, tensors, options)
+    return launched() if sdk_is_here() else decomposed()
+
+
+def sdk_is_here() -> bool:
+    """Whether torch tensors on a Neuron device can launch kernels. The empty packages of that name don't count."""
+    return _has("torch_neuronx", "trace") or _has("nki", "jit")
+
+
+def _has(package: str, attribute: str) -> bool:
+    try:
+        return find_spec(package) is not None and hasattr(import_module(package), attribute)
+    except (ImportError, ValueError):
+        return False
+
+
+def launch(
+    query: Tensor, key: Tensor, value: Tensor, terms: Terms, kernel: str, lnc: int, launcher: Launch = nki_jit
+) -> Tensor:
+    """Run the chosen kernel: ours by the name "flash_fwd", or an adapter's.
+
+    Raises:
+        KernelError: it is not installed.
+    """
+    if kernel != "flash_fwd":
+        adapter = vendor.require(kernel)
+        if adapter.launch is nki_jit:
+            adapter = replace(adapter, launch=launcher)
+        return adapter.call(query, key, value, terms, lnc)
+    return run(prepare.flash_fwd(query, key, value, terms, lnc=lnc, target=generation()), launcher)
+
+
+def run(call: prepare.Launch, launcher: Launch = nki_jit) -> Tensor:
+    """Launch one of our own kernels.
+
+    Raises:
+        KernelError: `nki` is not installed.
+    """
+    try:
+        kernel = getattr(import_module(call.module), call.kernel)
+    except ImportError as error:
+        raise KernelError(f"the kernel {call.kernel} needs the package nki of the AWS Neuron SDK: {error}.") from error
+    result: Tensor = call.finish(launcher(kernel, call.lnc)(**call.tensors, **call.static))
+    return result
+
+
+def generation() -> str:
+    """What NKI calls the NeuronCores that kernels are made for."""
+    return GENERATIONS.get(os.environ.get(PLATFORM, ""), "gen3")
+
+
+# The placeholder
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What makes two placeholder calls the same."""
+
+    shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    result: tuple[int, ...]
+    config: str
+
+
+def _placeholder(kernel: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
+    named = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    operands = (*tensors, *named.values())
+    config = {
+        "placeholder": "neuron_attn_rewrite",
+        "func_name": kernel,
+        "named_operands": list(named),
+        "arguments": {k: v for k, v in options.items() if k not in named and v is not None},
+    }
+    text = base64.b64encode(json.dumps(config, sort_keys=True).encode()).decode()
+    result = (*tensors[0].shape[:3], tensors[2].shape[3])
+    computation, order = _computation(_Signature(tuple((tuple(t.shape), t.dtype) for t in operands), result, text))
+    xla: Any = import_module("torch_xla")._XLAC
+    out: Tensor = xla._xla_user_computation(f"xla::_op_{kernel}", [operands[i] for i in order], computation)[0]
+    return out
+
+
+@cache
+def _computation(signature: _Signature) -> tuple[Any, tuple[int, ...]]:
+    """A computation that is one custom call, and which operand is its n-th parameter.
+
+    torch_xla hashes a bare custom call by its target alone, so that two calls with another scale would share a compiled
+    graph; a user computation is hashed as a whole.
+    """
+    torch_xla: Any = import_module("torch_xla")
+    builder: Any = import_module("torch_xla.core.xla_builder")
+    device = torch_xla.device()
+    # Copied from the CPU and not made on the device: only then they are parameters.
+    operands = [torch.zeros(shape, dtype=dtype).to(device) for shape, dtype in signature.shapes]
+    dtype = signature.shapes[0][1]
+    calls = torch_xla._XLAC._xla_custom_call(
+        operands, TARGET, [list(signature.result)], [dtype], False, signature.config, 2, {}
+    )
+    context = torch_xla._XLAC.lowering.LoweringContext("NkiKernelCall.1")
+    context.build(calls)
+    ids = [context.tensor_parameter_id(operand) for operand in operands]
+    order = tuple(sorted(range(len(operands)), key=lambda i: ids[i]))
+    return builder.computation_from_module_proto("NkiKernelCall", context.hlo()), order
+
+
+# TorchNeuron
+
+
+def wrap_nki() -> Callable[[Any], Any] | None:
+    """TorchNeuron's way to make a NKI kernel a node of the graph; None if it is not installed."""
+    for place in WRAPPERS:
+        module, name = place.split(":")
+        if _has(module.partition(".")[0], "__name__") and _has(module, name):
+            found: Callable[[Any], Any] = getattr(import_module(module), name)
+            return found
+    return None
+
+
+@contextmanager
+def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block AOTAutograd sees the kernel's own node in place of our op, which its compiler doesn't know.
+
+    Args:
+        wrap: TorchNeuron's `wrap_nki`: `wrap(kernel)[grid](**arguments)`.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    from neuron_attn_rewrite.kernels.ops import check
+
+    def launcher(kernel: Any, lnc: int) -> Callable[..., Any]:
+        launched: Callable[..., Any] = wrap(kernel)[(lnc,)]
+        return launched
+
+    def rule(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        options = dict(kwargs or {})
+        with mode:
+            terms = check(*args, **options)
+            return launch(
+                args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), options.get("lnc", 1), launcher
+            )
+
+    def backward(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from neuron_attn_rewrite.kernels.ops import backward_decomposed
+
+        with mode:
+            return backward_decomposed(*args, **(kwargs or {}))
+
+    untyped: Any = torch.library
+    library = untyped.Library("neuron_attn", "FRAGMENT")
+    try:
+        for op, body in (("flash_fwd", rule), ("flash_bwd", backward)):
+            untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, body, lib=library)
+        yield
+    finally:
+        library._destroy()

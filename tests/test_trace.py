@@ -1,0 +1,278 @@
+"""torch_neuronx.trace: what is handed to it, and the check of what it will lower.
+
+What needs torch_xla runs in processes of its own: its state, and an abort in it, are the process's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_attn_rewrite import InputError, RewriteConfig, TraceCheck, TraceError, rewrite_for_trace, verify_trace
+from neuron_attn_rewrite.backends import activations, trace
+from neuron_attn_rewrite.kernels import launch, reference
+from neuron_attn_rewrite.kernels.ops import check
+from tests.helpers import ALWAYS, relative_error
+from tests.models import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch-xla is not installed")
+
+
+def in_process(script: str, *arguments: str) -> dict[str, Any]:
+    """The JSON object that a script in tests/xla prints last."""
+    environment = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"tests.xla.{script}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        q, k, v = (t.view(2, 10, 4, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        shown = None if attention_mask is None else attention_mask[:, None, None].bool()
+        y = F.silu(F.scaled_dot_product_attention(q, k, v, attn_mask=shown))
+        return {"y": y, "none": None, "p": y.softmax(-1), "g": F.gelu(y, approximate="tanh")}
+
+
+def example() -> tuple[Tensor, Tensor]:
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 7:] = 0
+    return torch.randn(2, 10, 32), mask
+
+
+@pytest.mark.parametrize("how", ["tuple", "dict", "tensor"])
+def test_outputs_are_tensors_and_inputs_are_positional(how: str) -> None:
+    model, (x, mask) = Block().eval(), example()
+    inputs: Any = {"tuple": (x, mask), "dict": {"attention_mask": mask, "x": x}, "tensor": x}[how]
+    rewritten = rewrite_for_trace(model, inputs, ALWAYS)
+    assert len(rewritten.report.replaced) == 1
+    call = (x,) if how == "tensor" else (x, mask)
+    traced = torch.jit.trace(rewritten, call, strict=False)
+    expected = model(*call)
+    for got in (rewritten(*call), traced(*call)):
+        assert list(got) == ["y", "p", "g"]
+        assert all(relative_error(got[key], expected[key]) < 2e-5 for key in got)
+
+
+def test_nested_outputs() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            y = F.scaled_dot_product_attention(x, x, x)
+            return [y, None], {"all": (x + 1, None, {"y": y})}
+
+    x = torch.randn(1, 2, 8, 4)
+    got = rewrite_for_trace(Nested(), x, ALWAYS)(x)
+    assert type(got) is tuple and type(got[0]) is list and len(got[0]) == 1
+    assert torch.equal(got[1]["all"][0], x + 1) and torch.equal(got[1]["all"][1]["y"], got[0][0])
+
+
+def test_a_model_output_becomes_a_dict() -> None:
+    family = next(f for f in FAMILIES if f.name == "bert")
+    model, call = family.build("sdpa"), family.call("right")
+    rewritten = rewrite_for_trace(model, call, RewriteConfig(policy="always", require="all"))
+    got = rewritten(*call.values())
+    assert type(got) is dict and list(got) == ["last_hidden_state", "pooler_output"]
+    exported = torch.export.export(rewritten, tuple(call.values()), strict=False).module()
+    assert torch.equal(exported(*call.values())["pooler_output"], got["pooler_output"])
+    assert rewritten.state_dict().keys() == model.state_dict().keys()
+
+
+def test_activations_are_called_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch_neuronx replaces functions of torch.nn.functional, before or after the capture."""
+    model, inputs = Block().eval(), example()
+    rewritten = rewrite_for_trace(model, inputs, ALWAYS)
+    seen = []
+    for name in ("silu", "gelu", "softmax"):
+        original = getattr(F, name)
+
+        def replaced(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Tensor:
+            seen.append(name)
+            return original(*args, **kwargs)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(F, name, replaced)
+    got = rewritten(*inputs)
+    assert sorted(seen) == ["gelu", "silu", "softmax"]
+    monkeypatch.undo()
+    assert relative_error(got["g"], model(*inputs)["g"]) < 2e-5
+
+
+def test_restored_activations_compute_the_same() -> None:
+    x = torch.randn(3, 5).half()
+    for op, args in (
+        (torch.ops.aten.silu.default, (x,)),
+        (torch.ops.aten.gelu.default, (x,)),
+        (torch.ops.aten.softmax.int, (x, -1, torch.float32)),
+        (torch.ops.aten._softmax.default, (x, -1, False)),
+    ):
+        assert torch.equal(activations.RESTORED[op](*args), op(*args))
+    assert torch.equal(activations.gelu(x, approximate="tanh"), torch.ops.aten.gelu.default(x, approximate="tanh"))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="example_inputs must be a tensor, a tuple or a dict of tensors, not int"):
+        rewrite_for_trace(Block(), 3)  # type: ignore[arg-type]
+
+
+def test_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "find_spec", lambda name: None)
+    with pytest.raises(TraceError, match=r"verify_trace needs torch-xla: pip install 'neuron-attn-rewrite\[xla\]'"):
+        verify_trace(Block(), example())
+
+
+def test_what_a_check_says() -> None:
+    good = TraceCheck((), (), (), 2, 2, (), 1e-7, 1e-3)
+    assert not good.problems and "2 NKI custom calls" in str(good)
+    bad = TraceCheck(("x",), ("w",), ("aten::nonzero",), 1, 2, ("f32[2,4,64,64]",), float("nan"), 1e-3)
+    assert len(bad.problems) == 6
+    assert "input x vanished" in str(bad) and "aten::nonzero ran on the CPU" in str(bad)
+
+
+# The launch
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+
+
+def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for `nki`: our kernel is jitted, launched on its cores, and gets keyword arguments."""
+    query, key, value = operands()
+    terms = check(query, key, value, scale=0.5, band_upper=0)
+    kernel, calls = object(), []
+
+    def launched(**arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return reference.attention(query, key, value, terms)
+
+    def prepared(q: Tensor, k: Tensor, v: Tensor, given: Any, *, lnc: int, target: str) -> Any:
+        calls.append((given, lnc, target))
+        return SimpleNamespace(
+            module="stand_in_flash", kernel="flash_fwd", tensors={"q": q}, static={"lo": 1}, lnc=lnc, finish=lambda x: x
+        )
+
+    flash = ModuleType("stand_in_flash")
+    flash.flash_fwd = kernel  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch.prepare, "flash_fwd", prepared)
+    monkeypatch.setitem(sys.modules, "stand_in_flash", flash)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3")
+    wrapped: list[Any] = []
+
+    def launcher(given: Any, lnc: int) -> Any:
+        wrapped.append((given, lnc))
+        return launched
+
+    out = launch.launch(query, key, value, terms, "flash_fwd", 2, launcher)
+    assert relative_error(out, reference.attention(query, key, value, terms)) == 0
+    assert wrapped == [(kernel, 2)] and calls == [(terms, 2, "gen4"), {"q": query, "lo": 1}]
+
+
+def test_empty_packages_are_not_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launch._has("no_such_package", "trace")
+    assert not launch._has("json", "trace") and launch._has("json", "loads")
+    monkeypatch.setitem(sys.modules, "nki", ModuleType("nki"))
+    assert not launch._has("nki", "jit")
+
+
+@torch.library.custom_op("neuron_attn_test::inner", mutates_args=())
+def inner(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    terms = check(query, key, value, scale=scale)
+    return reference.attention(query, key, value, terms)
+
+
+@inner.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TorchNeuron's `wrap_nki` needs it, with an op in place of its node. Autograd is ours."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def fake_launch(query: Tensor, key: Tensor, value: Tensor, terms: Any, kernel: str, lnc: int, launcher: Any) -> Any:
+        return launcher("flash", lnc)(query=query, key=key, value=value, scale=terms.scale)
+
+    class Wrapped:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert grid == (2,)
+            return inner
+
+    monkeypatch.setattr(launch, "launch", fake_launch)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.ops.neuron_attn.flash_fwd(query, key, value, scale=0.5, lnc=2) * 2
+
+    given = [t.requires_grad_() for t in operands()]
+    expected = torch.autograd.grad(call(*given).sum(), given)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+    with launch.dissolved(lambda kernel: Wrapped()):
+        got = torch.autograd.grad(compiled(*given).sum(), given)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert targets.count("neuron_attn_test.inner.default") == 1
+    assert not [target for target in targets if "flash_" in target]
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))
+    torch._dynamo.reset()
+    graphs.clear()
+    torch.compile(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*given)
+    assert any("flash_fwd" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+# Lowering
+
+
+@needs_xla
+def test_models_lower() -> None:
+    """One custom call a layer, no softmax, no buffer of scores, every input read, the numbers of the CPU."""
+    for name, seen in in_process("models").items():
+        assert seen["problems"] == [], (name, seen)
+        assert seen["kernels"] == seen["attentions"] > 0, (name, seen)
+        assert seen["exponentials"] == 0, (name, seen)
+        assert seen["dots"][0] - seen["dots"][1] == 2 * seen["attentions"], (name, seen)
+        assert seen["scores_before"] and not seen["scores_after"], (name, seen)
+        assert seen["max_error"] < 1e-5
+        assert seen["cpu_again"] == 0.0, (name, "the module on the CPU is as it was")
+
+
+@needs_xla
+def test_hazards_are_seen() -> None:
+    """Five ways in which lowering succeeds with a wrong graph, and a device to device way that just works."""
+    seen = in_process("hazards")
+    assert any("attention_mask vanished" in line for line in seen["baked device"])
+    assert any("test_only_cpu" in line for line in seen["op with a CPU kernel only"])
+    assert any("aten::_scaled_dot_product_flash_attention_for_cpu" in line for line in seen["fallback"])
+    assert any("attention_mask vanished" in line for line in seen["mask that was looked at"])
+    assert seen["hashes"]["scale"] and seen["hashes"]["same"]
+    assert seen["clean"] == []
+    assert any("a buffer" in line for line in seen["scores left"])
+    assert any("1 NKI custom calls, but 2" in line for line in seen["lost kernel"])
+
+
+@needs_xla
+def test_lazy_tensors() -> None:
+    """`rewritten.to("xla")` runs as it is: caches in place, constants, training; and every operand of the op."""
+    seen = in_process("lazy")
+    assert seen.pop("compile with openxla")[0] == 1
+    assert all(error < 1e-5 for error in seen.values()), seen
