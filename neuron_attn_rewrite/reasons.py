@@ -197,6 +197,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "A row that sees no key gives neither zeros nor the mean of all values.",
             _LEFT + 'Set empty_rows="any" or padding="right" if such rows don\'t matter.',
         ),
+        "no-kernel-call": Entry(
+            "kernel",
+            'With attn_implementation="neuron_nki", transformers asks for what no kernel gives.',
+            _LEFT + "The report says what: dropout, attention weights, a paged cache, or a mask of another form.",
+        ),
         "size-zero": Entry("kernel", "Some size is 0.", _LEFT + "Capture with example inputs that are not empty."),
         "head-groups": Entry(
             "kernel",

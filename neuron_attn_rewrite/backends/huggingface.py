@@ -1,0 +1,282 @@
+"""The kernels as an attention implementation of transformers, for who wants no graph pass.
+
+    register_with_transformers()
+    model = AutoModel.from_pretrained(..., attn_implementation="neuron_nki")
+
+transformers hands over scale, softcap, sinks and masks by name, so that little is left to prove: what the mask's own
+function says about each query and key is computed and fitted, as a graph's mask is, and padding stays a vector.
+While a model is captured (torch.export, torch.compile) the plain scaled_dot_product_attention is left in its graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.errors import RewriteError
+from neuron_attn_rewrite.masks.fit import fit_rows
+from neuron_attn_rewrite.masks.spec import Band, KeyPadding, MaskSpec
+from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
+from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
+NAME = "neuron_nki"
+MASK = "_neuron_attn_rewrite_mask"
+"""The attribute under which a mask tensor carries what is known of it. What is sliced or cast carries nothing."""
+
+
+@dataclass(frozen=True)
+class KnownMask:
+    """What a 4-D mask is made of: a pattern that is the same for each batch element and head, and padding."""
+
+    pattern: MaskSpec
+    padding: Tensor | None
+    """Bool [batch, kv_len], True where the key is seen."""
+
+
+@dataclass
+class Registration:
+    """What `register_with_transformers` gives."""
+
+    config: RewriteConfig
+    _sites: dict[SiteReport, int] = field(default_factory=dict)
+
+    @property
+    def report(self) -> RewriteReport:
+        """Every attention that was called so far: one entry for each layer, shape and mask."""
+        config = self.config
+        return RewriteReport(tuple(self._sites), config.target, config.logical_cores, config.policy, 0, 0)
+
+    def reset(self) -> None:
+        """Forget the calls so far."""
+        self._sites.clear()
+
+
+def register_with_transformers(config: RewriteConfig | None = None, *, name: str = NAME) -> Registration:
+    """Register the attention function and its mask function: without the second, transformers would drop causality.
+
+    Args:
+        config: see `RewriteConfig`. Nothing is measured here, and `require` is not applied.
+        name: what to pass as `attn_implementation`.
+
+    Raises:
+        RewriteError: transformers is missing, or too old to have both interfaces.
+    """
+    try:
+        attention = import_module("transformers").AttentionInterface
+        masks = import_module("transformers").AttentionMaskInterface
+    except (ImportError, AttributeError) as error:
+        raise RewriteError(
+            "register_with_transformers needs transformers >= 4.57: pip install 'transformers>=4.57'."
+        ) from error
+    registration = Registration(config or RewriteConfig())
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        return _attention(registration, module, query, key, value, attention_mask, **options)
+
+    attention.register(name, forward)
+    masks.register(name, make_mask)
+    return registration
+
+
+def _capturing() -> bool:
+    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state())
+
+
+def make_mask(*args: Any, **options: Any) -> Tensor | None:
+    """transformers' 4-D bool mask, always materialised, with what is known of it as an attribute."""
+    sdpa_mask = import_module("transformers.masking_utils").sdpa_mask
+    if _capturing():
+        return sdpa_mask(*args, **options)  # type: ignore[no-any-return]
+    whole = {**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor = sdpa_mask(*args, **whole)
+    given = options.get("attention_mask")
+    if given is not None and given.dim() != 2:
+        return mask
+    pattern = _pattern(sdpa_mask(*args, **{**whole, "attention_mask": None}))
+    if pattern is not None:
+        start, kv_len = options.get("kv_offset", 0), mask.shape[-1]
+        padding = None if given is None else given[:, start : start + kv_len].bool()
+        if padding is None or padding.shape[1] == kv_len:
+            setattr(mask, MASK, KnownMask(pattern, padding))
+    return mask
+
+
+def _pattern(visible: Tensor) -> MaskSpec | None:
+    """The claims that say exactly this, [batch, 1, q_len, kv_len]; None if there are none, or no values to read."""
+    if type(visible) is not Tensor or visible.device.type != "cpu":
+        return None
+    one = visible[0, 0]
+    q_len, kv_len = one.shape
+    if not (visible == one).all():
+        return None
+    first = one.int().argmax(-1)
+    rows = torch.stack([first, first + one.sum(-1)], -1).where(one.any(-1, keepdim=True), 0)
+    spec = MaskSpec(fit_rows(rows, kv_len))
+    return spec if torch.equal(spec.visible(q_len, kv_len), one) else None
+
+
+def _attention(
+    registration: Registration,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    def native() -> tuple[Tensor, None]:
+        shared = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **options}
+        if position_bias is not None:
+            shared["position_bias"] = position_bias
+        if softcap is None and s_aux is None:
+            sdpa = import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+            return sdpa(module, query, key, value, attention_mask, **shared)  # type: ignore[no-any-return]
+        return _eager(module, query, key, value, attention_mask, {**shared, "softcap": softcap, "s_aux": s_aux})
+
+    if _capturing():
+        return native()
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len, v_head_dim = value.shape[1:]
+    unsupported = _unsupported(attention_mask, kv_len, dropout, options)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and q_len > 1 and attention_mask is None
+    if causal and q_len != kv_len:
+        unsupported = unsupported or "no mask came along, and which keys each query sees can't be told"
+    known, bias = (None, None) if unsupported else _terms(attention_mask, position_bias, kv_len, query.dtype)
+    pattern = known.pattern if known else MaskSpec((Band(upper=0),) if causal else ())
+    padding = known.padding if known else None
+    claims = (*pattern.claims, KeyPadding("attention_mask")) if padding is not None else pattern.claims
+    problem = AttentionProblem(
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        dtype=query.dtype,
+        scale=scale,
+        mask=MaskSpec(claims),
+        bias_shape=None if bias is None else tuple(bias.shape),  # type: ignore[arg-type]
+        softcap=softcap,
+        sink=s_aux is not None,
+        empty_rows=EmptyRows.NEVER if padding is None and bias is None else EmptyRows.ZERO,
+    )
+    name = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
+    if unsupported:
+        none = FlashAttentionStrategy.NONE
+        decision = Decision(none, NATIVE, registration.config.logical_cores, (Reason("no-kernel-call", unsupported),))
+    else:
+        decision = choose(problem, registration.config, name)
+    registration._sites.setdefault(_site(name, problem, decision), 0)
+    if decision.kernel == NATIVE:
+        return native()
+    band, runs = problem.mask.band, problem.mask.runs
+    bounds = runs.rows(q_len, kv_len)[None].int().to(query.device) if runs.claims else None
+    out = torch.ops.neuron_attn.flash_fwd(
+        query,
+        key,
+        value,
+        scale=scale,
+        band_lower=band.lower,
+        band_upper=band.upper,
+        key_padding=padding,
+        bounds=bounds,
+        bias=bias,
+        softcap=softcap,
+        sink=s_aux,
+        strategy=decision.strategy.name,
+        lnc=decision.lnc,
+        kernel=decision.kernel,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _unsupported(mask: Tensor | None, kv_len: int, dropout: float, options: dict[str, Any]) -> str:
+    """Why no kernel is asked for; "" if one is."""
+    if dropout:
+        return "dropout is active"
+    if options.get("output_attentions") or options.get("head_mask") is not None:
+        return "the attention weights are asked for, or heads are masked"
+    if options.get("cache") is not None:
+        return "the cache is paged"
+    if mask is not None and (mask.dim() != 4 or mask.shape[-1] < kv_len):
+        return f"the mask is {list(mask.shape)}, and not [batch, heads, queries, keys]"
+    return ""
+
+
+def _terms(
+    mask: Tensor | None, position_bias: Tensor | None, kv_len: int, dtype: torch.dtype
+) -> tuple[KnownMask | None, Tensor | None]:
+    """What is known of a mask, and what goes to the kernel as a dense operand."""
+    known: KnownMask | None = getattr(mask, MASK, None)
+    bias = position_bias
+    if mask is not None and known is None:
+        mask = mask[..., :kv_len]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        bias = mask if bias is None else mask + bias
+    return known, bias
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """The model's own eager attention, which knows softcap and sinks."""
+    eager: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise RewriteError(f"{type(module).__name__} has softcap or sinks and no eager attention to go back to.")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    given = {name: value for name, value in options.items() if value is not None}
+    return eager(module, query, key, value, mask, **given)[0], None
+
+
+def _site(name: str, problem: AttentionProblem, decision: Decision) -> SiteReport:
+    taken = decision.kernel != NATIVE
+    return SiteReport(
+        name,
+        f'attn_implementation="{NAME}"',
+        batch=problem.batch,
+        num_heads=problem.num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        q_len=problem.q_len,
+        kv_len=problem.kv_len,
+        head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
+        dtype=problem.dtype,
+        scale=problem.scale,
+        softcap=problem.softcap,
+        sink=problem.sink,
+        bias=problem.bias_shape,
+        mask=problem.mask,
+        strategy=decision.strategy,
+        kernel=decision.kernel,
+        reasons=decision.reasons,
+        after=(NodeReport("flash_fwd", "flash_fwd", "added"),) if taken else (),
+    )
