@@ -43,13 +43,7 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
     runner = Compare(module)
     for nodes in runner.user_to_last_uses.values():
         nodes[:] = [n for n in nodes if n not in keep_alive]
-    written = changed_in_place(module.graph)
-    given = [
-        value.clone() if isinstance(value, Tensor) and node in written else value
-        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    ]
-    with _unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        runner.run(*given)
+    _run(runner, module, inputs)
     return errors
 
 
@@ -72,9 +66,19 @@ def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Seq
     runner = Compare(module)
     for nodes in runner.user_to_last_uses.values():
         nodes[:] = [n for n in nodes if n not in keep_alive]
-    with _unchanged(module), torch.no_grad():
-        runner.run(*(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+    _run(runner, module, inputs)
     return errors
+
+
+def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Run on the inputs, of which those that are written are copied: a compiled graph's inputs are its weights too."""
+    written = changed_in_place(module.graph)
+    given = [
+        value.clone() if isinstance(value, Tensor) and node in written else value
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    with _unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        runner.run(*given)
 
 
 def _vectors(graft: Graft) -> list[fx.Node]:

@@ -278,5 +278,5 @@ def _site(name: str, problem: AttentionProblem, decision: Decision) -> SiteRepor
         strategy=decision.strategy,
         kernel=decision.kernel,
         reasons=decision.reasons,
-        after=(NodeReport("flash_fwd", "flash_fwd", "added"),) if taken else (),
+        after=(NodeReport("flash_fwd", "torch.ops.neuron_attn.flash_fwd", role="added"),) if taken else (),
     )
