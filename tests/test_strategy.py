@@ -185,6 +185,7 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("flash_fwd", {}, {"softcap": 1e-3}, {"softcap": 0.0}, "softcap 0.0"),
     ("flash_fwd", {}, {"empty_rows": EmptyRows.MEAN}, {"empty_rows": EmptyRows.OTHER}, 'empty_rows="any"'),
     ("flash_fwd", {"target": "trn1", "cores": 1}, {"mask": PADDED}, {"mask": CAUSAL}, "trn1 lacks"),
+    ("flash_fwd", {"target": "trn1", "cores": 1}, {"q_len": 1, "mask": MaskSpec((Band(upper=2047),))}, {}, ""),
     ("attention_cte", {"target": "trn3"}, {}, {}, ""),
     ("attention_cte", {"target": "trn1"}, {}, {"mask": FULL}, "runs on trn2, trn3, not on trn1"),
     ("attention_cte", {"sdk": "2.26"}, {}, {"mask": FULL}, "SDK 2.27 to 2.32, not with 2.26"),

@@ -197,7 +197,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 Clause(
                     "kernel-target",
                     "band and row masks need an instruction that {s.target} lacks, and the mask is {p.mask}",
-                    lambda p, s: s.target in ("trn2", "trn3") or all(isinstance(c, KeyPadding) for c in p.mask.claims),
+                    lambda p, s: s.target in ("trn2", "trn3") or mask(p).kind == "full",
                 ),
             ),
             skips_rows=True,
