@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels import ops, reference, vendor
 from neuron_attn_rewrite.kernels.simulator import active, run
 from tests import stand_ins
+from tests.helpers import Function, kernel_calls
 
 CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
@@ -142,6 +144,22 @@ def test_sliding_window_flash_fwd(window: int, monkeypatch: pytest.MonkeyPatch) 
     kernel = stand_ins.install(monkeypatch)["sliding_window_flash_fwd"]
     check("sliding_window_flash_fwd", 1, {}, {"scale": 0.3, "band_upper": 0, "band_lower": 1 - window})
     assert [grid for grid, _ in kernel.calls] == [(2, 4)]
+
+
+def test_a_rewritten_graph_names_the_kernel() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        return tuple(t.bfloat16() for t in operands(q_len=64, kv_len=64))
+
+    config = RewriteConfig(policy="always", kernels=("attention_cte",))
+    rewritten = rewrite(Function(attend), inputs(), config=config)
+    (call,) = kernel_calls(rewritten)
+    assert call.kwargs["kernel"] == rewritten.report.sites[0].kernel == "attention_cte"
+    assert any("the scale goes into the query" in reason for reason in rewritten.report.sites[0].reasons)
+    fresh = inputs()
+    torch.testing.assert_close(rewritten(*fresh), attend(*fresh), rtol=0, atol=2e-2)
 
 
 def test_nothing_is_found_without_an_sdk() -> None:
