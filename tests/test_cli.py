@@ -38,6 +38,13 @@ def make():
 def by_name():
     return Attention(), {n: torch.randn(1, 2, 16, 8) for n in ("query", "key", "value")}
 
+class Branch(nn.Module):
+    def forward(self, query):
+        return query if query.sum() > 0 else -query
+
+def branches():
+    return Branch(), torch.randn(3)
+
 def wrong():
     return Attention()
 """
@@ -157,6 +164,7 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["explain", "nothing.py:make"], "is not a file"),
         (["explain", "FILE:nothing"], "has no function 'nothing'"),
         (["explain", "FILE:wrong"], "must return (model, inputs)"),
+        (["explain", "FILE:branches"], "could not be captured as one graph"),
         (["explain", "DIRECTORY"], "has no config.json"),
         (["explain", "nothing.json"], "no file, no directory and no model type"),
         (["explain", "llama", "--set", "hidden"], "is not KEY=VALUE"),
@@ -235,7 +243,8 @@ def test_full_size_takes_no_memory_and_proves_the_same(capsys: pytest.CaptureFix
     loaded = load(Asked("llama", size="full", seq_len=64, changes=[("num_hidden_layers", "2")]))
     parameters = list(loaded.model.parameters())
     assert sum(p.numel() for p in parameters) > 3.5e9
-    assert sum(p.untyped_storage().nbytes() for p in {id(p): p for p in parameters}.values()) < 1e6
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    assert sum(storages.values()) < 1.01 * max(p.nbytes for p in parameters)
     assert run(["explain", "llama", "--size", "full", *SHORT, "--set", "num_hidden_layers=1", "--attn", "eager"]) == 0
     out = capsys.readouterr().out
     assert "query [1, 64, 32, 128], key [1, 8, 32, 128]" in out and "causal(offset=0) & key_padding" in out
@@ -272,7 +281,7 @@ def test_what_has_no_values_is_never_read_by_a_proof() -> None:
     assert isinstance(everywhere.visible, nn.Parameter)
 
 
-@pytest.mark.parametrize(("name", "attentions"), [("vit", 2), ("whisper", 6), ("t5", 6), ("clip", 4), ("gemma2", 2)])
+@pytest.mark.parametrize(("name", "attentions"), [("vit", 2), ("whisper", 6), ("t5", 6), ("clip", 4), ("mixtral", 2)])
 def test_inputs_by_convention(name: str, attentions: int) -> None:
     loaded = load(Asked(name, seq_len=32, dtype="fp32", batch=2))
     report = rewrite(loaded.model, (), loaded.kwargs, config=RewriteConfig(policy="always", verify=False)).report

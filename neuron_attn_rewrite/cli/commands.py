@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +300,7 @@ def _rewritten(given: dict[str, Any], verify: bool) -> tuple[Loaded, Any]:
     )
     with _working(f"building {asked.model}"), _quiet():
         loaded = load(asked)
-    with _working(f"rewriting {type(loaded.model).__name__}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _working(f"rewriting {type(loaded.model).__name__}"), _quiet():
         return loaded, rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
 
 
@@ -316,20 +316,21 @@ def _working(words: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{words} ..."):
+    with Console(file=sys.stderr).status(f"{words} ..."):
         yield
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice that libraries give while they build a model."""
+    """Without the advice that libraries give while a model is built, and the traces of attempts to capture it."""
     import logging
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
-            yield
+            with redirect_stderr(io.StringIO()):
+                yield
         finally:
             logging.disable(before)

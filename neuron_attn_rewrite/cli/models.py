@@ -17,26 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from neuron_attn_rewrite.errors import InputError, RewriteError
 
-TINY: Mapping[str, int] = {
-    **dict.fromkeys(
-        "hidden_size d_model n_embd dim embed_dim hidden_dim word_embed_proj_dim embedding_size".split(), 64
-    ),
-    **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers encoder_layers decoder_layers num_layers num_decoder_layers".split(), 2
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads".split(), 4
-    ),
-    **dict.fromkeys("num_key_value_heads num_kv_heads".split(), 2),
-    **dict.fromkeys("head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim".split(), 16),
-    **dict.fromkeys(
-        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size".split(), 96
-    ),
-    **dict.fromkeys("moe_intermediate_size q_lora_rank kv_lora_rank".split(), 32),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts".split(), 4),
-    "num_experts_per_tok": 2,
-    "vocab_size": 256,
-}
+SIZES = (
+    (64, "hidden_size d_model n_embd dim embed_dim hidden_dim word_embed_proj_dim embedding_size projection_size"),
+    (2, "num_hidden_layers n_layer n_layers encoder_layers decoder_layers num_layers num_decoder_layers"),
+    (4, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    (2, "num_key_value_heads num_kv_heads"),
+    (16, "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim"),
+    (96, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size"),
+    (32, "moe_intermediate_size q_lora_rank kv_lora_rank"),
+    (4, "num_experts num_local_experts n_routed_experts"),
+    (2, "num_experts_per_tok"),
+    (1, "n_group topk_group first_k_dense_replace"),
+    (256, "vocab_size"),
+)
+TINY: Mapping[str, int] = {name: size for size, names in SIZES for name in names.split()}
 """The fields of a config that make a model tiny. What decides its masks (windows, image sizes) stays."""
 
 FULL: Mapping[str, Mapping[str, Any]] = {
@@ -173,7 +167,9 @@ def _first_line(error: Exception) -> str:
 
 
 def shrink(config: Any) -> None:
-    """Make a config and its parts tiny."""
+    """Make a config and its parts tiny. One with stages of several widths stays as it is."""
+    if isinstance(getattr(config, "depths", None), (list, tuple)):
+        return
     for name, value in list(vars(config).items()):
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             shrink(value)
@@ -251,17 +247,20 @@ def _build(config: Any, asked: Asked, weights: str | None) -> nn.Module:
 
 
 def give_stand_ins(model: nn.Module) -> None:
-    """Every tensor without memory becomes one number seen in its shape: a parameter, so that no proof reads it."""
+    """Every tensor on the meta device becomes a parameter, which no proof reads, and all share one piece of memory.
+
+    The memory is as large as the largest of them, and never touched: what is not touched is not taken.
+    """
+    places = [(m, name) for m in model.modules() for name in (*m._parameters, *m._buffers)]
+    found = [(m, name, t) for m, name in places if isinstance(t := getattr(m, name), Tensor) and t.is_meta]
+    memory = torch.empty(max((t.nbytes for _, _, t in found), default=0), dtype=torch.uint8)
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is not None and tensor.is_meta:
-                    if id(tensor) not in made:
-                        one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                        made[id(tensor)] = nn.Parameter(one, requires_grad=False)
-                    module._buffers.pop(name, None)
-                    module._parameters[name] = made[id(tensor)]
+    for module, name, tensor in found:
+        if id(tensor) not in made:
+            shape = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            made[id(tensor)] = nn.Parameter(shape, requires_grad=False)
+        module._buffers.pop(name, None)
+        module._parameters[name] = made[id(tensor)]
 
 
 def _auto_class(transformers: Any, config: Any) -> Any:

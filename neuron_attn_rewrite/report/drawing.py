@@ -166,8 +166,9 @@ def graph_svg(nodes: Sequence[NodeReport], label: str) -> str:
         for (start, end), points in plan.routes.items()
     ]
     shapes = [_shape(box, *corner[box.name]) for box in drawn]
+    size = f"width:{width:.0f}px;min-width:{0.7 * width:.0f}px"
     return (
-        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" '
+        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="{size}" role="img" '
         f'aria-label="{escape(label)}">{"".join(edges)}{"".join(shapes)}</svg>'
     )
 
