@@ -37,9 +37,14 @@ class Captured:
 
 
 def capture(
-    model: nn.Module | torch.export.ExportedProgram, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module | torch.export.ExportedProgram,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> Captured:
     """Turn a module, an exported program or a GraphModule into one flat ATen graph. Weights are shared.
+
+    `dynamic_shapes` is that of `torch.export.export`, for a model that is not captured yet.
 
     Raises:
         InputError: the example inputs are missing or don't fit the model's signature.
@@ -63,7 +68,11 @@ def capture(
     else:
         args = args if given else _zeros_from_shapes(model)
         kwargs = _in_signature_order(model, args, kwargs)
-        program, training = _export(model, args, kwargs), model.training
+        program, training = _export(model, args, kwargs, dynamic_shapes), model.training
+    if dynamic_shapes is not None and program is model:
+        raise InputError(
+            "dynamic_shapes is for a model that is not captured yet: this one has the sizes of its capture."
+        )
     module = _copied(program) if isinstance(program, fx.GraphModule) else _unlift(program)
     if isinstance(program, fx.GraphModule):
         refresh_shapes(module)
@@ -115,14 +124,16 @@ def _in_signature_order(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return {name: kwargs[name] for name in [*(p for p in signature.parameters if p in kwargs), *kwargs]}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
     """torch.export without, then with Dynamo."""
     causes: list[str] = []
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
             with plain_transformers():
-                return torch.export.export(model, args, kwargs, strict=strict)
+                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")

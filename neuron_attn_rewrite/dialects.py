@@ -175,13 +175,14 @@ def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -
 def refresh_shapes(module: fx.GraphModule) -> None:
     """Give every node a fake tensor of one and the same mode, if any lacks one (as after make_fx or AOTAutograd).
 
-    Symbolic sizes become the numbers of the example that they were traced with.
+    Symbolic sizes that are inputs of their own become the numbers of the example that they were traced with.
     """
     nodes = [n for n in module.graph.nodes if n.op in ("placeholder", "call_function", "get_attr")]
     values = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]
     fakes = [v for v in values if isinstance(v, FakeTensor)]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    symbolic = any(isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
+    inputs = [n.meta.get("val") for n in nodes if n.op == "placeholder"]
+    symbolic = any(isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) for v in inputs)
     known = all("val" in n.meta for n in nodes if n.op != "call_function" or not _is_bookkeeping(n))
     modes = {v.fake_mode for v in fakes}
     open_mode = len(modes) <= 1 and all(mode.allow_non_fake_inputs for mode in modes)
@@ -198,9 +199,8 @@ def refresh_shapes(module: fx.GraphModule) -> None:
                 n.meta["val"] = value
             return value
 
-    inputs = [_static(mode, n.meta.get("val")) for n in module.graph.find_nodes(op="placeholder")]
     with mode, torch.no_grad():
-        Refresh(module).run(*inputs)
+        Refresh(module).run(*(_static(mode, value) for value in inputs))
     numbers = {n: n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), (int, float))}
     for n in module.graph.nodes:
         n.args, n.kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: numbers.get(a, a))

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from neuron_attn_rewrite.sizes import number_of
+
 aten = torch.ops.aten
 HIDDEN_WRITES = {"batch_norm": ("running_mean", "running_var"), "instance_norm": ("running_mean", "running_var")}
 """Operators that write into arguments, in training, without their schema saying so."""
@@ -46,9 +48,10 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of the node's tensor as the analysis knows them: see `sizes.py` for those that are symbols."""
     value = tensor(node)
     assert value is not None, node
-    return tuple(value.shape)
+    return tuple(map(number_of, value.shape))
 
 
 def dtype(node: fx.Node) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.errors import InputError, RewriteError
+from neuron_attn_rewrite.sizes import bind
 
 if TYPE_CHECKING:
     from neuron_attn_rewrite.report.model import RewriteReport
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class RewrittenModule(fx.GraphModule):
     """A rewritten model: same weights, same arguments by position or name, same output structure, and a `report`.
 
-    It is made for the shapes, dtypes and mode (train or eval) of the example inputs, and says so when it gets others.
+    It is made for the shapes, dtypes and mode (train or eval) of the example inputs, and says so when it gets others;
+    sizes that the capture left open take every value in their range.
     """
 
     @classmethod
@@ -70,6 +72,7 @@ class RewrittenModule(fx.GraphModule):
                     f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
                     "Pass it as an example input and rewrite again."
                 )
+        symbols: dict[Any, int] = {}
         for name, values in expected.items():
             if name not in given:
                 if any(isinstance(v, torch.Tensor) for v in values):
@@ -77,9 +80,10 @@ class RewrittenModule(fx.GraphModule):
                 given[name] = values[0] if values else ()
                 continue
             found = pytree.tree_leaves(given[name])
-            if list(map(_signature, found)) != list(map(_signature, values)):
+            wrong = _mismatch(found, values, symbols)
+            if wrong is not None:
                 was = _describe(values)
-                raise InputError(f"argument {name!r} is {_describe(found)}, but was captured as {was}.")
+                raise InputError(f"argument {name!r} is {_describe(found)}, but was captured as {was}{wrong}.")
         return {name: given[name] for name in expected}
 
     def _expected(self) -> dict[str, list[Any]]:
@@ -105,14 +109,28 @@ def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     return list(children)
 
 
-def _signature(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
+    """How values differ from what was captured, in words behind it ("" if it is plain to see); None if they fit.
+
+    A size that is a symbol fits if it has one value for all arguments, in its range.
+    """
+    if len(found) != len(expected):
+        return ""
+    for value, wanted in zip(found, expected, strict=True):
+        if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+            if isinstance(value, torch.Tensor) or isinstance(wanted, torch.Tensor) or value != wanted:
+                return ""
+        elif value.dtype != wanted.dtype or value.dim() != wanted.dim():
+            return ""
+        elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
+            return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
+    return None
 
 
 def _describe(values: list[Any]) -> str:
     def one(value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
         return repr(value)
 
     return ", ".join(map(one, values)) or "nothing"

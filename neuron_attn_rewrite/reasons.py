@@ -182,6 +182,16 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             'The key padding could be, or was, dropped by the promise padding="right".',
             "Set padding=\"right\" if every batch is padded on the right and rows past a sequence's end don't matter.",
         ),
+        "dynamic-sizes": Entry(
+            "choice",
+            "Some sizes are symbols: the proof holds for all values, the choice is that for the example.",
+            "Nothing needs to be done. To choose for other sizes, capture with an example that has them.",
+        ),
+        "dynamic-kernel": Entry(
+            "kernel",
+            "Some sizes are symbols, and the kernel call would need one that can't be had.",
+            _LEFT + "Capture with fixed sizes, or make the size one of an input.",
+        ),
         "binary-input": Entry(
             "mask",
             "The proof rests on a mask input that holds only 0 and 1.",

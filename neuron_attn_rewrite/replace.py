@@ -6,25 +6,30 @@ lets the accepted ones take over, and what nobody reads any more goes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
-from neuron_attn_rewrite.masks.affine import Affine, Element, Index
+from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, atoms, dim_size, run_layout
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, Step, atoms, dim_size, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.sizes import at, input_sizes, parts_of
 from neuron_attn_rewrite.strategy.choose import Decision
 
 aten = torch.ops.aten
+LARGEST_BOUND = 2**30
+"""Larger bounds are cut to it: they are behind every key, and int32 holds them."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -37,6 +42,8 @@ class Plan:
     problem: AttentionProblem | None
     """None where nothing is proven."""
     decision: Decision
+    example: AttentionSite
+    """The site with the sizes of the example, where some are symbols."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +57,69 @@ class Graft:
     added: tuple[fx.Node, ...]
 
 
-def describe(site: AttentionSite, proof: Proof) -> AttentionProblem:
-    """What is to be computed at a site, without its nodes."""
-    shapes = [_broadcast_shape(dense.term.dims, site.dims) for dense in proof.dense]
+def at_example(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> AttentionSite:
+    """The site with the sizes that it has for values of the symbols."""
+    layout = tuple(
+        s if s.op == "permute" else Step(s.op, tuple(at(n, values) for n in s.arg)) for s in site.output_layout
+    )
+    return replace(
+        site,
+        output_layout=layout,
+        batch=at(site.batch, values),
+        num_heads=at(site.num_heads, values),
+        num_kv_heads=at(site.num_kv_heads, values),
+        q_len=at(site.q_len, values),
+        kv_len=at(site.kv_len, values),
+        head_dim=at(site.head_dim, values),
+        v_head_dim=at(site.v_head_dim, values),
+    )
+
+
+def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:
+    """A size that the kernel call needs and that no input has; None without one."""
+    given = _sizes_of_inputs(module.graph)
+    operands = [
+        site.query,
+        site.key,
+        site.value,
+        *(f.operand for f in site.factors),
+        *([site.sink] if site.sink else []),
+    ]
+    layouts = [site.output_layout, *(o.layout for o in operands), *(d.layout for d in proof.dense)]
+    numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
+    needed = [str(e) for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
+    computed = computed_sizes(module.graph)
+    limits = [of.name for limit in proof.limits for of, _ in limit.end.terms if isinstance(of, Size)]
+    needed += [name for name in limits if name not in computed]
+    return next((name for name in needed if name not in given), None)
+
+
+def _sizes_of_inputs(graph: fx.Graph) -> set[str]:
+    return {str(s.node.expr) for _, _, s in input_sizes(graph) if isinstance(s, torch.SymInt)}
+
+
+def computed_sizes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The first node that gives each size as a number."""
+    found: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and node.op == "call_function":
+            found.setdefault(str(value.node.expr), node)
+    return found
+
+
+def describe(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> AttentionProblem:
+    """What is to be computed at a site, without its nodes, for values of the symbols in its sizes."""
+    shapes = [[at(n, values) for n in _broadcast_shape(d.term.dims, site.dims)] for d in proof.dense]
+    example = at_example(site, values)
     return AttentionProblem(
-        batch=site.batch,
-        num_heads=site.num_heads,
-        num_kv_heads=site.num_kv_heads,
-        q_len=site.q_len,
-        kv_len=site.kv_len,
-        head_dim=site.head_dim,
-        v_head_dim=site.v_head_dim,
+        batch=example.batch,
+        num_heads=example.num_heads,
+        num_kv_heads=example.num_kv_heads,
+        q_len=example.q_len,
+        kv_len=example.kv_len,
+        head_dim=example.head_dim,
+        v_head_dim=example.v_head_dim,
         dtype=site.dtype,
         scale=site.scale,
         mask=proof.mask,
@@ -167,7 +226,9 @@ class _Emitter:
         return self._moved(operand.node, operand.layout)
 
     def _moved(self, node: fx.Node, layout: Layout) -> fx.Node:
-        moved = run_layout(layout, node, lambda op, value, arg: self._on(value, LAYOUT_OPS[op], list(arg)))
+        moved = run_layout(
+            layout, node, lambda op, value, arg: self._on(value, LAYOUT_OPS[op], self._order_or_sizes(op, arg))
+        )
         assert isinstance(moved, fx.Node)
         return moved
 
@@ -180,9 +241,9 @@ class _Emitter:
         for padding in paddings:
             node = self._cast(padding.node, torch.bool)
             if len(shape(node)) != 2:
-                node = self._on(node, aten.reshape.default, [-1, shape(node)[-1]])
+                node = self._on(node, aten.reshape.default, [-1, self._size(shape(node)[-1])])
             if shape(node)[1] != site.kv_len:
-                node = self._on(node, aten.slice.Tensor, 1, padding.start, padding.start + site.kv_len)
+                node = self._on(node, aten.slice.Tensor, 1, padding.start, self._size(site.kv_len, padding.start))
             vectors.append(self._on(node, aten.logical_not.default) if padding.inverted else node)
         return self._joined(aten.logical_and.default, site.output, vectors)
 
@@ -212,9 +273,9 @@ class _Emitter:
                 ends.append(join(aten.select.int, before, constant, -1, column))
             end = self._joined(aten.maximum.default if is_lower else aten.minimum.default, before, ends)
             if end is None:
-                end = join(aten.full.default, before, [1, 1], 0 if is_lower else site.kv_len, **self._whole(site))
-            columns.append(join(aten.clamp.default, before, end, 0, site.kv_len))
-        sizes = [max(shape(c)[0] for c in columns), site.q_len]
+                end = join(aten.full.default, before, [1, 1], 0 if is_lower else LARGEST_BOUND, **self._whole(site))
+            columns.append(join(aten.clamp.default, before, end, -LARGEST_BOUND, LARGEST_BOUND))
+        sizes = [self._size(max(shape(c)[0] for c in columns)), self._size(site.q_len)]
         wide = [join(aten.expand.default, before, c, sizes) for c in columns]
         return self._cast(join(aten.stack.default, before, wide, -1), torch.int32)
 
@@ -237,10 +298,12 @@ class _Emitter:
         for of, coefficient in end.terms:
             if isinstance(of, Element):
                 node = self._elements(of, site)
-            else:
-                assert isinstance(of, Index)
-                node = self._join(aten.arange.default, before, site.q_len, **self._whole(site))
+            elif isinstance(of, Index):
+                node = self._join(aten.arange.default, before, self._size(site.q_len), **self._whole(site))
                 node = self._on(node, aten.unsqueeze.default, 0)
+            else:
+                assert isinstance(of, Size)
+                node = self._join(aten.full.default, before, [1, 1], self._named(of.name), **self._whole(site))
             node = node if coefficient == 1 else self._on(node, aten.mul.Scalar, coefficient)
             total = node if total is None else self._join(aten.add.Tensor, before, total, node)
         if total is None:
@@ -249,18 +312,50 @@ class _Emitter:
 
     def _elements(self, of: Element, site: AttentionSite) -> fx.Node:
         """The elements that the queries of each batch element read, int64 [batch | 1, q_len | 1]."""
-        node, sizes, dim = of.node, [1, 1], 0
+        node, dim = of.node, 0
+        sizes: list[fx.Node | int] = [1, 1]
         for index in of.index:
             if not index.terms:
                 node = self._on(node, aten.select.int, dim, index.constant)
                 continue
             ((along, _),) = index.terms
             assert isinstance(along, Index)
-            sizes[0 if along.axis == 0 else 1] = length = site.batch if along.axis == 0 else site.q_len
+            length = site.batch if along.axis == 0 else site.q_len
+            sizes[0 if along.axis == 0 else 1] = self._size(length)
             if shape(node)[dim] != length:
-                node = self._on(node, aten.slice.Tensor, dim, index.constant, index.constant + length)
+                node = self._on(node, aten.slice.Tensor, dim, index.constant, self._size(length, index.constant))
             dim += 1
         return self._on(self._cast(node, torch.int64), aten.reshape.default, sizes)
+
+    def _order_or_sizes(self, op: str, arg: tuple[int, ...]) -> list[Any]:
+        return list(arg) if op == "permute" else [self._size(size) for size in arg]
+
+    def _size(self, number: int, more: int = 0) -> fx.Node | int:
+        """A size of the analysis, plus a number, as an argument: a node where it is a symbol."""
+        factor, expressions = parts_of(number)
+        if not expressions:
+            return number + more
+        total: fx.Node | int = factor
+        for expression in expressions:
+            total = self._number(operator.mul, self._named(str(expression)), total)
+        return self._number(operator.add, total, more) if isinstance(total, fx.Node) else total
+
+    def _named(self, expression: str) -> fx.Node:
+        """The node that gives a size: of an input, or computed by the model."""
+        if expression not in _sizes_of_inputs(self.graph):
+            return computed_sizes(self.graph)[expression]
+        node, dim = next(
+            (n, d)
+            for n, d, s in input_sizes(self.graph)
+            if isinstance(s, torch.SymInt) and str(s.node.expr) == expression
+        )
+        return self._insert(self._body, aten.sym_size.int, node, dim)
+
+    def _number(self, target: Any, node: fx.Node, number: fx.Node | int) -> fx.Node:
+        """A product or sum of sizes, at the top of the graph."""
+        if number == (1 if target is operator.mul else 0):
+            return node
+        return self._insert(self._body, target, node, number)
 
     def _whole(self, site: AttentionSite) -> dict[str, Any]:
         """The options of a tensor of integers beside the query."""

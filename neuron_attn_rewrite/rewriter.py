@@ -14,16 +14,18 @@ import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.masks.prove import Prover
+from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Graft, Plan, commit, describe, graft
+from neuron_attn_rewrite.replace import Graft, Plan, at_example, commit, describe, graft, missing_size
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
+from neuron_attn_rewrite.sizes import examples, expression_of
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
+from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.verify import measure, measure_exactly
 
@@ -34,6 +36,7 @@ def rewrite(
     kwargs: Mapping[str, Any] | None = None,
     *,
     config: RewriteConfig | None = None,
+    dynamic_shapes: Any = None,
 ) -> RewrittenModule:
     """Give back a module that computes what `model` computes, with every provable attention as one kernel call.
 
@@ -42,6 +45,8 @@ def rewrite(
         args: example positional inputs, with the shapes and dtypes that the result is to be called with.
         kwargs: example keyword inputs.
         config: see `RewriteConfig`.
+        dynamic_shapes: as for `torch.export.export`: sizes that stay open, so that the result takes every value of
+            them. What is claimed of a mask then is proven for all of these values.
 
     Raises:
         InputError: the example inputs are missing or don't fit.
@@ -49,7 +54,7 @@ def rewrite(
         RewriteError: `config.require` is not met.
     """
     config = config or RewriteConfig()
-    captured = capture(model, args, kwargs)
+    captured = capture(model, args, kwargs, dynamic_shapes)
     report = rewrite_graph(captured.module, captured.inputs, config)
     for text in report.warnings:
         warnings.warn(text, RewriteWarning, stacklevel=2)
@@ -133,13 +138,32 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     """What is to become of one site, with every reason. Nothing is changed."""
     if isinstance(site, UnknownAttention):
         return site
-    proof = prover.prove(site)
+    proof, values = prover.prove(site), examples(prover.module.graph)
+    example = at_example(site, values)
     if isinstance(proof, Unproven):
-        return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config))
-    problem = describe(site, proof)
-    shared = _shared(site, config)
-    decision = _native(shared, config) if shared else choose(problem, config, site.name)
-    return Plan(site, proof, problem, replace(decision, reasons=(*proof.reasons, *decision.reasons)))
+        return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
+    problem = describe(site, proof, values)
+    stays = _shared(site, config)
+    open_sizes: tuple[Reason, ...] = ()
+    if prover.is_dynamic:
+        stays = stays or _unknown_size(site, proof, prover, config)
+        config = replace(config, kernels=(OURS,))
+        sizes = {name: expression_of(getattr(site, name)) for name in ("batch", "q_len", "kv_len")}
+        words = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        open_sizes = (Reason("dynamic-sizes", f"holds for every {words}; chosen for the sizes of the example"),)
+    decision = _native(stays, config) if stays else choose(problem, config, site.name)
+    reasons = (*proof.reasons, *open_sizes, *decision.reasons)
+    return Plan(site, proof, problem, replace(decision, reasons=reasons), example)
+
+
+def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteConfig) -> Reason | None:
+    """Why a kernel can't be called where sizes are symbols; None if it can."""
+    missing = missing_size(prover.module, site, proof)
+    if missing:
+        return Reason("dynamic-kernel", f"the call needs the size {missing}, and no input has it")
+    if config.kernels and OURS not in config.kernels:
+        return Reason("dynamic-kernel", f"only {OURS} takes sizes that are symbols, and config.kernels leaves it out")
+    return None
 
 
 def _native(reason: Reason, config: RewriteConfig) -> Decision:

@@ -97,7 +97,7 @@ def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
 
 def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
     """Bool in the shape of the output, True where a query row has a defined result; None if all have."""
-    site, proof = graft.plan.site, graft.proof
+    site, proof = graft.plan.example, graft.proof
     if proof.empty_rows is not EmptyRows.ANY and not proof.promised:
         return None
     first, end = proof.mask.rows(site.q_len, site.kv_len).unbind(1)

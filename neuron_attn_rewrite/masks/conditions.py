@@ -192,4 +192,4 @@ def _text(end: Affine) -> str:
 
 
 def _ordered(end: Affine) -> list[tuple[object, int]]:
-    return sorted(end.terms, key=lambda term: (isinstance(term[0], Index), str(term[0])))
+    return sorted(end.terms, key=lambda term: (isinstance(term[0], Index), term[1] < 0, str(term[0])))

@@ -14,7 +14,6 @@ from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.affine import Affine
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
@@ -27,6 +26,7 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.problem import EmptyRows
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.sizes import has_symbols, is_number
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Prover:
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
         self.evaluator = Evaluator(module)
         self.symbolic = SymbolicEvaluator(module)
-        self.config = config
+        self.module, self.config = module, config
+        self.is_dynamic = has_symbols(module.graph)
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 
     def prove(self, site: AttentionSite) -> Proof | Unproven:
@@ -145,7 +146,10 @@ class Prover:
 
     def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
         """For symbolic indices, which takes no time; else for every element."""
-        found = conditions(term, dims, tuple(Affine(dim_size(dim)) for dim in dims), self.symbolic)
+        sizes = tuple(self.symbolic.size(dim_size(dim)) for dim in dims)
+        found = conditions(term, dims, sizes, self.symbolic)
+        if self.is_dynamic:
+            return found if isinstance(found, Unproven) else _claimed(found)
         if isinstance(found, Unproven):
             return self._read_element_by_element(term, dims)
         if all(limit.is_runtime for limit in found.limits):
@@ -199,7 +203,7 @@ class Prover:
         possible = (
             bool(proof.paddings or proof.limits)
             or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
-            or not (proof.mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all()
+            or not _sees_a_key(proof.mask, site)
         )
         if not possible:
             given = EmptyRows.NEVER
@@ -249,6 +253,15 @@ def _extended(proof: Proof, claimed: _Claimed) -> Proof:
         limits=tuple(dict.fromkeys((*proof.limits, *claimed.limits))),
         reasons=tuple(dict.fromkeys((*proof.reasons, *claimed.assumptions))),
     )
+
+
+def _sees_a_key(mask: MaskSpec, site: AttentionSite) -> bool:
+    """Whether each row sees a key, were it not for what is known at run time only."""
+    if is_number(site.q_len) and is_number(site.kv_len):
+        return bool((mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all())
+    lower, upper = mask.band.lower or 0, mask.band.upper or 0
+    sees_itself = site.q_len == site.kv_len and lower <= 0 <= upper
+    return not mask.runs.claims and (mask.band == Band() or sees_itself)
 
 
 def vectors_of(node: fx.Node) -> int:

@@ -43,6 +43,7 @@ from neuron_attn_rewrite.masks.affine import (
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.spec import Band
 from neuron_attn_rewrite.masks.tables import ELEMENTWISE, RANDOM
+from neuron_attn_rewrite.sizes import LARGEST, expression_of, input_sizes, limits_of
 
 MOST_CASES = 64
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -88,24 +89,28 @@ class SymbolicEvaluator:
     """Integer inputs whose elements were taken to be 0 or 1 since this was last cleared."""
     _known: dict[tuple[fx.Node, At], tuple[Cases | Unknown, frozenset[fx.Node]]] = field(default_factory=dict)
     _ranges: dict[Variable, tuple[Affine, ...]] = field(default_factory=dict)
+    _symbols: dict[Any, Any] = field(default_factory=dict)
     _fresh: Iterator[int] = field(default_factory=lambda: itertools.count(4))
 
     def __post_init__(self) -> None:
         self._changed = changed_in_place(self.module.graph)
+        sizes = [size for _, _, size in input_sizes(self.module.graph) if isinstance(size, torch.SymInt)]
+        for size in sizes:
+            self._symbols.update(size.node.shape_env.var_to_range)
 
     # Sizes and ranges
 
     def size(self, value: Any) -> Affine:
-        """A number, a SymInt or a node that gives one, as a sum of sizes."""
+        """A number (also one that stands for symbols), a SymInt or a node that gives one, as a sum of sizes."""
         if isinstance(value, fx.Node):
             value = value.meta.get("val")
         if isinstance(value, int):
-            return Affine(value)
+            return self._expression(expression_of(value)) if value > LARGEST else Affine(value)
         if not isinstance(value, torch.SymInt):
             raise Unknown(f"{value} is not a size")
-        return self._expression(value.node.expr, value.node.shape_env)
+        return self._expression(value.node.expr)
 
-    def _expression(self, expression: Any, environment: Any) -> Affine:
+    def _expression(self, expression: Any) -> Affine:
         total = Affine()
         for term, coefficient in expression.expand().as_coefficients_dict().items():
             if not coefficient.is_Integer:
@@ -115,9 +120,7 @@ class SymbolicEvaluator:
                 continue
             of = Size(str(term))
             total += variable(of) * int(coefficient)
-            limits = environment.var_to_range.get(term)
-            lower = int(limits.lower) if limits is not None and limits.lower.is_Integer else 0
-            upper = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
+            lower, upper = limits_of(self._symbols.get(term))
             ends = [variable(of) - lower] + ([] if upper is None else [-variable(of) + upper])
             self._ranges.setdefault(of, tuple(ends) if term.is_Symbol else ())
         return total

@@ -173,6 +173,8 @@ class Evaluator:
 
     def _kind(self, node: fx.Node) -> Kind:
         name = op_name(node)
+        if not _is_sized(node):
+            return Kind.OPAQUE
         if node.op == "placeholder":
             return Kind.CELLS if _is_zero_one(node) and _is_small(node) else Kind.OPAQUE
         if node.op == "get_attr":
@@ -250,6 +252,14 @@ def _is_zero_one(node: fx.Node) -> bool:
         return False
     named = "mask" in node.name and not value.is_floating_point() and not value.is_complex()
     return value.dtype == torch.bool or named
+
+
+def _is_sized(node: fx.Node) -> bool:
+    """Whether all sizes are numbers: a table of symbols can't be computed."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return all(isinstance(size, int) for size in value.shape)
+    return not isinstance(value, torch.SymInt)
 
 
 def _is_small(node: fx.Node) -> bool:

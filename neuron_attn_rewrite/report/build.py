@@ -185,7 +185,7 @@ def _site(
     errors: Mapping[Graft, float],
     config: RewriteConfig,
 ) -> SiteReport:
-    site, proof, decision = plan.site, plan.proof, plan.decision
+    site, proof, decision = plan.example, plan.proof, plan.decision
     error = errors.get(graft) if graft else None
     reasons = decision.reasons
     if graft and not after:

@@ -1,0 +1,117 @@
+"""Sizes that are symbols of torch, such as a batch or length that torch.export left open.
+
+The analysis works on numbers. Each symbol, and each expression that is no product, is a prime of its own beyond every
+size that a tensor can have: two sizes are equal, or one divides the other, exactly where that holds of the expressions
+for all values of the symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+
+LARGEST = 2**31
+"""No dim of a tensor that is a number gets as large."""
+
+_numbers: dict[str, int] = {}
+_expressions: dict[int, sympy.Expr] = {}
+
+
+def number_of(size: int | torch.SymInt) -> int:
+    """The number that stands for a size in the analysis."""
+    if isinstance(size, int):
+        return size
+    result = 1
+    for base, power in sympy.expand(size.node.expr).as_powers_dict().items():
+        if base.is_Integer and power.is_Integer and power > 0:
+            result *= int(base) ** int(power)
+        elif power.is_Integer and power > 0:
+            result *= _prime_of(base) ** int(power)
+        else:
+            return _prime_of(size.node.expr)
+    return result
+
+
+def _prime_of(expression: sympy.Expr) -> int:
+    name = str(expression)
+    if name not in _numbers:
+        _numbers[name] = int(sympy.nextprime(max(_expressions, default=LARGEST)))
+        _expressions[_numbers[name]] = expression
+    return _numbers[name]
+
+
+def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:
+    """The factor that is a number, and the expressions that it is multiplied by."""
+    found = []
+    if number > LARGEST:
+        for prime, expression in _expressions.items():
+            while number % prime == 0:
+                number //= prime
+                found.append(expression)
+    return number, found
+
+
+def is_number(size: int) -> bool:
+    """Whether a size of the analysis is what it seems, and no symbol."""
+    return not parts_of(size)[1]
+
+
+def expression_of(number: int) -> sympy.Expr:
+    """The size for which a number of the analysis stands."""
+    factor, expressions = parts_of(number)
+    return sympy.Mul(factor, *expressions)
+
+
+def has_symbols(graph: fx.Graph) -> bool:
+    """Whether some input has a size that is a symbol."""
+    return any(isinstance(size, torch.SymInt) for _, _, size in input_sizes(graph))
+
+
+def input_sizes(graph: fx.Graph) -> list[tuple[fx.Node, int, int | torch.SymInt]]:
+    """Each dim of each input: the placeholder, the dim, its size."""
+    inputs = [(n, n.meta.get("val")) for n in graph.find_nodes(op="placeholder")]
+    return [(n, d, s) for n, v in inputs if isinstance(v, torch.Tensor) for d, s in enumerate(v.shape)]
+
+
+def examples(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The value of each symbol at capture."""
+    sizes = [size for _, _, size in input_sizes(graph) if isinstance(size, torch.SymInt)]
+    return {size.node.expr: int(size.node.hint or 2) for size in sizes if size.node.expr.is_Symbol}
+
+
+def at(number: int, values: Mapping[sympy.Symbol, int]) -> int:
+    """A size of the analysis for values of the symbols."""
+    return int(expression_of(number).subs(dict(values)))
+
+
+def limits_of(limits: Any) -> tuple[int, int | None]:
+    """The least and the largest value of a symbol, given torch's range; None for no largest.
+
+    torch starts its ranges at 2 while it traces, and still means 1.
+    """
+    lower = int(limits.lower) if limits is not None and limits.lower.is_Integer else 0
+    upper = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
+    return (lower if lower > 2 else 1), upper
+
+
+def bind(expected: Iterable[int | torch.SymInt], found: Iterable[int], values: dict[sympy.Symbol, int]) -> str | None:
+    """Give symbols the values at which the expected sizes are the found ones; what is wrong, if they can't be."""
+    for size, given in zip(expected, found, strict=True):
+        if isinstance(size, int):
+            if size != given:
+                return f"{given} is not {size}"
+            continue
+        expression: Any = size.node.expr
+        if expression.is_Symbol and expression not in values:
+            lower, upper = limits_of(size.node.shape_env.var_to_range.get(expression))
+            if given < lower or (upper is not None and given > upper):
+                return f"{expression} is at least {lower}" + ("" if upper is None else f" and at most {upper}")
+            values[expression] = given
+        wanted = expression.subs(values)
+        if wanted != given:
+            return f"{given} is not {wanted}"
+    return None

@@ -1,0 +1,176 @@
+"""Sizes that are symbols: what is claimed holds for all their values, and the result takes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.export import Dim
+
+from neuron_attn_rewrite import InputError, RewrittenModule, rewrite
+from neuron_attn_rewrite.config import TOLERANCES
+from tests.helpers import ALWAYS, kernel_calls, relative_error
+from tests.models import FAMILIES, VOCABULARY
+
+LOW = torch.finfo(torch.float32).min
+SIZES = {0: Dim("batch", max=64), 1: Dim("length", max=64)}
+
+
+def paddings(batch: int, length: int) -> list[Tensor]:
+    """Every way to pad that shows: none, left, right, holes."""
+    ones = torch.ones(batch, length, dtype=torch.int64)
+    left, holes = ones.clone(), torch.randint(0, 2, (batch, length))
+    left[0, : length // 2] = 0
+    holes[:, 0] = 1
+    return [ones, left, left.flip(1), holes]
+
+
+def assert_same_tokens(model: torch.nn.Module, rewritten: torch.nn.Module) -> None:
+    for batch, length in ((1, 3), (3, 31), (2, 64)):
+        for mask in paddings(batch, length):
+            call = {"input_ids": torch.randint(3, VOCABULARY, (batch, length)), "attention_mask": mask}
+            with torch.no_grad():
+                old, new = model(**call)[0], rewritten(**call)[0]
+            real = mask.bool()
+            assert relative_error(new[real], old[real]) <= TOLERANCES[torch.float32], (batch, length)
+
+
+def is_traceable(name: str) -> bool:
+    """transformers 4 builds the masks of decoders with vmap, which torch.export traces for fixed sizes alone."""
+    return name == "bert" or not transformers.__version__.startswith("4.")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_models_of_any_batch_and_length(name: str, implementation: str) -> None:
+    if not is_traceable(name):
+        pytest.skip("not traced with open sizes by this transformers")
+    family = next(f for f in FAMILIES if f.name == name)
+    model, call = family.build(implementation), family.call("ones")
+    shapes = {"input_ids": SIZES, "attention_mask": SIZES}
+    rewritten = rewrite(model, (), call, config=ALWAYS, dynamic_shapes=shapes)
+    assert len(rewritten.report.replaced) == len(rewritten.report.sites) == len(kernel_calls(rewritten)) == 2
+    causal = "" if name == "bert" else "causal(offset=0) & "
+    assert {str(site.mask) for site in rewritten.report.sites} == {f"{causal}key_padding(attention_mask)"}
+    assert "holds for every batch" in " ".join(rewritten.report.sites[0].reasons)
+    assert_same_tokens(model, rewritten)
+    again = torch.export.export(rewritten, (), call, dynamic_shapes=shapes, strict=False)
+    assert_same_tokens(model, again.module())
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_what_is_captured_keeps_its_symbols(as_module: bool) -> None:
+    family = next(f for f in FAMILIES if f.name == "bert")
+    model, call = family.build("sdpa"), family.call("ones")
+    shapes = {"input_ids": SIZES, "attention_mask": SIZES}
+    program = torch.export.export(model, (), call, dynamic_shapes=shapes, strict=False)
+    captured = program.module() if as_module else program
+    rewritten = rewrite(captured, (), call, config=ALWAYS)
+    assert len(rewritten.report.replaced) == 2
+    assert_same_tokens(model, rewritten)
+    with pytest.raises(InputError, match="not captured yet"):
+        rewrite(captured, (), call, config=ALWAYS, dynamic_shapes=shapes)
+
+
+# Small programs: query [batch, 2, q_len, 8], key [batch, 2, kv_len, 8] and a mask [batch, kv_len]
+
+
+class Masked(torch.nn.Module):
+    """Attention under a mask that `build` makes of the padding, the rows [q_len, 1] and the keys [1, kv_len]."""
+
+    def __init__(self, build: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.build = build
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = self.build(attention_mask, torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def inputs(batch: int, q_len: int, kv_len: int, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    q, k, v = (3 * torch.randn(batch, 2, length, 8) for length in (q_len, kv_len, kv_len))
+    return q, k, v, torch.ones(batch, kv_len, dtype=torch.int64) if mask is None else mask
+
+
+PROGRAMS: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda m, i, j: (i >= 0) & (j >= 0), "none"),
+    "causal": (lambda m, i, j: j <= i, "causal(offset=0)"),
+    "triangle": (lambda m, i, j: torch.ones(i.shape[0], j.shape[1]).tril().bool(), "causal(offset=0)"),
+    "bottom right": (lambda m, i, j: j <= i + (j.shape[1] - i.shape[0]), "key <= k_len - q_len + query"),
+    "window": (lambda m, i, j: (j <= i) & (j > i - 4), "sliding_window(4)"),
+    "both ways": (lambda m, i, j: (j - i).abs() <= 3, "window(left=3, right=3)"),
+    "prefix": (lambda m, i, j: j < 5, "key <= 4"),
+    "padding": (lambda m, i, j: m[:, None, None].bool(), "key_padding(attention_mask)"),
+    "causal and padding": (
+        lambda m, i, j: (j <= i) & m[:, None, None].bool(),
+        "causal(offset=0) & key_padding(attention_mask)",
+    ),
+    "added": (lambda m, i, j: (1.0 - m[:, None, None].float()) * LOW, "key_padding(attention_mask)"),
+    "chosen and added": (
+        lambda m, i, j: torch.where((j <= i) & m[:, None, None].bool(), 0.0, LOW),
+        "causal(offset=0) & key_padding(attention_mask)",
+    ),
+    # What is not an interval, or only at the length of the example, is a dense operand.
+    "chunks": (lambda m, i, j: j // 4 == i // 4, "none"),
+    "causal up to the example's length": (lambda m, i, j: (j <= i) | (i >= 12), "none"),
+    "everything but a key behind the example": (lambda m, i, j: j != 12, "none"),
+    "either": (lambda m, i, j: (j <= i) | m[:, None, None].bool(), "none"),
+    "reversed": (lambda m, i, j: m.flip(1)[:, None, None].bool(), "none"),
+    "half": (lambda m, i, j: j < j.shape[1] // 2, "key <= (k_len//2) - 1"),
+    "summed": (lambda m, i, j: j < m.sum(1)[:, None, None, None], "key_padding(lt)"),
+}
+
+
+def open_sizes(batch: Any, q_len: Any, kv_len: Any) -> dict[str, Any]:
+    keys = {0: batch, 2: kv_len}
+    return {"q": {0: batch, 2: q_len}, "k": keys, "v": keys, "attention_mask": {0: batch, 1: kv_len}}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_mask_means_the_same_at_every_size(name: str) -> None:
+    build, expected = PROGRAMS[name]
+    model = Masked(build)
+    shapes = open_sizes(Dim("batch", max=64), Dim("q_len", max=64), Dim("kv_len", max=64))
+    rewritten = rewrite(model, inputs(2, 11, 12), config=ALWAYS, dynamic_shapes=shapes)
+    assert len(kernel_calls(rewritten)) == 1, str(rewritten.report)
+    found = str(rewritten.report.sites[0].mask)
+    for node in rewritten.graph.find_nodes(op="placeholder"):
+        if node.name in "qk":
+            found = found.replace(str(node.meta["val"].shape[2]), f"{node.name}_len")
+    assert found == expected
+    for size in ((1, 5, 5), (3, 30, 30), (2, 3, 20), (2, 20, 3)):
+        for mask in paddings(size[0], size[2]):
+            call = inputs(*size, mask)
+            with torch.no_grad():
+                assert relative_error(rewritten(*call), model(*call)) <= TOLERANCES[torch.float32], size
+
+
+def rewritten_padding() -> RewrittenModule:
+    length = Dim("length", max=32)
+    shapes = open_sizes(Dim("batch", max=8), length, length)
+    return rewrite(Masked(PROGRAMS["padding"][0]), inputs(2, 12, 12), config=ALWAYS, dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("size", "mask"),
+    [
+        ((9, 12, 12), None),
+        ((2, 33, 33), None),
+        ((2, 12, 11), None),
+        ((2, 12, 12), torch.ones(2, 11, dtype=torch.int64)),
+    ],
+)
+def test_sizes_that_the_symbols_do_not_allow(size: tuple[int, int, int], mask: Tensor | None) -> None:
+    with pytest.raises(InputError, match=r"was captured as .*: "):
+        rewritten_padding()(*inputs(*size, mask))
+
+
+def test_a_number_stays_a_number() -> None:
+    q, k, v, mask = inputs(2, 12, 12)
+    with pytest.raises(InputError, match="was captured as"):
+        rewritten_padding()(q[:, :1], k, v, mask)
