@@ -87,9 +87,15 @@ def capture(
 
 def _is_aten(module: fx.GraphModule) -> bool:
     calls = [n for n in module.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    calls = [n for n in calls if not _is_guard(n)]
     return any(isinstance(n.target, torch._ops.OpOverload) for n in calls) and all(
         n.op == "call_function" and "val" in n.meta for n in calls
     )
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """The check of inputs that torch.export puts in front of what it captured."""
+    return node.op == "call_module" and str(node.target).endswith("_guards_fn")
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -369,9 +375,8 @@ def drop_guards(module: fx.GraphModule) -> None:
         if hasattr(aten, name)
     }
     for node in reversed(module.graph.nodes):
-        is_guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
         is_check = isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in checks
-        if is_guard or is_check:
+        if _is_guard(node) or is_check:
             module.graph.erase_node(node)
 
 
