@@ -139,6 +139,7 @@ def test_matmul(k: int, m: int, n: int, dtype: str) -> None:
 
     def body(a: Any, b: Any, c: Any) -> Any:
         once, twice, implied = (new(m, n, buffer=nl.psum) for _ in range(3))
+        nisa.nc_matmul(once, a, c)
         nisa.nc_matmul(once, a, b, accumulate=False)
         for j, x in enumerate((b, c)):
             nisa.nc_matmul(twice, a, x, accumulate=j > 0)
@@ -733,6 +734,18 @@ def test_constants_and_helpers() -> None:
     results = compute(body)
     for got, value in zip(results, (*expected, expected[0], [[1, 1]]), strict=True):
         same(got, value)
+
+
+def test_functions_of_the_language() -> None:
+    x, y = normal(16, 3, 4), normal(16, 3, 4)
+
+    def body(x: Any, y: Any) -> Any:
+        row = nl.broadcast_to(x[0:1, :, :], (16, 3, 4))
+        return nl.add(x, y), nl.subtract(1.0, x), nl.multiply(x, 3.0), nl.exp(x), nl.sum(x, [1, 2]), nl.max(x, 2), row
+
+    expected = (x + y, 1 - x, 3 * x, np.exp(x), x.sum((1, 2))[:, None, None], x.max(2), np.repeat(x[:1], 16, 0))
+    for got, value in zip(compute(body, x, y), expected, strict=True):
+        same(got, value, 1e-6)
 
 
 def test_two_cores_exchange() -> None:

@@ -143,7 +143,8 @@ RULES: dict[str, Case] = {
     "hbm": ("may be in", lambda: nisa.tensor_copy(sb(128, 8), hbm(128, 8))),
     "operator": ("is an operator", lambda: nisa.tensor_scalar(sb(128, 8), sb(128, 8), "add", 1.0)),
     "operator use": ("no binary form", lambda: nisa.tensor_scalar(sb(128, 8), sb(128, 8), nl.exp, 1.0)),
-    "operator call": ("is not modelled", lambda: nl.exp(sb(128, 8))),
+    "operator call": ("is a tile", lambda: nl.add(1.0, 2.0)),
+    "broadcast_to": ("no other", lambda: nl.broadcast_to(sb(128, 8), (128, 16))),
     "unknown name": ("not modelled", lambda: nl.rms_norm),
     # tensor engine
     "matmul dst": ("may be in psum", lambda: matmul(dst=sb(128, 128))),
@@ -158,6 +159,10 @@ RULES: dict[str, Case] = {
     "matmul bfloat16 dst": ("PSUM takes", lambda: matmul(dst=ps(128, 128, dtype=BF16))),
     "matmul onto nothing": ("nothing was written to", lambda: matmul(accumulate=True)),
     "matmul onto a memset": ("another instruction", lambda: matmul(accumulate=True, dst=ps(128, 128))),
+    "matmul onto a copy": (
+        "another instruction",
+        lambda: (x := ps(128, 128), matmul(dst=x), nisa.memset(x, 0.0), matmul(accumulate=True, dst=x)),
+    ),
     "matmul columns": ("tile_size is", lambda: matmul(m=32, tile_position=(0, 32), tile_size=(128, 32))),
     "matmul tile": ("set together", lambda: matmul(tile_size=(64, 128))),
     "matmul rows": ("at most 64", lambda: matmul(tile_position=(0, 0), tile_size=(64, 128))),
@@ -222,6 +227,14 @@ RULES: dict[str, Case] = {
     "predicate dtype": (
         "predicate is",
         lambda: nisa.tensor_copy_predicated(sb(128, 8), sb(128, 8), sb(128, 8, dtype=nl.int32)),
+    ),
+    "predicated rest": (
+        "nothing was written to 1024",
+        lambda: (
+            x := sb(128, 8, fill=None),
+            nisa.tensor_copy_predicated(x, 1.0, sb(128, 8, dtype=nl.uint8)),
+            nisa.tensor_copy(sb(128, 8), x),
+        ),
     ),
     "predicated dtype": (
         "one dtype",
@@ -363,6 +376,27 @@ def test_what_gen4_allows() -> None:
         nisa.dma_copy(sb(8, 8), sb(8, 8), priority=3)
 
     run(kernel, target="gen4")
+
+
+def test_what_is_written_is_known_byte_by_byte() -> None:
+    def kernel(last: int) -> None:
+        tile = sb(8, 4, fill=None)
+        nisa.memset(tile[:, 0:2], 1.0)
+        nisa.tensor_copy(sb(8, last, dtype=BF16), tile.view(BF16)[:, 0:last])
+        nisa.memset(tile.view(BF16)[:, 4:8], 1.0)
+        nisa.tensor_copy(sb(8, 4), tile)
+
+    run(kernel, 4)
+    with pytest.raises(SimulatorError, match="nothing was written"):
+        run(kernel, 5)
+
+    def half() -> None:
+        tile = sb(8, 4, fill=None)
+        nisa.memset(tile.view(BF16)[:, 0:8:2], 1.0)
+        nisa.tensor_copy(sb(8, 4), tile)
+
+    with pytest.raises(SimulatorError, match="nothing was written"):
+        run(half)
 
 
 def test_capacity_is_counted_in_the_physical_mode() -> None:

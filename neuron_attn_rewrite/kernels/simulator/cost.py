@@ -20,6 +20,8 @@ ISSUE = 64
 GPSIMD_START = 150
 DESCRIPTOR = 512
 """Bytes that the overhead of a DMA descriptor is worth: the bandwidth guide's curve."""
+TRANSPOSE_HBM, TRANSPOSE_SBUF = 0.9, 0.5
+"""Shares of the bandwidth that a transpose by DMA reaches from HBM and within SBUF: the guide of trn2."""
 NARROW = frozenset({"bfloat16", "float16", "float8_e4m3", "float8_e4m3fn", "float8_e5m2"})
 
 
@@ -57,10 +59,10 @@ def bound(trace: Trace, target: str | None = None) -> Bound:
 def seconds(i: Instruction, chip: Hardware, generation: str) -> float:
     """How long one instruction keeps its engine busy."""
     if i.engine == "dma":
-        rate = chip.dma_gbs * 1e9 * i.run / (i.run + DESCRIPTOR) if i.run else chip.dma_gbs * 1e9
+        share = i.run / (i.run + DESCRIPTOR) if i.run else 1.0
         if i.op == "dma_transpose":
-            rate *= 0.5 if i.hbm_read + i.hbm_written == 0 else 0.9
-        return i.bytes / rate
+            share = TRANSPOSE_HBM if i.hbm_read + i.hbm_written else TRANSPOSE_SBUF
+        return i.bytes / (chip.dma_gbs * 1e9 * share)
     if i.engine == "tensor":
         return tensor_cycles(i) / (chip.tensor_ghz * 1e9)
     if i.engine == "scalar":

@@ -12,18 +12,24 @@ from neuron_attn_rewrite.errors import SimulatorError
 from neuron_attn_rewrite.kernels.simulator.core import VirtualRegister, current, register_value, set_register
 from neuron_attn_rewrite.kernels.simulator.dtypes import DTYPES, Array
 from neuron_attn_rewrite.kernels.simulator.dtypes import dtype as data_type
-from neuron_attn_rewrite.kernels.simulator.isa import dma_copy, memset
+from neuron_attn_rewrite.kernels.simulator.isa import (
+    activation,
+    dma_copy,
+    memset,
+    tensor_reduce,
+    tensor_scalar,
+    tensor_tensor,
+)
 from neuron_attn_rewrite.kernels.simulator.isa.rules import issue
 from neuron_attn_rewrite.kernels.simulator.memory import HBM, ON_CHIP, PSUM, SBUF, MemoryRegion, Storage
-from neuron_attn_rewrite.kernels.simulator.operators import OPERATORS
+from neuron_attn_rewrite.kernels.simulator.operators import OPERATORS, REDUCTIONS, Operator
 from neuron_attn_rewrite.kernels.simulator.target import PARTITIONS, PSUM_BANK_BYTES, PSUM_BANKS
 from neuron_attn_rewrite.kernels.simulator.tensor import DynamicSlice, NkiTensor
 
 # The tokens nl.add, nl.exp, ... and the dtypes nl.float32, ...: dtypes are plain strings.
-globals().update(OPERATORS)
+globals().update(OPERATORS | REDUCTIONS)
 globals().update({name: name for name in DTYPES if name != "bool"})
 bool_ = "bool"
-max, min = OPERATORS["maximum"], OPERATORS["minimum"]
 DType = str
 
 sbuf, psum = SBUF, PSUM
@@ -178,16 +184,42 @@ def store(dst: NkiTensor, value: NkiTensor) -> None:
 
 
 def broadcast_to(x: NkiTensor, shape: Sequence[int], dtype: str | None = None) -> NkiTensor:
-    """A view with dimensions of size 1 repeated; of one partition too, which only some instructions can read."""
-    if dtype not in (None, x.dtype) or len(shape) != x.ndim:
-        raise SimulatorError(f"nl.broadcast_to: {x!r} to {tuple(shape)} as {dtype}: same rank, same dtype")
-    strides = list(x.strides)
-    for d, (old, new) in enumerate(zip(x.shape, shape, strict=True)):
-        if old != new:
-            if old != 1:
-                raise SimulatorError(f"nl.broadcast_to: dim {d} of {x!r} has size {old}, not 1 or {new}")
-            strides[d] = 0
-    return NkiTensor(x.storage, x.dtype, tuple(shape), tuple(strides), x.offset, x.indirect_by)
+    """A tile in SBUF with the dimensions of size 1 repeated, partitions too; by DMA."""
+    if len(shape) != x.ndim or any(old not in (1, n) for old, n in zip(x.shape, shape, strict=True)):
+        raise SimulatorError(f"nl.broadcast_to: {x!r} to {tuple(shape)}: dimensions of size 1 grow, no other")
+    strides = tuple(0 if old != n else k for old, n, k in zip(x.shape, shape, x.strides, strict=True))
+    tile = ndarray(shape, dtype or x.dtype)
+    dma_copy(tile, NkiTensor(x.storage, x.dtype, tuple(shape), strides, x.offset, x.indirect_by))
+    return tile
+
+
+def apply(
+    op: Operator, x: Any, y: Any = None, dtype: str | None = None, axis: Any = None, keepdims: bool = False
+) -> NkiTensor:
+    """`op` on one tile, on two, on a tile and a number, or along the last free dimensions, into a new tile."""
+    data = x if isinstance(x, NkiTensor) else y
+    if not isinstance(data, NkiTensor):
+        raise SimulatorError(f"{op!r}(...): one argument at least is a tile, not {x!r} and {y!r}")
+    if axis is not None:
+        kept = data.shape[: axis if isinstance(axis, int) else sorted(axis)[0]]
+        gone = (1,) * (data.ndim - len(kept))
+        tile = ndarray((*kept, *gone) if keepdims or len(kept) == 1 else kept, dtype or data.dtype)
+        tensor_reduce(tile, op, data, axis)
+        return tile
+    tile = ndarray(data.shape, dtype or data.dtype)
+    if y is None and op.activation is not None:
+        activation(tile, op, data)
+    elif y is None:
+        tensor_scalar(tile, data, op, None)
+    elif isinstance(x, NkiTensor) and isinstance(y, NkiTensor):
+        tensor_tensor(tile, x, y, op)
+    else:
+        tensor_scalar(tile, data, op, x if data is y else y, reverse0=data is y)
+    return tile
+
+
+def sum(x: NkiTensor, axis: Any, dtype: str | None = None, keepdims: bool = False) -> NkiTensor:
+    return apply(OPERATORS["add"], x, dtype=dtype, axis=axis, keepdims=keepdims)
 
 
 def shared_constant(constant: Array) -> NkiTensor:

@@ -70,12 +70,13 @@ class Storage:
         "release",
         "shape",
         "start_partition",
+        "where",
     )
 
     def __init__(self, shape: tuple[int, ...], dtype_name: str, region: MemoryRegion, name: str = "") -> None:
         item = dtype(dtype_name).itemsize
         self.shape, self.dtype, self.region, self.name = shape, dtype_name, region, name
-        self.on_chip = region in ON_CHIP
+        self.on_chip, self.where = region in ON_CHIP, region.value
         self.partitions = shape[0] if self.on_chip else 1
         self.free_bytes = math.prod(shape[1:] if self.on_chip else shape) * item
         self.base, self.pitch, self.start_partition = 0, self.free_bytes, 0

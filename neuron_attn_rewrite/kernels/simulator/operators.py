@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from neuron_attn_rewrite.errors import SimulatorError
 from neuron_attn_rewrite.kernels.simulator.dtypes import Array
 
 
@@ -39,8 +38,18 @@ class Operator:
     def __repr__(self) -> str:
         return f"nl.{self.name}"
 
-    def __call__(self, *_: object, **__: object) -> NoReturn:
-        raise SimulatorError(f"nl.{self.name}(...) as a function is not modelled: use the instruction of nki.isa")
+    def __call__(self, *tiles: Any, **options: Any) -> Any:
+        """`nl.add(x, y)` and its kin: a new tile in SBUF by the one instruction that computes it."""
+        from neuron_attn_rewrite.kernels.simulator.language import apply
+
+        return apply(self, *tiles, **options)
+
+
+class Reduction(Operator):
+    """`nl.max` and `nl.min`: tokens as their operators, and functions of a tile and the axes to reduce."""
+
+    def __call__(self, x: Any, axis: Any, dtype: str | None = None, keepdims: bool = False) -> Any:
+        return super().__call__(x, dtype=dtype, axis=axis, keepdims=keepdims)
 
 
 def _float(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,3 +131,4 @@ _ALL = (
 )
 
 OPERATORS = {o.name: o for o in _ALL}
+REDUCTIONS = {"max": Reduction(**vars(OPERATORS["maximum"])), "min": Reduction(**vars(OPERATORS["minimum"]))}

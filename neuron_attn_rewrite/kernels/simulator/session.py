@@ -14,7 +14,7 @@ from typing import Any
 from neuron_attn_rewrite.errors import SimulatorError
 from neuron_attn_rewrite.kernels.simulator.trace import Trace
 
-_NAMES = ("nki", "nki.isa", "nki.language")
+_NAMES = ("nki", "nki.isa", "nki.language", "nki.typing")
 
 
 @dataclass
@@ -44,9 +44,9 @@ def real_nki() -> bool:
 
 
 def _simulated() -> dict[str, ModuleType]:
-    from neuron_attn_rewrite.kernels.simulator import isa, language, nki
+    from neuron_attn_rewrite.kernels.simulator import isa, language, nki, typing_names
 
-    return dict(zip(_NAMES, (nki, isa, language), strict=True))
+    return dict(zip(_NAMES, (nki, isa, language, typing_names), strict=True))
 
 
 @contextmanager

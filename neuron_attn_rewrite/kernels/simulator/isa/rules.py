@@ -252,7 +252,7 @@ class Issue:
                 max((t.shape[0] for t in tensors), default=0),
                 max((free_elements(t) for t in tensors), default=0),
                 tuple(t.dtype for t in tensors),
-                tuple(t.buffer.value for t in tensors),
+                tuple(t.storage.where for t in tensors),
                 all(t.strides[-1] == 1 or t.shape[-1] == 1 for t in tensors),
                 in_loop=self.core.loops > 0,
                 **facts,
