@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class Registration:
     """What `register_with_transformers` gives."""
 
     config: RewriteConfig
-    _sites: dict[SiteReport, int] = field(default_factory=dict)
+    _sites: dict[SiteReport, None] = field(default_factory=dict)
+    _names: WeakKeyDictionary[nn.Module, str] = field(default_factory=WeakKeyDictionary)
 
     @property
     def report(self) -> RewriteReport:
@@ -59,6 +61,17 @@ class Registration:
     def reset(self) -> None:
         """Forget the calls so far."""
         self._sites.clear()
+        self._names.clear()
+
+    def name_of(self, module: nn.Module) -> str:
+        """The module's class, with its layer or, if it has none, the order in which it was first called."""
+        if module not in self._names:
+            kind = type(module).__name__
+            number = getattr(module, "layer_idx", None)
+            if number is None:
+                number = sum(name.startswith(f"{kind} ") for name in self._names.values())
+            self._names[module] = f"{kind} {number}"
+        return self._names[module]
 
 
 def register_with_transformers(config: RewriteConfig | None = None, *, name: str = NAME) -> Registration:
@@ -182,13 +195,13 @@ def _attention(
         sink=s_aux is not None,
         empty_rows=EmptyRows.NEVER if padding is None and bias is None else EmptyRows.ZERO,
     )
-    name = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
+    name = registration.name_of(module)
     if unsupported:
         none = FlashAttentionStrategy.NONE
         decision = Decision(none, NATIVE, registration.config.logical_cores, (Reason("no-kernel-call", unsupported),))
     else:
         decision = choose(problem, registration.config, name)
-    registration._sites.setdefault(_site(name, problem, decision), 0)
+    registration._sites.setdefault(_site(name, problem, decision))
     if decision.kernel == NATIVE:
         return native()
     band, runs = problem.mask.band, problem.mask.runs
