@@ -1,6 +1,7 @@
 """Rewrites the attention of PyTorch models into NKI flash attention kernels, where it can be proven equal."""
 
 from neuron_attn_rewrite.backends.compile import collect_reports
+from neuron_attn_rewrite.backends.huggingface import register_with_transformers
 from neuron_attn_rewrite.backends.trace import TraceCheck, rewrite_for_trace, verify_trace
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, ConfigError, InputError, RewriteError, RewriteWarning, TraceError
@@ -24,6 +25,7 @@ __all__ = [
     "TraceError",
     "collect_reports",
     "explain",
+    "register_with_transformers",
     "rewrite",
     "rewrite_for_trace",
     "verify_trace",

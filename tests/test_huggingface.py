@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from neuron_attn_rewrite import CaptureError, RewriteConfig, RewriteError, collect_reports, explain, rewrite
@@ -47,6 +48,8 @@ def compare(model: Family, padding: str) -> None:
     ],
 )
 def test_implementation(registration: Registration, name: str, mask: str) -> None:
+    if name == "bert" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 has no attention interface in BERT")
     model, padding = family(name), "left"
     compare(model, padding)
     report = registration.report
@@ -138,8 +141,8 @@ def test_quantised_linears(registration: Registration) -> None:
     """torch.export has no way to hold their packed weights: the implementation and torch.compile need none."""
     from torch.ao.quantization import quantize_dynamic
 
-    model = family("bert")
-    call = model.call("left")
+    model = family("llama")
+    call = model.call("none")
     quantised, ours = (
         quantize_dynamic(model.build(how), {torch.nn.Linear}, dtype=torch.qint8) for how in ("sdpa", "neuron_nki")
     )
@@ -185,7 +188,7 @@ def test_a_pipeline_with_the_implementation(registration: Registration) -> None:
 
         def save_pretrained(self, *_: Any) -> None: ...
 
-    model = family("bert")
+    model = family("llama")
     outputs = [
         FeatureExtractionPipeline(model=model.build(how), tokenizer=Tokens(), framework="pt")("some text")
         for how in ("sdpa", "neuron_nki")
