@@ -240,6 +240,16 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
     assert any("flash_fwd" in str(node.target) for node in graphs[0].graph.nodes)
 
 
+def test_the_example_for_trainium_says_what_is_missing() -> None:
+    command = [sys.executable, "examples/trainium.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PJRT_DEVICE": "CPU"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "torch_neuronx is not installed, so nothing is traced" in done.stdout
+    lowers = "lowered: 4 NKI custom calls" in done.stdout
+    assert lowers if find_spec("torch_xla") else "verify_trace is left out" in done.stdout
+
+
 # Lowering
 
 
