@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_attn_rewrite import RewriteConfig, rewrite, rewrite_for_trace
+from neuron_attn_rewrite import RewriteConfig, rewrite
 
 
 class Model(nn.Module):
@@ -40,8 +40,6 @@ def work(model, x):
     config = RewriteConfig(policy="always", require="all")
     if sys.argv[1] == "rewrite":
         rewrite(model, (x,), config=config)(x)
-    elif sys.argv[1] == "trace":
-        rewrite_for_trace(model, x, config)(x)
     else:
         options = {"inner": "eager", "policy": "always", "require": "all"}
         torch.compile(model, backend="neuron_attn_rewrite", dynamic=False, options=options)(x)
@@ -58,7 +56,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("door", ["rewrite", "trace", "compile"])
+@pytest.mark.parametrize("door", ["rewrite", "compile"])
 def test_no_second_gigabyte(door: str) -> None:
     """By peak memory, with 300 MB of weights, in a process of its own."""
     command = [sys.executable, "-c", SCRIPT, door]
