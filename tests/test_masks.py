@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -272,6 +273,41 @@ def test_right_padding_promised() -> None:
     only_padding, _ = PADDINGS["bool"]
     kept = rewrite(only_padding, inputs(), config=promised)
     assert str(kept.report.sites[0].mask) == "key_padding(attention_mask)"
+
+
+PROMISES: dict[str, tuple[Any, str]] = {
+    "window": (PADDINGS["and window"][0], "sliding_window(4)"),
+    "encoder": (PADDINGS["bool"][0], "key_padding(attention_mask)"),
+    "looks ahead": (
+        attention_under(lambda m: m[:, None, None].bool() & (KEY <= ROW + 1)),
+        "causal(offset=1) & key_padding(attention_mask)",
+    ),
+    "of lengths": (
+        attention_under(lambda m: (torch.arange(S) < m.sum(-1, keepdim=True))[:, None, None] & (KEY <= ROW)),
+        "causal(offset=0) & key_padding(lt)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_what_the_promise_of_right_padding_removes(name: str) -> None:
+    """Only where a real query can see real keys alone, and only the padding that the promise is about."""
+    model, expected = PROMISES[name]
+    call = inputs(left(5).flip(1))
+    rewritten = rewrite(model, call, config=RewriteConfig(policy="always", padding="right"))
+    assert re.sub(r"lt_\d+", "lt", str(rewritten.report.replaced[0].mask)) == expected
+    real = call[3][0].bool()
+    assert relative_error(rewritten(*call)[0][:, real], model(*call)[0][:, real]) < 2e-5
+    exact = rewrite(model, call, config=ALWAYS).report.sites[0]
+    would = any("would drop the key padding" in reason for reason in exact.reasons)
+    assert would == ("key_padding" not in expected)
+
+
+def test_cross_attention_keeps_its_padding_under_a_promise() -> None:
+    model, _ = PADDINGS["bool"]
+    q, k, v, mask = inputs(left(5).flip(1))
+    rewritten = rewrite(model, (q[:, :, :5], k, v, mask), config=RewriteConfig(policy="always", padding="right"))
+    assert str(rewritten.report.replaced[0].mask) == "key_padding(attention_mask)"
 
 
 def test_a_soft_minus_infinity_keeps_its_empty_rows() -> None:

@@ -188,7 +188,8 @@ class Prover:
         """Under right padding, a causal row that is itself real sees real keys only."""
         causal = any(isinstance(c, Band) and c.upper is not None and c.upper <= 0 for c in proof.mask.claims)
         padded = [c for c in proof.mask.claims if isinstance(c, KeyPadding)]
-        if not padded or not causal or site.q_len != site.kv_len:
+        of_masks = all(_is_of_a_mask(padding.node) for padding in proof.paddings)
+        if not padded or not causal or not of_masks or site.q_len != site.kv_len:
             return proof
         if self.config.padding != "right":
             possible = Reason("padding-promise", 'padding="right" would drop the key padding')
@@ -253,6 +254,13 @@ def _extended(proof: Proof, claimed: _Claimed) -> Proof:
         limits=tuple(dict.fromkeys((*proof.limits, *claimed.limits))),
         reasons=tuple(dict.fromkeys((*proof.reasons, *claimed.assumptions))),
     )
+
+
+def _is_of_a_mask(node: fx.Node) -> bool:
+    """Whether it is an input with `mask` in its name, cast or compared with a number: what a promise can be about."""
+    while len(node.all_input_nodes) == 1 and op_name(node) in ("to", "_to_copy", "ne", "eq", "gt", "logical_not"):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and "mask" in node.name
 
 
 def _sees_a_key(mask: MaskSpec, site: AttentionSite) -> bool:
