@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.kernel_mutations import BROKEN
+
 ROOT = Path(__file__).parents[1]
 SIMULATOR = "neuron_attn_rewrite/kernels/simulator"
 TESTS = ("tests/test_simulator.py", "tests/test_simulator_ops.py", "tests/test_simulator_rules.py")
@@ -246,6 +248,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         'if register_value(condition, "nl.while_loop"):\n        following',
     ),
     sim("fori_loop ignores its step", "language.py", "upper), step):\n", "upper), 1):\n"),
+    *(Mutation(*broken) for broken in BROKEN),
 )
 
 

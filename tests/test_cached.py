@@ -356,6 +356,17 @@ def test_every_pair_of_row_and_key_is_in_the_schedule_once(data: st.DataObject) 
 # Both
 
 
+def test_launches_are_made_without_a_look_at_any_value() -> None:
+    tensors = [t.to("meta") for t in Cache().tensors([5, 100])]
+    mask = torch.ones(2, 200, dtype=torch.bool, device="meta")
+    made = [prior.launch(*tensors, scale=0.3, window=7, prior_mask=mask)]
+    batch = Batch((20, 30), (40, 70))
+    schedule = make_schedule(batch.query_lens, batch.context_lens, batch.tables(), 32, kv_tile=128)
+    tensors = [t.to("meta") for t in (*batch.tensors(), *fields(schedule))]
+    made.append(paged.launch(*tensors, scale=0.3, sink=torch.ones(4, device="meta")))
+    assert all(t.is_meta and t.is_contiguous() for launch in made for t in launch.tensors.values())
+
+
 @pytest.mark.parametrize("which", ["prior", "paged"])
 def test_torch_agrees_that_these_are_ops(which: str) -> None:
     if which == "prior":

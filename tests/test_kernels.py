@@ -26,7 +26,7 @@ flash_fwd = torch.ops.neuron_attn.flash_fwd.default
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": flash_fwd, "decomposed": ops._decomposed}
 BACKWARDS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "cpu": torch.ops.neuron_attn.flash_bwd.default,
-    "decomposed": ops._backward_decomposed,
+    "decomposed": ops.backward_decomposed,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

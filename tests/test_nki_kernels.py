@@ -132,6 +132,25 @@ def test_bounds_known_only_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_right(SMALL, torch.float32, options)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, FOLDED], ids=str)
+def test_a_launch_is_made_without_a_look_at_any_value(sizes: Sizes) -> None:
+    """As on a device, where operands have no values while a model is traced."""
+    tensors = [t.to("meta") for t in operands(sizes, torch.bfloat16)]
+    options: dict[str, Any] = {
+        "scale": -0.2,
+        "band_upper": 3,
+        "key_padding": padding(sizes, "holes").to("meta"),
+        "bounds": spans(sizes, 1).to("meta"),
+        "bias": bias(sizes, 1, 3).to("meta"),
+        "sink": torch.randn(sizes.heads, device="meta"),
+        "empty_rows": "mean",
+    }
+    for used in (options, {"scale": 0.2, "bias": bias(sizes, 1, 2, 3).to("meta"), "band_lower": -3}):
+        made = launch(*tensors, used)
+        assert all(t.is_meta and t.is_contiguous() for t in made.tensors.values())
+        assert made.finish(made.tensors["q"].new_empty(tensors[0].numel() // 16 * sizes.v_head_dim)).is_meta
+
+
 def test_huge_logits() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_right(SMALL, dtype, {"scale": 40.0, "band_upper": 0}, magnitude=20.0)
@@ -235,6 +254,8 @@ def test_gen2_takes_what_needs_no_range_select() -> None:
     query, key, value = operands(SMALL, torch.bfloat16)
     with pytest.raises(InputError, match="it has no range_select"):
         launch(query, key, value, {"scale": 1.0, "band_upper": 0}, target="gen2")
+    with pytest.raises(InputError, match="gen2 has no pairs of cores"):
+        launch(query, key, value, {"scale": 1.0}, target="gen2", lnc=2)
 
 
 def test_what_no_kernel_takes() -> None:

@@ -84,7 +84,11 @@ def intervals(q_len: int, prior_lengths: Tensor, capacity: int, window: int | No
     i = torch.arange(q_len, dtype=torch.int32, device=lengths.device)[None]
     first = torch.zeros_like(lengths + i) if window is None else lengths + i - (window - 1)
     prior = Intervals(first, lengths.expand_as(first)).within(capacity)
-    return prior, plan.band(q_len, q_len, None if window is None else 1 - window, 0, lengths.device)
+    return prior, _new_keys(q_len, window, lengths.device)
+
+
+def _new_keys(q_len: int, window: int | None, device: torch.device | str = "cpu") -> Intervals:
+    return plan.band(q_len, q_len, None if window is None else 1 - window, 0, device)
 
 
 def as_one(
@@ -146,13 +150,13 @@ def launch(
     q_len, capacity = query.shape[2], key_prior.shape[2]
     prior, new = intervals(q_len, prior_lengths, capacity, window)
     sources = [
-        prepare.Source("", key, value, new, new, exact=True),
+        prepare.Source("", key, value, new, _new_keys(q_len, window), exact=True),
         prepare.Source(
             "_prior",
             key_prior,
             value_prior,
             prior,
-            plan.band(q_len, capacity, None, None, query.device),
+            plan.band(q_len, capacity, None, None),
             exact=False,
             padding=prior_mask,
         ),

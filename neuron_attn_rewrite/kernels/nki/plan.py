@@ -31,7 +31,9 @@ class Intervals(NamedTuple):
         return Intervals(self.lo.clamp(0, kv_len), self.hi.clamp(0, kv_len))
 
 
-def band(q_len: int, kv_len: int, lower: int | None, upper: int | None, device: torch.device) -> Intervals:
+def band(
+    q_len: int, kv_len: int, lower: int | None, upper: int | None, device: torch.device | str = "cpu"
+) -> Intervals:
     """Row i sees the keys of [i + lower, i + upper]; None is an open side."""
     i = torch.arange(q_len, dtype=torch.int32, device=device)[None]
     lo = torch.zeros_like(i) if lower is None else i + lower
@@ -58,7 +60,7 @@ def tile_rows(q_len: int, device: torch.device) -> Tensor:
 
 
 def runs(intervals: Intervals, exact: bool) -> tuple[Run, ...]:
-    """What each tile looks at. Unless the intervals are `exact`, rows may see less than they say."""
+    """What each tile looks at. Unless the intervals, on the CPU, are `exact`, rows may see less than they say."""
     index = tile_rows(intervals.lo.shape[1], intervals.lo.device)
     lo, hi = intervals.lo[:, index], intervals.hi[:, index]
     empty = lo >= hi

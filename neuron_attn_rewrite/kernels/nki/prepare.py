@@ -58,7 +58,7 @@ class Source:
     intervals: Intervals
     """What each row sees."""
     planned: Intervals
-    """What is known of it before the launch: no row sees more."""
+    """What is known of it before the launch, on the CPU: no row sees more."""
     exact: bool
     """It is all that hides a key of this source from a row, but for `padding` and a bias."""
     padding: Tensor | None = None
@@ -81,8 +81,9 @@ def flash_fwd(
         InputError: what no kernel here computes, or not on that target: "gen2", "gen3" or "gen4".
     """
     q_len, kv_len = query.shape[2], key.shape[2]
+    planned = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper)
     intervals = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
-    planned, exact = intervals, True
+    exact = True
     if terms.bounds is not None:
         lo, hi = terms.bounds.to(torch.int32).unbind(2)
         intervals = plan.meet(intervals, Intervals(lo, hi).within(kv_len))
@@ -106,6 +107,8 @@ def launch(query: Tensor, sources: list[Source], terms: Terms, *, lnc: int, targ
     batch, heads, q_len, _ = query.shape
     kv_heads, kv_len, v_dim = sources[0].value.shape[1:]
     refuse(query, sources[0].value)
+    if target == "gen2" and lnc == 2:
+        raise InputError("gen2 has no pairs of cores: its kernels take lnc=1.")
     query, scale = positive_scale(query, terms.scale)
     group, rows = heads // kv_heads, q_len
     fold = group > 1 and group * q_len <= plan.ROWS
