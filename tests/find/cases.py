@@ -152,8 +152,13 @@ def numbers_agree(
             results.append(pytree.tree_leaves(module(*fresh)))
     for a, b in zip(*results, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
-            nan = a.isnan()
-            error = relative_error(b.masked_fill(nan, 0), a.masked_fill(nan, 0))
-            assert error <= TOLERANCES[a.dtype], str(rewritten.report)
+        assert error_of(b, a) <= TOLERANCES[a.dtype], str(rewritten.report)
     return rewritten
+
+
+def error_of(new: Tensor, old: Tensor) -> float:
+    """The largest difference, relative to the largest magnitude in `old`, where `old` is a number."""
+    if torch.allclose(old, new, rtol=0, atol=0, equal_nan=True):
+        return 0.0
+    nan = old.isnan()
+    return relative_error(new.masked_fill(nan, 0), old.masked_fill(nan, 0))

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.config import TOLERANCES
-from tests.find.cases import cubes
-from tests.helpers import relative_error
+from tests.find.cases import cubes, error_of
 
 N = 4
 ORDERS = list(permutations(range(4)))
@@ -160,4 +159,4 @@ def test_no_mutant_comes_out_wrong(seed: int) -> None:
         inputs = cubes()
         with torch.no_grad():
             for mutant, old, new in zip(model.made, model(*inputs), rewritten(*inputs), strict=True):
-                assert relative_error(new, old) <= 5 * TOLERANCES[torch.float32], mutant
+                assert error_of(new, old) <= 5 * TOLERANCES[torch.float32], mutant
