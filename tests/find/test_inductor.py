@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ class Pattern(nn.Module):
 
 def patterns() -> Iterator[Any]:
     """Each pattern with its dropout at 0, so that those for training are those of inference once more."""
-    for name, entry in _get_sfdp_patterns(torch.device("cpu")):
+    device = (torch.device("cpu"),) if inspect.signature(_get_sfdp_patterns).parameters else ()
+    for name, entry in _get_sfdp_patterns(*device):
         numbers = {key: 0.0 if key == "dropout_p" else value for key, value in entry["scalar_workaround"].items()}
         short = name.replace("_sfdp_pattern_", "").replace("inference", "eval")
         yield pytest.param(Pattern(entry["search_fn"], numbers), entry["example_inputs"], id=short)
