@@ -133,11 +133,16 @@ MATCH = {
     "a bias that depends on the input": Match(
         lambda q, k, v, b: torch.softmax(scores(q, k) + b * b, -1) @ v, with_bias(B, 1, S, S), bias=(B, 1, S, S)
     ),
-    "a bias for each head and key": Match(
-        lambda q, k, v, b: torch.softmax(scores(q, k) + b + additive_causal(), -1) @ v,
+    "a bias for each head and key, and a mask of -inf": Match(
+        lambda q, k, v, b: torch.softmax((scores(q, k) + b).masked_fill(~CAUSAL, -torch.inf), -1) @ v,
         with_bias(H, 1, S),
         "causal(offset=0)",
         bias=(1, H, 1, S),
+    ),
+    "a bias from outside, which may hide keys too, and a finite mask": Match(
+        lambda q, k, v, b: torch.softmax(scores(q, k) + b + additive_causal(), -1) @ v,
+        with_bias(H, 1, S),
+        bias=(1, H, S, S),
     ),
     "two biases": Match(
         lambda q, k, v, b: torch.softmax(scores(q, k) + b + b.square() * 0.5, -1) @ v,

@@ -155,7 +155,8 @@ def test_a_graph_of_transformers_own_tracer() -> None:
 
     config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     for implementation in ("eager", "sdpa"):
-        model = BertModel(config, attn_implementation=implementation).eval()
+        config._attn_implementation = implementation
+        model = BertModel(config).eval()
         ids, mask = torch.randint(0, 64, (2, 12)), example()[1]
         graph = tracer.symbolic_trace(model, input_names=["input_ids", "attention_mask"])
         rewritten = rewrite(graph, (ids, mask), config=ALWAYS)

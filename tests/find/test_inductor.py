@@ -46,7 +46,13 @@ def fresh(like: Tensor) -> Tensor:
 def test_found_and_replaced(model: Pattern, like: list[Tensor]) -> None:
     """Where the model rounds to half precision on its way, the numbers are those of float64."""
     torch.manual_seed(0)
-    rewritten = rewrite(model, tuple(map(fresh, like)), config=CONFIG)
+    example = tuple(map(fresh, like))
+    try:
+        rewritten = rewrite(model, example, config=CONFIG)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            torch.export.export(model, example, strict=False).module()(*example)
+        pytest.skip("torch.export of this version drops a cast, and its own graph does not run")
     (site,) = rewritten.report.replaced
     assert not rewritten.report.kept
     inputs = tuple(map(fresh, like))
