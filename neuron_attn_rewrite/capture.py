@@ -6,6 +6,7 @@ tensor attribute a parameter or buffer, no device baked in, and `node.meta["val"
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -18,7 +19,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.dialects import expand_fused, plain_transformers, refresh_shapes
+from neuron_attn_rewrite.dialects import expand_fused, open_masks, plain_transformers, refresh_shapes
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.graph import eliminate_dead_code, fake_mode, mutates
 
@@ -138,7 +139,7 @@ def _export(
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
-            with plain_transformers():
+            with plain_transformers(), contextlib.nullcontext() if dynamic_shapes is None else open_masks():
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
@@ -147,9 +148,7 @@ def _export(
         f"{type(model).__name__} could not be captured as one graph.\n  "
         + "\n  ".join(causes)
         + "\nTry: rewrite the part of the model (a submodule) that holds its attention; remove what branches on "
-        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
-        "Without a single graph there are torch.compile's backend and transformers' attn_implementation: "
-        "docs/backends.md."
+        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own."
     ) from first
 
 

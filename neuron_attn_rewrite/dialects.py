@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,33 @@ def plain_transformers() -> Iterator[None]:
     finally:
         layers._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def open_masks() -> Iterator[None]:
+    """Let transformers 4 build its masks by broadcasting: torch.export can't trace its torch.vmap for open sizes.
+
+    These are the library's own functions for export. Newer releases broadcast anyway, and have none.
+    """
+    try:
+        without_vmap = importlib.import_module("transformers.integrations.executorch").sdpa_mask_without_vmap
+        functions = importlib.import_module("transformers.masking_utils").ALL_MASK_ATTENTION_FUNCTIONS
+    except (ImportError, AttributeError):
+        yield
+        return
+    registered = functions._global_mapping
+    before = dict(registered)
+
+    def eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+        seen = without_vmap(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_torch_fix": False})
+        return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+    registered.update(sdpa=without_vmap, eager=eager_mask)
+    try:
+        yield
+    finally:
+        registered.clear()
+        registered.update(before)
 
 
 # Operators that hold an attention

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from torch.export import Dim
 
-from neuron_attn_rewrite import InputError, RewrittenModule, rewrite
+from neuron_attn_rewrite import CaptureError, InputError, RewrittenModule, rewrite
 from neuron_attn_rewrite.config import TOLERANCES
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 from tests.models import FAMILIES, VOCABULARY
@@ -40,20 +40,22 @@ def assert_same_tokens(model: torch.nn.Module, rewritten: torch.nn.Module) -> No
             assert relative_error(new[real], old[real]) <= TOLERANCES[torch.float32], (batch, length)
 
 
-def is_traceable(name: str) -> bool:
-    """transformers 4 builds the masks of decoders with vmap, which torch.export traces for fixed sizes alone."""
-    return name == "bert" or not transformers.__version__.startswith("4.")
+TRANSFORMERS_4_CANNOT_TRACE = ("gpt2", "eager")
+"""transformers 4 cuts this model's table of masks to a length that is a number then."""
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_models_of_any_batch_and_length(name: str, implementation: str) -> None:
-    if not is_traceable(name):
-        pytest.skip("not traced with open sizes by this transformers")
     family = next(f for f in FAMILIES if f.name == name)
     model, call = family.build(implementation), family.call("ones")
     shapes = {"input_ids": SIZES, "attention_mask": SIZES}
-    rewritten = rewrite(model, (), call, config=ALWAYS, dynamic_shapes=shapes)
+    try:
+        rewritten = rewrite(model, (), call, config=ALWAYS, dynamic_shapes=shapes)
+    except CaptureError:
+        assert transformers.__version__.startswith("4.")
+        assert (name, implementation) == TRANSFORMERS_4_CANNOT_TRACE
+        return
     assert len(rewritten.report.replaced) == len(rewritten.report.sites) == len(kernel_calls(rewritten)) == 2
     causal = "" if name == "bert" else "causal(offset=0) & "
     assert {str(site.mask) for site in rewritten.report.sites} == {f"{causal}key_padding(attention_mask)"}

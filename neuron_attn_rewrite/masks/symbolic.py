@@ -47,6 +47,7 @@ from neuron_attn_rewrite.sizes import LARGEST, expression_of, input_sizes, limit
 
 MOST_CASES = 64
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+INDICES = (torch.int64, torch.int32)
 At: TypeAlias = tuple[Affine, ...]
 Value: TypeAlias = "Affine | float"
 """An exact integer (of any dtype), or a floating number."""
@@ -492,25 +493,26 @@ def _select(e: SymbolicEvaluator, node: fx.Node, at: At) -> Cases:
 
 
 def _index(e: SymbolicEvaluator, node: fx.Node, at: At) -> Cases:
-    """`x[i, j, ...]` with integer indices for the leading dims."""
+    """`x[:, i, j, ...]` with integer indices for dims that are neighbours."""
     source, indices = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
     inner = tensor(source)
     assert inner is not None
     given = [i for i in indices if isinstance(i, fx.Node)]
-    if given != list(indices[: len(given)]) or any(dtype(i) not in (torch.int64, torch.int32) for i in given):
+    lead = next(d for d, i in enumerate(indices) if i is not None)
+    if given != list(indices[lead : lead + len(given)]) or any(dtype(i) not in INDICES for i in given):
         raise Unknown(f"{node.name} skips a dim")
-    rank = max(tensor(i).dim() for i in given)  # type: ignore[union-attr]
-    places = [e.cases(i, _aligned(at[:rank], i)) for i in given]
+    end = lead + max(tensor(i).dim() for i in given)  # type: ignore[union-attr]
+    places = [e.cases(i, _aligned(at[lead:end], i)) for i in given]
     if any(len(cases) != 1 for cases in places):
         raise Unknown(f"{node.name} looks up by cases")
     found = []
-    for (case,), size in zip(places, inner.shape, strict=False):
+    for (case,), size in zip(places, inner.shape[lead:], strict=False):
         assert isinstance(case.value, Affine)
         if not e.always(case.value) or not e.always(e.size(size) - 1 - case.value):
             raise Unknown(f"{node.name} looks up what may not be there")
         found.append(case.value)
-    return e.cases(source, (*found, *at[rank:]))
+    return e.cases(source, (*at[:lead], *found, *at[end:]))
 
 
 def _arange(e: SymbolicEvaluator, node: fx.Node, at: At) -> Cases:
