@@ -172,7 +172,6 @@ BROKEN: tuple[Broken, ...] = (
         "sections hand nothing on",
         "if stop < row + ROWS:\n",
         "if False:\n",
-        survives="the new keys of no test are more than a section holds",
     ),
     paged("both cores take the first heads", "        first = core\n", "        first = 0\n"),
     # the host's share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -305,6 +305,16 @@ def test_a_schedule_of_a_fixed_size() -> None:
     for which, implementation in PAGED.items():
         out = implementation(*tensors, *fields(schedule), scale=0.2)
         assert relative_error(out, want) <= TOLERANCES[torch.float32], which
+
+
+def test_more_new_keys_than_fit() -> None:
+    """Several sections of new keys: what a row has gathered goes from one to the next."""
+    batch = Batch((150, 200), (70, 0))
+    tensors, tables = batch.tensors(), batch.tables()
+    schedule = make_schedule(batch.query_lens, batch.context_lens, tables, 32, kv_tile=128)
+    made = paged.launch(*tensors, *fields(schedule), scale=0.2)
+    out, _ = simulated.run(replace(made, static={**made.static, "section": 128}), "gen3")
+    assert relative_error(out, expected_paged(batch, tables, *tensors, scale=0.2)) <= TOLERANCES[torch.float32]
 
 
 def test_empty_tiles_are_left_out_and_keys_loaded_once() -> None:
