@@ -20,6 +20,9 @@ BATCH, LENGTH, VOCABULARY, LAYERS, WINDOW, HEAD = 2, 64, 256, 2, 16, 16
 MOST_PARAMETERS, PATIENCE = 30_000_000, 20
 """Parameters of a model, and seconds in which a config and inputs are looked for."""
 
+GAIN = 1.5
+"""Standard deviation of a weight times the root of its fan-in, at least: enough that attention is far from uniform."""
+
 COUNTS = [
     (r"(num_(hidden_|encoder_|decoder_|block_)?layers|n_layers?|(encoder|decoder)_layers|.*_num_layers|depth)", LAYERS),
     (r"(moe_intermediate_size|expert_ffn_hidden_size|shared_expert_intermediate_size)", 32),
@@ -218,7 +221,8 @@ def build(model_type: str, implementation: str, sizes: list[tuple[str, int]], un
             if p.dim() == 2 and not p.any():
                 p.normal_(std=0.5)  # a table of zeros would hide that it is read
             elif p.dim() > 1:
-                p.mul_(2.0)
+                wanted = GAIN * (p.numel() / len(p)) ** -0.5
+                p.mul_(max(1.0, float(wanted / p.std().clamp_min(1e-6))))
     return model.eval()  # type: ignore[no-any-return]
 
 
