@@ -125,6 +125,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The scores are joined with something that is not one sink logit a head.",
             _LEFT + "Kernels take sinks as one number for each head, in one column beside the keys.",
         ),
+        "one-key": Entry(
+            "find",
+            "There is one key, so that the softmax is 1 and the output is the value.",
+            _LEFT + "Nothing is to be gained here.",
+        ),
         "axes": Entry(
             "find",
             "The axes of the operands don't say which are queries, keys, heads and features.",

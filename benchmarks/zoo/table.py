@@ -12,7 +12,7 @@ from benchmarks.zoo.examine import TOLERANCE
 
 Line = dict[str, Any]
 
-APART = {"weights-used": "weights returned or used elsewhere"}
+APART = {"weights-used": "weights or log-sum-exp used elsewhere", "one-key": "a single key"}
 """Attentions that no kernel can take over, by the code of the reason that keeps them."""
 
 
@@ -62,6 +62,8 @@ def summary(lines: list[Line]) -> str:
     ratios = sorted(c["seconds"]["pass"] / c["seconds"]["capture"] for c in worked)
     blind = sum(len(c.get("blind", ())) for c in worked)
 
+    listed = Counter(APART[s["code"]] for c in worked for s in c["sites"] if s["code"] in APART)
+
     def share(part: float, of: float) -> str:
         return f"{part:.0f} of {of:.0f} ({part / max(of, 1):.2%})"
 
@@ -73,7 +75,7 @@ def summary(lines: list[Line]) -> str:
         "attentions counted while the models run": n["counted"],
         "explained in the report": share(n["explained"], n["counted"]),
         "found and understood": share(n["found"], n["counted"]),
-        "weights returned as well, listed apart": n["apart"],
+        "listed apart": f"{n['apart']} ({', '.join(f'{k} {v}' for k, v in listed.items())})",
         "proven and replaced, of the others": share(n["replaced"], n["counted"] - n["apart"]),
         "graphs with a wrong output": n["wrong"],
         "replaced attentions whose mask the inputs do not test": blind,

@@ -41,7 +41,7 @@ def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims
     """
     keys = scores[key_dim]
     if not keys:
-        return Reason("axes", "there is only one key")
+        return Reason("one-key", "there is only one key")
     everything = [*atoms(scores), *atoms(query), *atoms(key), *atoms(value)]
 
     def fine(dims: Dims) -> set[Atom]:

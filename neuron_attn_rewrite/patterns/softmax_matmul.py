@@ -173,6 +173,8 @@ def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, 
         View(node, tuple(() if size == 1 else by_label[label] for size, label in zip(shape(node), labels, strict=True)))
         for node, labels in ((product.left, product.left_labels), (product.right, product.right_labels))
     )
+    if not scores.axes[scores.key_dim]:
+        raise Blocked(scores.node, Reason("one-key", "there is only one key"))
     key_axes = {atom.axis for atom in scores.axes[scores.key_dim]}
     left_has, right_has = (any(a.axis in key_axes for dim in view.dims for a in dim) for view in (left, right))
     if left_has == right_has:
