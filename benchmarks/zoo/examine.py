@@ -95,6 +95,8 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     example = {name: example[name] for name in captured.module.graph._codegen.pytree_info.orig_args}  # type: ignore[attr-defined]
     ordered = {padding: {name: call[name] for name in example} for padding, call in calls.items()}
     native = {padding: outputs(captured.module, call) for padding, call in ordered.items()}
+    # Attentions whose result nobody reads are gone from the graph before anything is looked for.
+    result["unused"] = result["counted"] - count(captured.module, example)
 
     start = time.perf_counter()
     # Not verified: a wrong kernel is to show, and not to be put back.

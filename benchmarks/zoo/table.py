@@ -26,11 +26,16 @@ def wrong(capture: Line) -> dict[str, float]:
     return {p: e for p, e in capture.get("error", {}).items() if not e <= TOLERANCE}
 
 
+def used(capture: Line) -> int:
+    """Attentions counted whose result is read."""
+    return int(capture["counted"] - capture.get("unused", 0))
+
+
 def verdict(capture: Line) -> str:
     """What is not as it should be, in words."""
     said = [f"WRONG {p} {e:.0e}" for p, e in wrong(capture).items()]
-    if len(capture["sites"]) != capture["counted"]:
-        said.append(f"{capture['counted']} counted, {len(capture['sites'])} found")
+    if len(capture["sites"]) != used(capture):
+        said.append(f"{used(capture)} counted, {len(capture['sites'])} found")
     kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
     return "; ".join([*said, *(f"{times} kept: {reason}" for reason, times in kept.items())])
 
@@ -40,8 +45,8 @@ def shares(lines: Iterable[Line]) -> dict[str, float]:
     worked = [c for _, _, c in captures(lines)]
     sites = [s for c in worked for s in c["sites"]]
     listed = sum(s["code"] in APART for s in sites)
-    counted = sum(c["counted"] for c in worked)
-    missing = sum(max(0, c["counted"] - len(c["sites"])) for c in worked)
+    counted = sum(map(used, worked))
+    missing = sum(max(0, used(c) - len(c["sites"])) for c in worked)
     return {
         "counted": counted,
         "explained": counted - missing,
