@@ -262,7 +262,7 @@ MAIN = (
 def named(config: Any, name: str) -> Iterator[Tensor]:
     """Tensors that an argument of this name may be, by the conventions of transformers."""
     words = getattr(config, "vocab_size", None) or VOCABULARY
-    ids = torch.randint(3, min(words, VOCABULARY - 40), (BATCH, LENGTH))
+    ids = torch.randint(3, max(4, min(words, VOCABULARY - 40)), (BATCH, LENGTH))
     hidden = getattr(config, "hidden_size", getattr(config, "d_model", None)) or 64
     size = _image_size(config)
     vision = getattr(config, "vision_config", config)

@@ -61,7 +61,7 @@ def may_hide(term: Term, evaluator: Evaluator) -> bool:
 def are_addends(site: AttentionSite, evaluator: Evaluator) -> bool:
     """Whether adding each term in float32 is what the model computes, in rows that see no key too.
 
-    Not where the model's own rounding is coarser, or where scores are replaced that another term may have hidden.
+    Not where the model's own rounding is coarser, or where scores are replaced that a term before may have hidden.
     """
     replaces = [term for term in site.terms if term.kind != "add"]
     for term in site.terms:
@@ -72,5 +72,5 @@ def are_addends(site: AttentionSite, evaluator: Evaluator) -> bool:
         return False
     if site.is_causal or site.floor > -torch.inf or any(term.zeroed for term in site.terms):
         return False
-    others = [term for term in site.terms if term.kind == "add" and may_hide(term, evaluator)]
-    return not replaces or len(replaces) + len(others) == 1
+    hides = [term for term in site.terms if term.kind != "add" or may_hide(term, evaluator)]
+    return not any(term.kind != "add" for term in hides[1:])

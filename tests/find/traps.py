@@ -37,6 +37,12 @@ def gpt2_with_padding(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -
     return torch.softmax(s + (1.0 - attention_mask[:, None, None].float()) * LOW, -1) @ v
 
 
+def padding_then_causal(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+    """What padding has hidden is replaced by the causal mask's number."""
+    s = scores(q, k) + (1.0 - attention_mask[:, None, None].float()) * LOW
+    return torch.softmax(torch.where(CAUSAL, s, torch.full([], LOW)), -1) @ v
+
+
 def distilbert(live: int) -> Match:
     """Keys whose mask equals 0 are hidden, whatever the others are."""
 
@@ -70,6 +76,7 @@ MATCH = {
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL.triu(-5)),
         mask="sliding_window(6)",
     ),
+    "GPT-2 with left padding": Match(gpt2_with_padding, with_padding, bias=(B, 1, S, S)),
     "padding alone": Match(
         lambda q, k, v, attention_mask: F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask[:, None, None].bool()
@@ -83,6 +90,7 @@ MATCH = {
 }
 
 KEEP = {
+    "GPT-2 with left padding, the other way round": Keep(padding_then_causal, "sees no key", with_padding),
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
     "one softmax over two blocks of keys": Keep(two_blocks, "not one column of sinks"),
@@ -120,7 +128,6 @@ RIGHT = {
     "key not transposed, sizes equal": Right(lambda q, k, v: torch.softmax(q @ k / 2, -1) @ v, cubes),
     "query and key swapped, sizes equal": Right(lambda q, k, v: torch.softmax(scores(k, q), -1) @ v, cubes),
     "left padding with finfo.min": Right(left_padded, with_padding),
-    "GPT-2 with left padding": Right(gpt2_with_padding, with_padding),
     "rows without a key, -inf": Right(
         lambda q, k, v: torch.softmax(scores(q, k) + CAUSAL.float().tril(-1).log(), -1) @ v
     ),
