@@ -4,7 +4,7 @@ python -m benchmarks.zoo                      run what has no result yet, then p
 python -m benchmarks.zoo --sample             a fixed sample of architectures; fails where a promise is broken
 python -m benchmarks.zoo --only llama t5      these, again
 python -m benchmarks.zoo --left               those at which something is left, again
-python -m benchmarks.zoo --write              also put the table into docs/coverage.md
+python -m benchmarks.zoo --known --write      no run: the table of what is known, into docs/coverage.md
 
 Results go to .zoo/, one line of JSON for each architecture and implementation, so that a run can be resumed.
 """
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="a fixed sample, checked against what is promised")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these architectures, again")
     parser.add_argument("--left", action="store_true", help="those at which something is left, again")
+    parser.add_argument("--known", action="store_true", help="run nothing")
     parser.add_argument("--quick", action="store_true", help="capture without a mask only where a model takes none")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md")
@@ -100,7 +101,7 @@ def main() -> None:
     known: Results = {} if given.only or given.sample else load()
     if given.left:
         known = {pair: line for pair, line in known.items() if not something_left(line)}
-    results = {**known, **measure(names, known, given.jobs, given.quick)}
+    results = {**known, **measure([] if given.known else names, known, given.jobs, given.quick)}
     lines = [line for (name, _), line in sorted(results.items()) if name in names]
     print(table(lines))
     if given.write:

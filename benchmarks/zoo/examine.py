@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 from benchmarks.zoo import tiny
 from benchmarks.zoo.count import count
 from neuron_attn_rewrite import CaptureError, RewriteConfig, RewrittenModule
+from neuron_attn_rewrite.backends.compile import backend, collect_reports
 from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.report.model import SiteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
 SECONDS, MEMORY = 120, 4 * 2**30
@@ -90,7 +92,11 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     try:
         captured = capture(model, (), example)
     except CaptureError as error:
-        return {**result, "failed": f"not captured: {short(error.__cause__ or error)}"}
+        why = short(error.__cause__ or error)
+        try:
+            return result | examine_graphs(model, calls, old) | {"broken": why}
+        except Exception as second:
+            return {**result, "failed": f"not captured: {why}; by torch.compile: {short(second)}"}
     seconds = {"capture": time.perf_counter() - start}
     example = {name: example[name] for name in captured.module.graph._codegen.pytree_info.orig_args}  # type: ignore[attr-defined]
     ordered = {padding: {name: call[name] for name in example} for padding, call in calls.items()}
@@ -106,18 +112,7 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     result |= {
         "nodes": report.nodes_before,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "sites": [
-            {
-                "name": s.name,
-                "pattern": s.pattern,
-                "understood": s.q_len is not None,
-                "replaced": s.is_replaced,
-                "mask": f"{s.mask}{' + bias' if s.bias else ''}",
-                "reason": "" if s.is_replaced else s.reasons[-1],
-                "code": "" if s.is_replaced else s.reasons[-1].code,
-            }
-            for s in report.sites
-        ],
+        "sites": [site_line(site) for site in report.sites],
         "capture error": {p: difference(native[p], old[p]) for p in calls},
     }
     if not repeats:
@@ -126,6 +121,37 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     result["error"] = {p: difference(new[p], native[p]) for p in calls}
     result["blind"] = blind(rewritten, next((ordered[p] for p in ("right",) if p in calls), example))
     return result
+
+
+def examine_graphs(model: nn.Module, calls: Mapping[str, Call], old: Mapping[str, Outputs]) -> dict[str, Any]:
+    """The same for a model that torch.compile breaks into several graphs."""
+    torch.compiler.reset()
+    options = {"inner": "eager", "policy": "always", "verify": False}
+    compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
+    with collect_reports() as collected:
+        new = {next(iter(calls)): outputs(compiled, next(iter(calls.values())))}
+        report = collected.report
+    new |= {padding: outputs(compiled, call) for padding, call in calls.items() if padding not in new}
+    return {
+        "graphs": len(collected.graphs),
+        "nodes": report.nodes_before,
+        "sites": [site_line(site) for site in report.sites],
+        "error": {p: difference(new[p], old[p]) for p in calls},
+    }
+
+
+def site_line(site: SiteReport) -> dict[str, Any]:
+    """What is kept of one attention."""
+    reason = None if site.is_replaced else site.reasons[-1]
+    return {
+        "name": site.name,
+        "pattern": site.pattern,
+        "understood": site.q_len is not None,
+        "replaced": site.is_replaced,
+        "mask": f"{site.mask}{' + bias' if site.bias else ''}",
+        "reason": reason or "",
+        "code": reason.code if reason else "",
+    }
 
 
 MOST_BLINDED = 12

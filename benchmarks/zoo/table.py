@@ -63,8 +63,9 @@ def summary(lines: list[Line]) -> str:
     worked = [c for _, _, c in captures(lines)]
     failed = Counter(line["failed"].split(":")[0] for line in lines if "failed" in line)
     unseen = sum("failed" in c for line in lines for c in line.get("captures", {}).values())
-    cost = {k: sum(c["seconds"][k] for c in worked) for k in ("capture", "pass")}
-    ratios = sorted(c["seconds"]["pass"] / c["seconds"]["capture"] for c in worked)
+    timed = [c["seconds"] for c in worked if "seconds" in c]
+    cost = {k: sum(seconds[k] for seconds in timed) for k in ("capture", "pass")}
+    ratios = sorted(seconds["pass"] / seconds["capture"] for seconds in timed)
     blind = sum(len(c.get("blind", ())) for c in worked)
 
     listed = Counter(APART[s["code"]] for c in worked for s in c["sites"] if s["code"] in APART)
@@ -73,10 +74,12 @@ def summary(lines: list[Line]) -> str:
         return f"{part:.0f} of {of:.0f} ({part / max(of, 1):.2%})"
 
     rows = {
-        "architectures": len({line["model"] for line in lines}),
+        "architectures measured": f"{len({line['model'] for line in lines})} of {len(tiny.architectures())}",
         "... with each implementation": len(lines),
         **{f"... {reason}": number for reason, number in failed.items()},
-        "captures": f"{len(worked)}, and {unseen} that failed",
+        "captures as one graph": len(timed),
+        "... in several graphs, by torch.compile": len(worked) - len(timed),
+        "... that failed": unseen,
         "attentions counted while the models run": n["counted"],
         "explained in the report": share(n["explained"], n["counted"]),
         "found and understood": share(n["found"], n["counted"]),
