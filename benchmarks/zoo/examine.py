@@ -130,12 +130,14 @@ def examine_graphs(model: nn.Module, calls: Mapping[str, Call], old: Mapping[str
     compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
     with collect_reports() as collected:
         new = {next(iter(calls)): outputs(compiled, next(iter(calls.values())))}
-        report = collected.report
+        graphs = list(collected.graphs)
+        # One graph may serve several layers: each of its calls counts.
+        sites = [site_line(site) for graph in graphs for _ in range(graph.calls) for site in graph.report.sites]
     new |= {padding: outputs(compiled, call) for padding, call in calls.items() if padding not in new}
     return {
-        "graphs": len(collected.graphs),
-        "nodes": report.nodes_before,
-        "sites": [site_line(site) for site in report.sites],
+        "graphs": len(graphs),
+        "nodes": sum(graph.report.nodes_before for graph in graphs),
+        "sites": sites,
         "error": {p: difference(new[p], old[p]) for p in calls},
     }
 
