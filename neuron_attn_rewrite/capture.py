@@ -148,7 +148,9 @@ def _export(
         f"{type(model).__name__} could not be captured as one graph.\n  "
         + "\n  ".join(causes)
         + "\nTry: rewrite the part of the model (a submodule) that holds its attention; remove what branches on "
-        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own."
+        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
+        "Without a single graph there are torch.compile's backend and transformers' attn_implementation: "
+        "docs/backends.md."
     ) from first
 
 
