@@ -14,7 +14,7 @@ from neuron_attn_rewrite.kernels import ops, reference, vendor
 from neuron_attn_rewrite.masks.spec import Band, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
-from neuron_attn_rewrite.strategy.legality import mask
+from neuron_attn_rewrite.strategy.clauses import mask
 from tests import stand_ins
 
 LENGTHS = (1, 5, 100, 200)

@@ -16,7 +16,8 @@ from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding,
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
-from neuron_attn_rewrite.strategy.legality import KERNELS, Setting, bridged, illegal
+from neuron_attn_rewrite.strategy.clauses import Setting
+from neuron_attn_rewrite.strategy.legality import KERNELS, bridged, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import TABLES, Case, Rule, first, table
 

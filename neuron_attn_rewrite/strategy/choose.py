@@ -14,8 +14,9 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
+from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, broken
 from neuron_attn_rewrite.strategy.cost import Time
-from neuron_attn_rewrite.strategy.legality import DTYPES, OURS, Clause, Setting, bridged, broken, illegal
+from neuron_attn_rewrite.strategy.legality import OURS, bridged, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import NOTES, Case, Rule, first, is_causal_window, is_masked, table
 

@@ -26,7 +26,8 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.problem import AttentionProblem
-from neuron_attn_rewrite.strategy.legality import KERNELS, OURS, mask
+from neuron_attn_rewrite.strategy.clauses import mask
+from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
 
 ROWS, KEYS = 128, 512
 """A tile of scores."""

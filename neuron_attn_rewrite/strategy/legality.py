@@ -2,163 +2,50 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 
-from neuron_attn_rewrite.kernels.vendor.layouts import Mask, mask_of
-from neuron_attn_rewrite.masks.spec import KeyPadding
+from neuron_attn_rewrite.kernels.vendor.layouts import Mask
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.strategy.clauses import (
+    DTYPES,
+    GROUPS,
+    NEVER_EMPTY,
+    NO_BIAS,
+    NO_PADDING,
+    NO_SINK,
+    NO_SOFTCAP,
+    NONZERO_SCALE,
+    ONE_HEAD_DIM,
+    ROUNDED,
+    SCALE,
+    SDK_HEAD_DIM,
+    SIZES,
+    Bridge,
+    Clause,
+    Kernel,
+    Setting,
+    broken,
+    is_padded,
+    mask,
+    shipped,
+    takes,
+    targets,
+)
 
 OURS = "flash_fwd"
 """Our own kernel."""
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DECODE_ROWS = 7
 """Query rows for which attention_tkg is meant."""
-SDK_HEAD_DIM = 128
-"""Largest head_dim of every kernel of the SDK, by its documentation."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a kernel is to run, and which build of it."""
-
-    target: str = "trn2"
-    cores: int = 2
-    """Physical cores in a logical NeuronCore."""
-    sdk: str = "2.29"
-    parameters: frozenset[str] | None = None
-    """What the installed kernel takes; None where none is installed, and the release decides."""
-    loose: frozenset[torch.dtype] = frozenset({torch.bfloat16})
-    """Dtypes in which the caller accepts products rounded to bfloat16."""
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One thing that a kernel or a strategy demands."""
-
-    code: str
-    """The code of the reason that a broken demand is."""
-    demand: str
-    """In words, with the fields of the problem as {p.name} and of the setting as {s.name}."""
-    holds: Callable[[AttentionProblem, Setting], bool]
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """A step that brings a problem into a kernel's reach, exactly."""
-
-    words: str
-    needed: Callable[[AttentionProblem, Setting], bool]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What is known of a kernel before it runs."""
-
-    clauses: tuple[Clause, ...]
-    bridges: tuple[Bridge, ...] = ()
-    folds_groups: bool = False
-    """The query heads of a group are the rows of one tile."""
-    skips_rows: bool = False
-    """Tiles that bounds hide are skipped, not only those that causal and window hide."""
-
-
-def broken(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:
-    """The first demand that the problem breaks, in words; None without one."""
-    found = next((c for c in clauses if not c.holds(problem, setting)), None)
-    return Reason(found.code, found.demand.format(p=problem, s=setting)) if found else None
-
-
-def bridged(name: str, problem: AttentionProblem, setting: Setting) -> tuple[Reason, ...]:
-    """What is done around a call so that the kernel can compute the problem."""
-    return tuple(Reason("bridge", f"{name}: {b.words}") for b in KERNELS[name].bridges if b.needed(problem, setting))
-
-
-def mask(problem: AttentionProblem) -> Mask:
-    """The mask as the SDK's kernels name it, key padding aside."""
-    band = problem.mask.band
-    return mask_of(band.lower, band.upper, bool(problem.mask.runs.claims), problem.q_len, problem.kv_len)
-
-
-def is_padded(problem: AttentionProblem) -> bool:
-    """Whether some keys are hidden by a run-time vector."""
-    return any(isinstance(claim, KeyPadding) for claim in problem.mask.claims)
-
-
-SINCE: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {"attention_cte": MappingProxyType({"bound_min": "2.29", "position_bias": "2.31"})}
-)
-"""The release in which a parameter of a kernel came, used where none is installed."""
-
-
-def takes(name: str, parameter: str, setting: Setting) -> bool:
-    """Whether the kernel has this parameter: by its signature, or by its release."""
-    if setting.parameters is not None:
-        return parameter in setting.parameters
-    return setting.sdk >= SINCE[name][parameter]
 
 
 def _widest(problem: AttentionProblem) -> int:
     """head_dim of the call of attention_cte: it takes one for keys and values, and padding adds a feature."""
     return max(problem.head_dim + is_padded(problem), problem.v_head_dim)
-
-
-SIZES = Clause(
-    "size-zero",
-    "no size may be 0",
-    lambda p, _: 0 not in (p.batch, p.num_kv_heads, p.q_len, p.kv_len, p.head_dim, p.v_head_dim),
-)
-GROUPS = Clause(
-    "head-groups",
-    "num_heads {p.num_heads} must be a multiple of num_kv_heads {p.num_kv_heads}",
-    lambda p, _: p.num_heads % p.num_kv_heads == 0,
-)
-SCALE = Clause("scale-not-finite", "scale {p.scale} must be finite", lambda p, _: math.isfinite(p.scale))
-NONZERO_SCALE = Clause(
-    "scale-not-finite", "scale {p.scale} must not be 0: the kernel takes its own", lambda p, _: p.scale != 0
-)
-NO_SOFTCAP = Clause("kernel-softcap", "it has no softcap, and here is {p.softcap}", lambda p, _: p.softcap is None)
-NO_BIAS = Clause(
-    "kernel-bias", "it takes no bias, and here is one of {p.bias_shape}", lambda p, _: p.bias_shape is None
-)
-NO_SINK = Clause("kernel-sink", "it takes no sink", lambda p, _: not p.sink)
-NO_PADDING = Clause("kernel-mask", "it takes no key padding, and the mask is {p.mask}", lambda p, _: not is_padded(p))
-NEVER_EMPTY = Clause(
-    "empty-rows",
-    "it leaves rows that see no key undefined, and here they are {p.empty_rows.value}; "
-    'empty_rows="any" or padding="right" says that such rows do not matter',
-    lambda p, _: p.empty_rows in (EmptyRows.NEVER, EmptyRows.ANY),
-)
-ROUNDED = Clause(
-    "dtype",
-    "it computes products in bfloat16, and here is {p.dtype}; tolerances={{{p.dtype}: 0.016}} would accept that",
-    lambda p, s: p.dtype in s.loose and p.dtype in DTYPES,
-)
-ONE_HEAD_DIM = Clause(
-    "head-dim",
-    "v_head_dim {p.v_head_dim} must be head_dim {p.head_dim}, and at most 128",
-    lambda p, _: p.v_head_dim == p.head_dim <= SDK_HEAD_DIM,
-)
-
-
-def _targets(*names: str) -> Clause:
-    return Clause(
-        "kernel-target", f"it runs on {', '.join(names)}, not on {{s.target}}", lambda _, s: s.target in names
-    )
-
-
-def _shipped(name: str, since: str, until: str) -> Clause:
-    return Clause(
-        "kernel-sdk",
-        f"it comes with SDK {since} to {until}, not with {{s.sdk}}",
-        lambda _, s: s.parameters is not None or since <= s.sdk <= until,
-    )
 
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
@@ -204,8 +91,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "attention_cte": Kernel(
             (
-                _targets("trn2", "trn3"),
-                _shipped("attention_cte", "2.27", "2.32"),
+                targets("trn2", "trn3"),
+                shipped("2.27", "2.32"),
                 SIZES,
                 GROUPS,
                 Clause(
@@ -268,8 +155,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "attention_tkg": Kernel(
             (
-                _targets("trn2", "trn3"),
-                _shipped("attention_tkg", "2.28", "2.32"),
+                targets("trn2", "trn3"),
+                shipped("2.28", "2.32"),
                 SIZES,
                 GROUPS,
                 ONE_HEAD_DIM,
@@ -303,8 +190,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "attention_isa_kernel": Kernel(
             (
-                _targets("trn1", "inf2", "trn2"),
-                _shipped("attention_isa_kernel", "2.26", "2.28"),
+                targets("trn1", "inf2", "trn2"),
+                shipped("2.26", "2.28"),
                 SIZES,
                 GROUPS,
                 ONE_HEAD_DIM,
@@ -339,8 +226,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "neuronxcc_flash_fwd": Kernel(
             (
-                _targets("trn1", "inf2", "trn2"),
-                _shipped("neuronxcc_flash_fwd", "2.26", "2.28"),
+                targets("trn1", "inf2", "trn2"),
+                shipped("2.26", "2.28"),
                 SIZES,
                 GROUPS,
                 ONE_HEAD_DIM,
@@ -377,8 +264,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "sliding_window_flash_fwd": Kernel(
             (
-                _targets("trn1", "inf2", "trn2"),
-                _shipped("sliding_window_flash_fwd", "2.26", "2.28"),
+                targets("trn1", "inf2", "trn2"),
+                shipped("2.26", "2.28"),
                 SIZES,
                 GROUPS,
                 ONE_HEAD_DIM,
@@ -412,3 +299,8 @@ def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | 
     """Why this kernel can't compute this problem; None if it can."""
     reason = broken(KERNELS[name].clauses, problem, setting)
     return reason and reason.behind(f"{name}: ")
+
+
+def bridged(name: str, problem: AttentionProblem, setting: Setting) -> tuple[Reason, ...]:
+    """What is done around a call so that the kernel can compute the problem."""
+    return tuple(Reason("bridge", f"{name}: {b.words}") for b in KERNELS[name].bridges if b.needed(problem, setting))
