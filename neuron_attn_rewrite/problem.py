@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from torch import Tensor
 
-from neuron_attn_rewrite.masks.spec import MaskSpec
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.masks.spec import Band, Claim, KeyPadding, Limited, MaskSpec
 
 
 class EmptyRows(Enum):
@@ -48,3 +50,34 @@ class AttentionProblem:
     softcap: float | None = None
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
+
+
+def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionProblem:
+    """The problem that the operands of `torch.ops.neuron_attn.flash_fwd` pose, without a look at their values."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    claims: list[Claim] = []
+    if (terms.band_lower, terms.band_upper) != (None, None):
+        claims.append(Band(terms.band_lower, terms.band_upper))
+    if terms.key_padding is not None:
+        claims.append(KeyPadding("key_padding"))
+    if terms.bounds is not None:
+        claims.append(Limited("bounds"))
+    mask = MaskSpec(tuple(claims))
+    rows = mask.rows(q_len, kv_len)
+    known = terms.key_padding is None and terms.bounds is None and bool((rows[:, 0] < rows[:, 1]).all())
+    return AttentionProblem(
+        batch=query.shape[0],
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=query.shape[3],
+        v_head_dim=value.shape[3],
+        dtype=query.dtype,
+        scale=terms.scale,
+        mask=mask,
+        bias_shape=None if terms.bias is None else tuple(terms.bias.shape),  # type: ignore[arg-type]
+        softcap=terms.softcap,
+        sink=terms.sink is not None,
+        empty_rows=EmptyRows.NEVER if known else EmptyRows(terms.empty_rows),
+    )

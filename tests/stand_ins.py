@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -197,7 +197,17 @@ def _cte(
     if sink is not None:
         assert sink.shape == (groups, 1) and sink.dtype == torch.float32
     out = softmax_v(scores * scale, seen, v, sink).to(dtype)
-    return out.mT.contiguous() if tp_out else out
+    out = out.mT.contiguous() if tp_out else out
+    if not cache_softmax:
+        return out
+    assert q_len % 128 == 0
+    scores = torch.where(seen, scores * scale, FILL)
+    scores = scores if sink is None else torch.cat([scores, sink[:, None].expand(-1, q_len, 1)], -1)
+    top = scores.amax(-1)
+    total = (scores - top[..., None]).exp().sum(-1)
+    # Row i lies at [i % 128, i // 128].
+    by_partition = [t.reshape(groups, -1, 128).mT.contiguous() for t in (-top, 1 / total)]
+    return out, *by_partition
 
 
 def attention_tkg_entry(q, k_active, v_active, k_prior, v_prior, mask, sink=None):
@@ -256,7 +266,7 @@ def neuronxcc_flash_fwd(
     config=None,
 ):
     """neuronxcc.nki.kernels.attention.flash_fwd: the window counts the token itself."""
-    assert seed is None and dropout_p == 0.0 and not config.training
+    assert seed is None and dropout_p == 0.0
     assert logit_bias is None or sliding_window < 0
     if sliding_window > 0:
         assert use_causal_mask
@@ -269,7 +279,91 @@ def sliding_window_flash_fwd(
     """NxD Inference's: the left window does not count the token itself, and without a window it fails."""
     left, right = window_size
     assert right < 0 and left > 0
-    return _flash(q, k, v, None, softmax_scale, True, left + 1, config or FlashConfig())
+    config = replace(config or FlashConfig(), training=False)
+    return _flash(q, k, v, None, softmax_scale, True, left + 1, config)
+
+
+def attention_bwd(
+    q_ref,
+    k_ref,
+    v_ref,
+    o_ref,
+    dy_ref,
+    lse_ref,
+    sinks_ref=None,
+    bound_min=None,
+    bound_max=None,
+    use_causal_mask=False,
+    mixed_precision=False,
+    softmax_scale=None,
+    sliding_window=None,
+):
+    """nkilib 2.29, attention_bwd.py. Weights come from the log-sum-exp, their mean gradient from the output."""
+    assert not use_causal_mask or q_ref.shape[3] == k_ref.shape[3]
+    assert bound_min is None and bound_max is None and mixed_precision
+    return _gradients(
+        q_ref,
+        k_ref,
+        v_ref,
+        o_ref,
+        dy_ref,
+        lse_ref,
+        use_causal_mask,
+        softmax_scale,
+        sliding_window or 0,
+        sinks_ref,
+    )
+
+
+def flash_attn_bwd(
+    q_ref,
+    k_ref,
+    v_ref,
+    o_ref,
+    dy_ref,
+    lse_ref,
+    seed_ref,
+    logit_bias_ref=None,
+    use_causal_mask=False,
+    mixed_precision=False,
+    dropout_p=0.0,
+    softmax_scale=None,
+    sliding_window=-1,
+    sinks=None,
+):
+    """neuronxcc.nki.kernels.attention.flash_attn_bwd."""
+    assert seed_ref is None and dropout_p == 0.0 and logit_bias_ref is None and sinks is None and mixed_precision
+    arguments = q_ref, k_ref, v_ref, o_ref, dy_ref, lse_ref, use_causal_mask, softmax_scale, sliding_window
+    return _gradients(*arguments)
+
+
+def _gradients(q, k, v, o, dy, lse, causal, scale, window, sinks=None):
+    batch, heads, d, q_len = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[3]
+    assert heads % kv_heads == 0 and q_len % 128 == 0 and kv_len % (512 if kv_len >= 512 else 128) == 0
+    assert k.shape == v.shape == (batch, kv_heads, d, kv_len) and o.shape == dy.shape == q.shape
+    assert lse.shape == (batch, heads, 128, q_len // 128) and q.dtype == k.dtype == v.dtype == o.dtype == dy.dtype
+    assert window <= 0 or causal
+    scale = scale or d**-0.5
+    i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool)
+    seen = seen & (j <= i) if causal else seen
+    seen = seen & (j > i - window) if window > 0 else seen
+    query, dy, o = (t.float().mT for t in (q, dy, o))
+    k, v = (t.float().repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    lse = lse.mT.reshape(batch, heads, q_len, 1)
+    weights = torch.where(seen, (query @ k * scale - lse).exp(), 0)
+    mean = (dy * o).sum(-1, keepdim=True)
+    by_scores = weights * (dy @ v - mean) * scale
+
+    def summed(grad):
+        return grad.reshape(batch, kv_heads, -1, *grad.shape[2:]).sum(2).to(q.dtype)
+
+    grads = (by_scores @ k.mT).mT.to(q.dtype), summed(query.mT @ by_scores), summed(dy.mT @ weights)
+    if sinks is None:
+        return grads
+    assert sinks.shape == (batch, heads)
+    return *grads, -((sinks[..., None] - lse[..., 0]).exp() * mean[..., 0]).sum(-1)
 
 
 def _flash(q, k, v, bias, scale, causal, window, config):
@@ -288,7 +382,11 @@ def _flash(q, k, v, bias, scale, causal, window, config):
     if bias is not None:
         assert bias.shape == (1, 1, q_len, kv_len)
         scores = scores + bias
-    return softmax_v(scores, seen, v).to(q.dtype)
+    out = softmax_v(scores, seen, v).to(q.dtype)
+    if not config.training:
+        return out
+    lse = torch.where(seen, scores, FILL).logsumexp(-1)
+    return out, lse.reshape(batch, heads, -1, 128).mT.contiguous()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention_cte_2_31) -> dict[str, Recorded]:
@@ -299,9 +397,12 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
         "attention_isa_kernel": Recorded(attention_isa_kernel),
         "neuronxcc_flash_fwd": Recorded(neuronxcc_flash_fwd),
         "sliding_window_flash_fwd": Recorded(sliding_window_flash_fwd),
+        "attention_bwd": Recorded(attention_bwd),
+        "flash_attn_bwd": Recorded(flash_attn_bwd),
     }
     put(monkeypatch, "nki", jit=lambda kernel: kernel)
     put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=kernels["attention_cte"])
+    put(monkeypatch, "nkilib.core.attention.attention_bwd", attention_bwd=kernels["attention_bwd"])
     entry = types.ModuleType("neuron_attn_rewrite.kernels.vendor.tkg_entry")
     entry.attention_tkg_entry = kernels["attention_tkg"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, entry.__name__, entry)
@@ -316,6 +417,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
         monkeypatch,
         "neuronxcc.nki.kernels.attention",
         flash_fwd=kernels["neuronxcc_flash_fwd"],
+        flash_attn_bwd=kernels["flash_attn_bwd"],
         FlashConfig=FlashConfig,
     )
     put(

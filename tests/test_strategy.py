@@ -17,7 +17,7 @@ from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
 from neuron_attn_rewrite.strategy.clauses import Setting
-from neuron_attn_rewrite.strategy.legality import KERNELS, bridged, illegal
+from neuron_attn_rewrite.strategy.legality import BACKWARD, KERNELS, bridged, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import TABLES, Case, Rule, first, table
 
@@ -312,6 +312,34 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW & PADDED}, "padding"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "empty_rows": EmptyRows.ZERO}, "undefined"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "kv_len": 2560}, "the same multiple of 512"),
+    ("attention_bwd", {"target": "trn1"}, {}, {}, "not on trn1"),
+    ("attention_bwd", {"sdk": "2.28"}, {}, {}, "not with 2.28"),
+    ("attention_bwd", {}, {"sink": True}, {}, ""),
+    ("attention_bwd", {}, {"mask": FULL, "kv_len": 384}, {"mask": FULL, "kv_len": 640}, "kv_len 640"),
+    ("attention_bwd", {}, {"mask": FULL, "q_len": 128}, {"mask": FULL, "q_len": 64}, "q_len 64"),
+    ("attention_bwd", {}, {"batch": 64}, {"batch": 65}, "at most 512"),
+    ("flash_attn_bwd", OLD | {"target": "trn3"}, {}, {}, "not on trn3"),
+    ("flash_attn_bwd", OLD | {"sdk": "2.29"}, {}, {}, "not with 2.29"),
+    ("flash_attn_bwd", OLD, {}, {"sink": True}, "no sink"),
+    ("flash_attn_bwd", OLD, {"mask": FULL, "kv_len": 512}, {"mask": FULL, "kv_len": 384}, "kv_len 384"),
+    ("flash_attn_bwd", OLD | {"target": "trn2", "cores": 2}, {}, {"num_kv_heads": 1}, "num_kv_heads 1"),
+    *(
+        (kernel, where, good, bad, words)
+        for kernel, where in (("attention_bwd", {}), ("flash_attn_bwd", OLD))
+        for good, bad, words in (
+            ({}, {"batch": 0}, "no size may be 0"),
+            ({}, {"num_heads": 7}, "num_heads 7"),
+            ({"head_dim": 128, "v_head_dim": 128}, {"v_head_dim": 32}, "v_head_dim 32"),
+            ({}, {"dtype": torch.float32}, "products in bfloat16"),
+            ({"scale": 0.0}, {"scale": float("inf")}, "scale inf"),
+            ({}, {"softcap": 50.0}, "softcap"),
+            ({}, {"bias_shape": (1, 1, 2048, 2048)}, "no bias"),
+            ({}, {"mask": CAUSAL & PADDED}, "no key padding"),
+            ({"empty_rows": EmptyRows.ANY}, {"empty_rows": EmptyRows.ZERO}, "undefined"),
+            ({"mask": WINDOW}, {"kv_len": 2560}, "as many queries as keys"),
+            ({"mask": FULL}, {"mask": ROWS}, "must be none, or causal"),
+        )
+    ),
 ]
 
 
@@ -327,14 +355,14 @@ def test_each_clause_of_each_kernel(
         assert reason is not None and reason.startswith(f"{kernel}: ") and words in reason
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, *BACKWARD])
 def test_each_clause_is_tested(kernel: str) -> None:
     broken = set()
     for name, setting, _, bad, words in BORDERS:
         if name == kernel and words:
             where, p = Setting(**setting), problem(**bad)
-            broken.add(next(c for c in KERNELS[name].clauses if not c.holds(p, where)))
-    assert broken == set(KERNELS[kernel].clauses)
+            broken.add(next(c for c in (KERNELS | BACKWARD)[name].clauses if not c.holds(p, where)))
+    assert broken == set((KERNELS | BACKWARD)[kernel].clauses)
 
 
 def test_an_installed_kernel_is_asked_what_it_takes() -> None:

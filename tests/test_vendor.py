@@ -13,7 +13,7 @@ import torch
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.errors import KernelError
-from neuron_attn_rewrite.kernels import ops, reference, vendor
+from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
 from neuron_attn_rewrite.kernels.simulator import active, run
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
@@ -144,6 +144,67 @@ def test_sliding_window_flash_fwd(window: int, monkeypatch: pytest.MonkeyPatch) 
     kernel = stand_ins.install(monkeypatch)["sliding_window_flash_fwd"]
     check("sliding_window_flash_fwd", 1, {}, {"scale": 0.3, "band_upper": 0, "band_lower": 1 - window})
     assert [grid for grid, _ in kernel.calls] == [(2, 4)]
+
+
+GRADIENTS: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({}, {"scale": 0.3}),
+    ({"q_len": 128}, {"scale": -0.2}),
+    ({}, {"scale": 0.3, "band_upper": 0}),
+    ({}, {"scale": 0.3, "band_upper": 0, "band_lower": -16}),
+    ({}, {"scale": 0.0}),
+    ({}, {"scale": 0.3, "band_upper": 0, "band_lower": -16, "sink": torch.tensor([0.0, 2.0, -1.0, 4.0])}),
+]
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("name", vendor.BACKWARD)
+def test_gradients(name: str, lnc: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)[name]
+    for sizes, options in GRADIENTS if name == "attention_bwd" else GRADIENTS[:-1]:
+        torch.manual_seed(0)
+        query, key, value = operands(**{"batch": 1} | sizes)
+        grad = torch.randn_like(query)
+        terms = ops.check(query, key, value, **options)
+        adapter = vendor.BACKWARD[name].resolve()
+        assert adapter is not None
+        actual = adapter.call(grad, query, key, value, terms, lnc)
+        expected = reference.attention_backward(grad, query, key, value, terms)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape
+            torch.testing.assert_close(a, e, rtol=0, atol=5e-5 * float(e.abs().max()) if e.numel() else 0)
+    grids = {"attention_bwd": lnc, "flash_attn_bwd": (1, 2) if lnc == 1 else (1, stand_ins.Cores(2, 1))}
+    assert {grid for grid, _ in kernel.calls} == {grids[name]}
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes", "options", "kernel"),
+    [
+        ("trn2", {}, {"band_upper": 0}, "attention_bwd"),
+        ("trn1", {}, {"band_upper": 0}, "flash_attn_bwd"),
+        ("trn2", {"kv_len": 640}, {}, None),
+        ("trn2", {}, {"bounds": torch.tensor([[[0, 9]] * 512])}, None),
+        ("trn2", {}, {"band_upper": -1}, None),
+    ],
+)
+def test_gradients_on_a_device(
+    platform: str,
+    sizes: dict[str, int],
+    options: dict[str, Any],
+    kernel: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(launch.PLATFORM, platform)
+    query, key, value = (t.bfloat16() for t in operands(**{"batch": 1} | sizes))
+    grad, options = torch.randn_like(query), {"scale": 0.3} | options
+    expected = ops.backward_decomposed(grad, query, key, value, **options)
+    terms = ops.check(query, key, value, **options)
+    assert launch.backward(grad, query, key, value, terms, 1) is None
+    kernels = stand_ins.install(monkeypatch)
+    actual = ops.backward_on_device(grad, query, key, value, **options)
+    assert [name for name in vendor.BACKWARD if kernels[name].calls] == ([kernel] if kernel else [])
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        torch.testing.assert_close(a, e, rtol=0, atol=2e-2 * float(e.abs().max()) if e.numel() else 0)
 
 
 def test_a_rewritten_graph_names_the_kernel() -> None:

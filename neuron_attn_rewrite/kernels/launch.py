@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,11 +26,16 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
+from neuron_attn_rewrite.problem import posed
+from neuron_attn_rewrite.strategy.clauses import Setting
+from neuron_attn_rewrite.strategy.legality import illegal
 
 TARGET = "AwsNeuronCustomNativeKernel"
 """The custom call that a NKI kernel is in HLO (AWS Neuron documentation, NKI framework custom operators)."""
 GENERATIONS = {"trn1": "gen2", "inf2": "gen2", "trn2": "gen3", "trn3": "gen4"}
 """What NKI calls the NeuronCores of a target."""
+TARGETS = {"gen2": "trn1", "gen3": "trn2", "gen4": "trn3"}
+"""And back: inf2 is as trn1."""
 PLATFORM = "NEURON_PLATFORM_TARGET_OVERRIDE"
 WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
 """Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""
@@ -94,11 +99,27 @@ def launch(
         KernelError: it is not installed.
     """
     if kernel != "flash_fwd":
-        adapter = vendor.require(kernel)
-        if adapter.launch is nki_jit:
-            adapter = replace(adapter, launch=launcher)
-        return adapter.call(query, key, value, terms, lnc)
+        out: Tensor = vendor.require(kernel).launched_by(launcher).call(query, key, value, terms, lnc)
+        return out
     return run(prepare.flash_fwd(query, key, value, terms, lnc=lnc, target=generation()), launcher)
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int, launcher: Launch = nki_jit
+) -> tuple[Tensor, ...] | None:
+    """Gradients by the first kernel of the SDK that is installed and can compute them; None without one.
+
+    A kernel gives no gradient of a bias: those of query, key, value and sink.
+    """
+    if _placeholders:
+        return None
+    problem = posed(query, key, value, terms)
+    for adapter in filter(None, (kernel.resolve() for kernel in vendor.BACKWARD.values())):
+        where = Setting(TARGETS[generation()], lnc, parameters=adapter.parameters)
+        if illegal(adapter.name, problem, where) is None:
+            grads: tuple[Tensor, ...] = adapter.launched_by(launcher).call(grad, query, key, value, terms, lnc)
+            return grads
+    return None
 
 
 def run(call: prepare.Launch, launcher: Launch = nki_jit) -> Tensor:
@@ -194,7 +215,7 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
     """
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-    from neuron_attn_rewrite.kernels.ops import check
+    from neuron_attn_rewrite.kernels.ops import backward_on_device, check
 
     def launcher(kernel: Any, lnc: int) -> Callable[..., Any]:
         launched: Callable[..., Any] = wrap(kernel)[(lnc,)]
@@ -208,16 +229,14 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
                 args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), options.get("lnc", 1), launcher
             )
 
-    def backward(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        from neuron_attn_rewrite.kernels.ops import backward_decomposed
-
+    def gradients(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with mode:
-            return backward_decomposed(*args, **(kwargs or {}))
+            return backward_on_device(*args, **(kwargs or {}), launcher=launcher)
 
     untyped: Any = torch.library
     library = untyped.Library("neuron_attn", "FRAGMENT")
     try:
-        for op, body in (("flash_fwd", rule), ("flash_bwd", backward)):
+        for op, body in (("flash_fwd", rule), ("flash_bwd", gradients)):
             untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, body, lib=library)
         yield
     finally:

@@ -1,7 +1,8 @@
 """The attention ops `torch.ops.neuron_attn.*`. Importing this module registers them.
 
 `flash_fwd` has a fast CPU implementation, a decomposition for every other device, a fake one, and gradients by
-`flash_bwd`, which recomputes the scores. `flash_fwd` computes
+`flash_bwd`, which recomputes the scores; on a Neuron device a kernel of the SDK does where one is installed and can
+(`kernels.vendor.BACKWARD`). `flash_fwd` computes
 
     softmax(softcap(scale * query key^T) + bias, sink) value
 
@@ -39,6 +40,7 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import cpu, launch, paged, prior, reference, simulated, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +60,7 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    f"flash_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, *, {TERMS}, bool bias_grad=False)"
+    f"flash_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, *, {TERMS}, bool bias_grad=False, int lnc=1)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -210,7 +212,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
         tensors = ("bias", "sink", "key_padding", "bounds")
-        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "lnc", "kernel")}
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "kernel")}
         return _below_autograd(query, key, value, options)
 
     @staticmethod
@@ -261,6 +263,24 @@ def backward_decomposed(
     return _like_operands((by_query, by_key, by_value, by_bias, by_sink), query, terms)
 
 
+def backward_on_device(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias_grad: bool = False,
+    launcher: Launch = nki_jit,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """`flash_bwd` by a kernel of the SDK where one can compute it, else as plain torch operators."""
+    terms = check(query, key, value, **options)
+    grads = launch.backward(grad, query, key, value, terms, options.get("lnc", 1), launcher)
+    if grads is None:
+        return backward_decomposed(grad, query, key, value, bias_grad=bias_grad, **options)
+    return _like_operands(grads, query, terms)
+
+
 def _like_operands(grads: tuple[Tensor, ...], query: Tensor, terms: Terms) -> tuple[Tensor, ...]:
     """Gradients in the dtypes of what they belong to."""
     operands = (query, query, query, terms.bias, terms.sink)
@@ -272,6 +292,7 @@ def _like_operands(grads: tuple[Tensor, ...], query: Tensor, terms: Terms) -> tu
 
 LIBRARY.impl("flash_fwd", _autograd, "Autograd")
 LIBRARY.impl("flash_fwd", _xla, "XLA")
+LIBRARY.impl("flash_bwd", backward_on_device, "XLA")
 for _op, _on_cpu, _elsewhere, _meta in (
     ("flash_fwd", _cpu, _decomposed, _fake),
     ("flash_bwd", _backward_cpu, backward_decomposed, _backward_fake),

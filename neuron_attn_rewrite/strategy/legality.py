@@ -294,10 +294,75 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
 )
 """What each kernel demands, by the name in `kernels.vendor.ADAPTERS`."""
 
+_GRADIENTS = (
+    SIZES,
+    GROUPS,
+    ONE_HEAD_DIM,
+    ROUNDED,
+    SCALE,
+    NO_SOFTCAP,
+    NO_BIAS,
+    NO_PADDING,
+    NEVER_EMPTY,
+    Clause(
+        "kernel-mask",
+        "the mask must be none, or causal or a causal window with as many queries as keys, and is {p.mask}",
+        lambda p, _: mask(p) == Mask("full") or (mask(p).kind == "causal" and p.q_len == p.kv_len),
+    ),
+)
+BACKWARD: Mapping[str, Kernel] = MappingProxyType(
+    {
+        "attention_bwd": Kernel(
+            (
+                targets("trn2", "trn3"),
+                shipped("2.29", "2.32"),
+                *_GRADIENTS,
+                Clause(
+                    "kernel-size",
+                    "q_len {p.q_len} must be a multiple of 128; kv_len {p.kv_len} of 512, below 512 of 128",
+                    lambda p, _: p.q_len % 128 == 0 and p.kv_len % (512 if p.kv_len > 512 else 128) == 0,
+                ),
+                Clause(
+                    "kernel-size",
+                    "batch {p.batch} times num_heads {p.num_heads} must be at most 512",
+                    lambda p, _: p.batch * p.num_heads <= 512,
+                ),
+            ),
+            (
+                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                Bridge("output and log-sum-exp are computed once more by attention_cte", lambda *_: True),
+            ),
+        ),
+        "flash_attn_bwd": Kernel(
+            (
+                targets("trn1", "inf2", "trn2"),
+                shipped("2.26", "2.28"),
+                *_GRADIENTS,
+                NO_SINK,
+                Clause(
+                    "kernel-size",
+                    "kv_len {p.kv_len} must be a multiple of 512, q_len {p.q_len} of 128",
+                    lambda p, _: p.kv_len % 512 == 0 and p.q_len % 128 == 0,
+                ),
+                Clause(
+                    "kernel-size",
+                    "num_kv_heads {p.num_kv_heads} must be even on two cores",
+                    lambda p, s: p.num_kv_heads % s.cores == 0,
+                ),
+            ),
+            (
+                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                Bridge("output and log-sum-exp are computed once more by flash_fwd", lambda *_: True),
+            ),
+        ),
+    }
+)
+"""The same for gradients, by the name in `kernels.vendor.BACKWARD`."""
+
 
 def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | None:
     """Why this kernel can't compute this problem; None if it can."""
-    reason = broken(KERNELS[name].clauses, problem, setting)
+    reason = broken((KERNELS.get(name) or BACKWARD[name]).clauses, problem, setting)
     return reason and reason.behind(f"{name}: ")
 
 

@@ -7,14 +7,16 @@ from types import MappingProxyType
 
 from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter
-from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_FWD
-from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_CTE, ATTENTION_TKG
+from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_ATTN_BWD, FLASH_FWD
+from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_BWD, ATTENTION_CTE, ATTENTION_TKG
 from neuron_attn_rewrite.kernels.vendor.nxd_inference import SLIDING_WINDOW
 
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     {adapter.name: adapter for adapter in (ATTENTION_CTE, ATTENTION_TKG, ATTENTION_ISA, FLASH_FWD, SLIDING_WINDOW)}
 )
 """By the name that a decision and the op's `kernel` give it."""
+BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
+"""Those that `flash_bwd` can run as, in the order in which they are asked."""
 
 
 def find(name: str) -> Adapter | None:

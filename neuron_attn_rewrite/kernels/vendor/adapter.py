@@ -9,10 +9,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
-from neuron_attn_rewrite.kernels.reference import Terms
-
 Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
 """(kernel, physical cores) to something that takes the kernel's arguments."""
 
@@ -27,7 +23,10 @@ class Adapter:
     needs: frozenset[str]
     """Parameters without which it is not the kernel that is meant."""
     launch: Launch
-    run: Callable[[Adapter, Tensor, Tensor, Tensor, Terms, int], Tensor]
+    run: Callable[..., Any]
+    """What `call` does, with the adapter itself before the operands."""
+    forward: Adapter | None = None
+    """Of a backward kernel: the one whose output and log-sum-exp it starts from."""
     kernel: Any = None
     """What `resolve` has found."""
     parameters: frozenset[str] = frozenset()
@@ -39,18 +38,23 @@ class Adapter:
             module, attribute = place.split(":")
             kernel = _attribute(module, attribute)
             if kernel is not None:
-                parameters = _parameters(kernel)
-                if self.needs <= parameters:
-                    return replace(self, kernel=kernel, parameters=parameters)
+                parameters, forward = _parameters(kernel), self.forward and self.forward.resolve()
+                if self.needs <= parameters and (forward or not self.forward):
+                    return replace(self, kernel=kernel, parameters=parameters, forward=forward)
         return None
 
-    def call(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
-        """Launch the kernel on `lnc` physical cores.
+    def call(self, *operands: Any) -> Any:
+        """Compute one op by the kernel: the op's tensors, then its terms, then the physical cores to run on.
 
-        Operands as in `torch.ops.neuron_attn.flash_fwd`: [batch, heads, length, dim]. What the kernel can't compute has
-        been refused before, by its clauses in `strategy.legality`; here nothing is checked again.
+        Tensors as in `torch.ops.neuron_attn`: [batch, heads, length, dim]. What the kernel can't compute has been
+        refused before, by its clauses in `strategy.legality`; here nothing is checked again.
         """
-        return self.run(self, query, key, value, terms, lnc)
+        return self.run(self, *operands)
+
+    def launched_by(self, launch: Launch) -> Adapter:
+        """The same with another way to launch `nki` kernels; those of older generations keep theirs."""
+        forward = self.forward and self.forward.launched_by(launch)
+        return replace(self, launch=launch if self.launch is nki_jit else self.launch, forward=forward)
 
     def __call__(self, lnc: int, **arguments: Any) -> Any:
         """The launch itself: by keyword only, because positions move between releases."""

@@ -57,6 +57,39 @@ def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, term
     return out
 
 
+def _flash_attn_bwd(
+    adapter: Adapter, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int
+) -> tuple[Tensor, ...]:
+    """Everything as [batch, heads, dim, length]; output and log-sum-exp come from `flash_fwd` in its training form."""
+    forward = adapter.forward
+    assert forward is not None
+    mask = mask_of(terms.band_lower, terms.band_upper, False, query.shape[2], key.shape[2])
+    # Both kernels see the query scaled, and rounded, alike; and neither could be given a scale of 0.
+    query_t, key_t, value_t = (t.mT.contiguous() for t in (scaled(query, terms.scale), key, value))
+    grid = query.shape[0], _heads(key, lnc)
+    shared: dict[str, Any] = {
+        "use_causal_mask": mask.kind == "causal",
+        "sliding_window": -1 if mask.window is None else mask.window,
+        "softmax_scale": 1.0,
+        "mixed_precision": True,
+        "dropout_p": 0.0,
+    }
+    config = flash_config(forward, key.shape[2], training=True)
+    out, lse = forward.kernel[grid](q=query_t, k=key_t, v=value.contiguous(), seed=None, config=config, **shared)
+    by_query, by_key, by_value = adapter.kernel[grid](
+        q_ref=query_t,
+        k_ref=key_t,
+        v_ref=value_t,
+        o_ref=out.mT.contiguous(),
+        dy_ref=grad.mT.contiguous(),
+        lse_ref=lse,
+        seed_ref=None,
+        **shared,
+    )
+    none = query.new_empty(0)
+    return scaled(by_query.mT, terms.scale), by_key.mT, by_value.mT, none, none
+
+
 def _heads(key: Tensor, lnc: int) -> Any:
     """The second axis of the grid: the kv heads, in pairs for two physical cores."""
     heads = key.shape[1]
@@ -79,4 +112,15 @@ FLASH_FWD = Adapter(
     needs=frozenset("q k v seed logit_bias softmax_scale use_causal_mask sliding_window mixed_precision".split()),
     launch=own_grid,
     run=_flash_fwd,
+)
+FLASH_ATTN_BWD = Adapter(
+    name="flash_attn_bwd",
+    places=("neuronxcc.nki.kernels.attention:flash_attn_bwd", "neuronxcc.nki.kernels:flash_attn_bwd"),
+    needs=frozenset(
+        "q_ref k_ref v_ref o_ref dy_ref lse_ref seed_ref use_causal_mask mixed_precision dropout_p softmax_scale "
+        "sliding_window".split()
+    ),
+    launch=own_grid,
+    run=_flash_attn_bwd,
+    forward=FLASH_FWD,
 )

@@ -1,11 +1,12 @@
 """nkilib, SDK 2.28 and later: open kernels, launched by `nki.jit(kernel)[lnc]`.
 
-Sources: nki-library `nkilib/core/attention/attention_cte.py` and `attention_tkg.py`; SDK documentation
-nki/library/api/attention-cte and attention-tkg.
+Sources: nki-library `nkilib/core/attention/attention_cte.py`, `attention_tkg.py` and `attention_bwd.py`; SDK
+documentation nki/library/api/attention-cte and attention-tkg.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,48 @@ def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     return out.mT.reshape(batch, heads, rows, dim).contiguous()
 
 
+def _attention_bwd(
+    adapter: Adapter, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int
+) -> tuple[Tensor, ...]:
+    """Everything as [batch, heads, dim, length]; output and softmax statistics come from attention_cte once more."""
+    batch, heads, q_len, dim = query.shape
+    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
+    sink = None if terms.sink is None else terms.sink.float()
+    # Both kernels see the query scaled, and rounded, alike: the weights then sum to 1.
+    query = scaled(query, terms.scale)
+    assert adapter.forward is not None
+    out, negated_top, reciprocal = adapter.forward(
+        lnc,
+        q=folded(query),
+        k=folded(key),
+        v=folded(value),
+        scale=1.0,
+        causal_mask=mask.kind == "causal",
+        sliding_window=mask.window,
+        sink=None if sink is None else sink.repeat(batch)[:, None],
+        tp_q=True,
+        tp_k=True,
+        tp_out=True,
+        cache_softmax=True,
+    )
+    by_query, by_key, by_value, *by_sink = adapter(
+        lnc if batch * key.shape[1] % lnc == 0 else 1,
+        q_ref=query.mT.contiguous(),
+        k_ref=key.mT.contiguous(),
+        v_ref=value.mT.contiguous(),
+        o_ref=out.reshape(batch, heads, dim, q_len),
+        dy_ref=grad.mT.contiguous(),
+        lse_ref=-(negated_top + reciprocal.log()).reshape(batch, heads, QUERY_GROUP, -1),
+        sinks_ref=None if sink is None else sink.expand(batch, heads).contiguous(),
+        use_causal_mask=mask.kind == "causal",
+        mixed_precision=True,
+        softmax_scale=1.0,
+        sliding_window=mask.window,
+    )
+    none = query.new_empty(0)
+    return scaled(by_query.mT, terms.scale), by_key.mT, by_value.mT, none, by_sink[0].sum(0) if by_sink else none
+
+
 ATTENTION_CTE = Adapter(
     name="attention_cte",
     places=(
@@ -125,4 +168,15 @@ ATTENTION_TKG = Adapter(
     needs=frozenset("q k_active v_active k_prior v_prior mask sink".split()),
     launch=nki_jit,
     run=_attention_tkg,
+)
+ATTENTION_BWD = Adapter(
+    name="attention_bwd",
+    places=("nkilib.core.attention.attention_bwd:attention_bwd",),
+    needs=frozenset(
+        "q_ref k_ref v_ref o_ref dy_ref lse_ref sinks_ref use_causal_mask mixed_precision softmax_scale "
+        "sliding_window".split()
+    ),
+    launch=nki_jit,
+    run=_attention_bwd,
+    forward=replace(ATTENTION_CTE, needs=ATTENTION_CTE.needs | {"cache_softmax"}),
 )
