@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from neuron_attn_rewrite.errors import ConfigError
-from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.strategy.legality import KERNELS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import SDKS, Rule
 
@@ -34,7 +34,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "verify": (True, False),
     }
 )
-KERNEL_NAMES = ("flash_fwd", *vendor.ADAPTERS)
+KERNEL_NAMES = tuple(KERNELS)
 TWO_CORE_TARGETS = ("trn2", "trn3")
 
 

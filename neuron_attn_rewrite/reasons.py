@@ -245,6 +245,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The kernel does not come with this release of the SDK.",
             _LEFT + "Set sdk to the installed release, or allow another kernel by kernels=.",
         ),
+        "kernel-undocumented": Entry(
+            "kernel",
+            "The SDK has such a kernel, but too little is published of it to call it right.",
+            _LEFT + "Allow another kernel by kernels=: flash_fwd takes what can be proven.",
+        ),
         "kernel-size": Entry(
             "kernel",
             "A length, or a number of heads, is outside of what the kernel takes.",

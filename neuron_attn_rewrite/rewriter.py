@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def rewrite(
     config = config or RewriteConfig()
     captured = capture(model, args, kwargs, dynamic_shapes)
     report = rewrite_graph(captured.module, captured.inputs, config)
-    for text in report.warnings:
+    for text in (*report.warnings, *unmatched(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return RewrittenModule.wrap(captured.module, report)
 
@@ -106,6 +107,17 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     report = make_report(module.graph, before, plans, grafts, errors, config)
     demand(report, config)
     return report
+
+
+def unmatched(report: RewriteReport, config: RewriteConfig) -> tuple[str, ...]:
+    """The patterns of `config.sites` that no attention has matched, in words: most are slips."""
+    names = [site.name for site in report.sites]
+    return tuple(
+        f"RewriteConfig.sites[{pattern!r}] matches no attention; they are {', '.join(names[:3]) or 'none'}"
+        + (f" and {len(names) - 3} more." if len(names) > 3 else ".")
+        for pattern in config.sites
+        if not any(fnmatchcase(name, pattern) for name in names)
+    )
 
 
 def demand(report: RewriteReport, config: RewriteConfig) -> None:

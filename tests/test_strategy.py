@@ -12,6 +12,7 @@ import torch
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, DeviceError
+from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy import cost, profile
@@ -312,6 +313,9 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW & PADDED}, "padding"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "empty_rows": EmptyRows.ZERO}, "undefined"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "kv_len": 2560}, "the same multiple of 512"),
+    ("prefix_caching_attention_fwd_isa_kernel", OLD, {}, {"mask": BACK, "kv_len": 3072}, "undocumented: which lengths"),
+    ("attention_tkg_fwd_isa_kernel", OLD, {}, ONE, "undocumented: which lengths"),
+    ("attention_segmented_cte", {}, {}, {"mask": BACK, "kv_len": 3072}, "one prior length for all requests"),
     ("attention_bwd", {"target": "trn1"}, {}, {}, "not on trn1"),
     ("attention_bwd", {"sdk": "2.28"}, {}, {}, "not with 2.28"),
     ("attention_bwd", {}, {"sink": True}, {}, ""),
@@ -363,6 +367,21 @@ def test_each_clause_is_tested(kernel: str) -> None:
             where, p = Setting(**setting), problem(**bad)
             broken.add(next(c for c in (KERNELS | BACKWARD)[name].clauses if not c.holds(p, where)))
     assert broken == set((KERNELS | BACKWARD)[kernel].clauses)
+
+
+def test_a_kernel_without_an_adapter_is_never_chosen() -> None:
+    for name in set(KERNELS) - {"flash_fwd", *vendor.ADAPTERS}:
+        decision = choose(problem(), RewriteConfig(policy="always", kernels=(name,)))
+        assert decision.kernel == NATIVE and f"{name}: undocumented" in decision.reasons[0]
+
+
+@pytest.mark.parametrize("name", ["trn1", "inf2"])
+def test_inf2_is_as_trn1(name: str) -> None:
+    here, there = (
+        choose(problem(2048), RewriteConfig(target=t, sdk="2.28", kernels=tuple(KERNELS))) for t in (name, "trn1")
+    )
+    assert (here.kernel, here.strategy, here.lnc) == (there.kernel, there.strategy, there.lnc)
+    assert cost.HARDWARE[name] == cost.HARDWARE["trn1"]
 
 
 def test_an_installed_kernel_is_asked_what_it_takes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.errors import KernelError
+from neuron_attn_rewrite.errors import KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
 from neuron_attn_rewrite.kernels.simulator import active, run
 from tests import stand_ins
@@ -221,6 +222,16 @@ def test_a_rewritten_graph_names_the_kernel() -> None:
     assert any("the scale goes into the query" in reason for reason in rewritten.report.sites[0].reasons)
     fresh = inputs()
     torch.testing.assert_close(rewritten(*fresh), attend(*fresh), rtol=0, atol=2e-2)
+
+
+def test_a_pattern_that_matches_no_site_warns() -> None:
+    inputs = operands(q_len=64, kv_len=64, kv_heads=4)
+    attend = Function(torch.nn.functional.scaled_dot_product_attention)
+    with pytest.warns(RewriteWarning, match=r"sites\['\*\.attn'\] matches no attention; they are"):
+        rewrite(attend, inputs, config=RewriteConfig(sites={"*.attn": "flash_fwd"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RewriteWarning)
+        rewrite(attend, inputs, config=RewriteConfig(sites={"*": "flash_fwd"}))
 
 
 def test_nothing_is_found_without_an_sdk() -> None:

@@ -22,7 +22,7 @@ from neuron_attn_rewrite.errors import RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite
-from neuron_attn_rewrite.strategy.legality import KERNELS
+from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import SDKS, table
 
@@ -226,8 +226,10 @@ STRATEGY_WORDS = {
 def kernels() -> None:
     """The kernels: which are installed here, and what each demands of an attention."""
     for name, kernel in KERNELS.items():
-        if name not in vendor.ADAPTERS:
+        if name == OURS:
             state = "part of this package"
+        elif name not in vendor.ADAPTERS:
+            state = "of the SDK, never called"
         else:
             state = "installed" if vendor.find(name) else "of the SDK, not installed here"
         click.secho(name, bold=True, nl=False)

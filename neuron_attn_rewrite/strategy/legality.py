@@ -48,6 +48,11 @@ def _widest(problem: AttentionProblem) -> int:
     return max(problem.head_dim + is_padded(problem), problem.v_head_dim)
 
 
+def _undocumented(what: str) -> Clause:
+    """For a kernel of the SDK that nobody can be sure to call right."""
+    return Clause("kernel-undocumented", f"undocumented: {what}", lambda *_: False)
+
+
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         OURS: Kernel(
@@ -290,9 +295,18 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             ),
             (Bridge("keys and values are repeated for each query head", lambda p, _: p.num_heads != p.num_kv_heads),),
         ),
+        "prefix_caching_attention_fwd_isa_kernel": Kernel(
+            (_undocumented("which lengths it takes, and what its mask hides of new keys: it is closed"),)
+        ),
+        "attention_tkg_fwd_isa_kernel": Kernel(
+            (_undocumented("which lengths it takes, and how it lays out active_mask and k_out: it is closed"),)
+        ),
+        "attention_segmented_cte": Kernel(
+            (_undocumented("where it reads the new keys; and it takes one prior length for all requests"),)
+        ),
     }
 )
-"""What each kernel demands, by the name in `kernels.vendor.ADAPTERS`."""
+"""What each kernel demands, by the name in `kernels.vendor.ADAPTERS`; some are known, and have no adapter."""
 
 _GRADIENTS = (
     SIZES,
