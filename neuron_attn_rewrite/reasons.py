@@ -64,11 +64,6 @@ _DENSE = "The numbers are exact; the kernel reads the mask as a dense operand, o
 
 REASONS: Mapping[str, Entry] = MappingProxyType(
     {
-        "symbolic-sizes": Entry(
-            "graph",
-            "torch.compile hands over a graph whose sizes are symbols.",
-            _LEFT + "Compile with dynamic=False, or mark the dims with torch._dynamo.mark_static.",
-        ),
         "not-traced": Entry(
             "graph",
             "A graph of torch.compile can't be traced to ATen operators.",

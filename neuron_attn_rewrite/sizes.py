@@ -17,7 +17,7 @@ from torch import fx
 LARGEST = 2**31
 """No dim of a tensor that is a number gets as large."""
 
-_numbers: dict[str, int] = {}
+_numbers: dict[sympy.Expr, int] = {}
 _expressions: dict[int, sympy.Expr] = {}
 
 
@@ -37,11 +37,10 @@ def number_of(size: int | torch.SymInt) -> int:
 
 
 def _prime_of(expression: sympy.Expr) -> int:
-    name = str(expression)
-    if name not in _numbers:
-        _numbers[name] = int(sympy.nextprime(max(_expressions, default=LARGEST)))
-        _expressions[_numbers[name]] = expression
-    return _numbers[name]
+    if expression not in _numbers:
+        _numbers[expression] = int(sympy.nextprime(max(_expressions, default=LARGEST)))
+        _expressions[_numbers[expression]] = expression
+    return _numbers[expression]
 
 
 def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:

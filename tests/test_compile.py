@@ -19,7 +19,7 @@ from neuron_attn_rewrite.backends import compile as door
 from neuron_attn_rewrite.backends.compile import CompileReport
 from neuron_attn_rewrite.backends.inductor import InductorPass, pass_id
 from tests.helpers import relative_error
-from tests.models import FAMILIES
+from tests.models import FAMILIES, VOCABULARY
 
 NAME = "neuron_attn_rewrite"
 FLASH = torch.ops.neuron_attn.flash_fwd.default
@@ -203,14 +203,59 @@ def test_recompiles() -> None:
     assert {site.q_len for site in reports.report.sites} == {10, 12}
 
 
-def test_symbolic_sizes_are_passed_on_with_the_reason() -> None:
-    model = Stack().eval()
-    reports = run(model, compiled(model, dynamic=True), example())
-    replaced, found = counts(reports)
-    assert found == 2
-    if not replaced:
-        assert {site.reasons[-1].code for site in reports.report.kept} == {"symbolic-sizes"}
-        assert "dynamic=False" in str(reports)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_sizes_that_become_symbols(name: str, implementation: str) -> None:
+    """Dynamo makes the length a symbol, then the batch: three graphs, all rewritten, for any number of sizes."""
+    family = next(f for f in FAMILIES if f.name == name)
+    model = family.build(implementation)
+    function = compiled(model, "eager")
+    with torch.no_grad(), collect_reports() as reports:
+        for batch, length in ((2, 12), (2, 20), (3, 7), (4, 30)):
+            left = torch.ones(batch, length, dtype=torch.int64)
+            left[0, : length // 2] = 0
+            for mask in (left, left.flip(1)):
+                call = {"input_ids": torch.randint(3, VOCABULARY, (batch, length)), "attention_mask": mask}
+                old, new = model(**call)[0], function(**call)[0]
+                assert relative_error(new[mask.bool()], old[mask.bool()]) < 2e-5
+    assert [graph.calls for graph in reports.graphs] == [2, 2, 4]
+    assert counts(reports) == (6, 6), str(reports)
+    assert all(site.max_error is not None and site.max_error < 2e-5 for site in reports.report.sites)
+    assert all("key_padding" in str(site.mask) for site in reports.report.sites)
+
+
+def test_symbols_from_the_first_call_in_training() -> None:
+    model = Stack().train()
+    function = compiled(model, dynamic=True)
+    with collect_reports() as reports:
+        for length in (10, 14):
+            x, mask = example(length)
+            gradients = []
+            for call in (model, function):
+                model.zero_grad()
+                call(x, mask).square().mean().backward()
+                gradients.append(model.layers[0].qkv.weight.grad.clone())  # type: ignore[union-attr, operator]
+            assert relative_error(*gradients) < 1e-4
+    assert len(reports.graphs) == 1 and counts(reports) == (2, 2), str(reports)
+
+
+def test_a_mask_that_holds_at_one_length_only_is_no_rule_at_symbols() -> None:
+    """Causal at 8 and at no other length."""
+
+    class Odd(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            i = torch.arange(q.shape[2], device=q.device)
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=i[:, None] * 8 >= i[None] * q.shape[2])
+
+    model, inner = Odd(), Keeps()
+    function = compiled(model, inner)
+    with collect_reports() as reports:
+        for length in (8, 11, 5):
+            q = 3 * torch.randn(1, 2, length, 4)
+            assert relative_error(function(q), model(q)) < 2e-5
+    static, symbolic = (graph.report.sites[0] for graph in reports.graphs)
+    assert str(static.mask) == "causal(offset=0)"
+    assert "causal" not in str(symbolic.mask) and symbolic.reasons
 
 
 def test_buffers_are_inputs_and_not_constants() -> None:

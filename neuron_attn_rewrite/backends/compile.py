@@ -235,7 +235,7 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
         return merged([_untouched(module, config, reason), *(_rewritten(body, None, config) for body in bodies)])
     if not _holds_attention(module):
         return _untouched(module, config)
-    values = example_inputs if example_inputs is not None and _can_run(example_inputs) else None
+    values = _values(example_inputs or ())
     try:
         with tracing_as(module):
             source = to_aten(module)
@@ -255,10 +255,12 @@ def _holds_attention(module: fx.GraphModule) -> bool:
     return any(attentions(part.graph) for part in module.modules() if isinstance(part, fx.GraphModule))
 
 
-def _can_run(values: Sequence[Any]) -> bool:
-    """Whether these are real tensors on the CPU: nothing is measured on a device that would have to compile first."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+def _values(inputs: Sequence[Any]) -> list[Any] | None:
+    """What the graph can be run with; None without any, or on a device that would have to compile first."""
+    values = [v.node.hint if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) else v for v in inputs]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    on_cpu = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return values if tensors and on_cpu and not any(v is None for v in values) else None
 
 
 def _untouched(module: fx.GraphModule, config: RewriteConfig, *reasons: Reason) -> RewriteReport:

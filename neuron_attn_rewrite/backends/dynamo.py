@@ -41,7 +41,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     """A new, normalised ATen graph of what a torch-level graph computes, with the same inputs in the same order.
 
     Raises:
-        NotAnalysed: the sizes are symbolic, an input is no plain tensor, or some call can't be traced.
+        NotAnalysed: an input is no plain tensor, or some call can't be traced.
     """
     _must_be_plain(module.graph)
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -73,21 +73,14 @@ def value(node: fx.Node) -> Any:
 
 
 def _must_be_plain(graph: fx.Graph) -> None:
-    """Static sizes everywhere, and no input that is more than a tensor."""
-    symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
-    for node in graph.nodes:
+    """Every input has a shape, and none is more than a tensor."""
+    for node in graph.find_nodes(op="placeholder"):
         given = value(node)
-        is_input, is_plain = node.op == "placeholder", type(given) is FakeTensor and given.layout is torch.strided
-        if is_input and given is None:
+        if given is None:
             raise NotAnalysed(Reason("not-traced", f"the input {_readable(node)} carries no shape"))
-        if is_input and isinstance(given, Tensor) and not is_plain:
+        if isinstance(given, Tensor) and (type(given) is not FakeTensor or given.layout is not torch.strided):
             words = f"the input {_readable(node)} is a {type(given).__name__} and no plain tensor"
             raise NotAnalysed(Reason("not-traced", words))
-        if isinstance(given, symbolic) or (is_plain and any(isinstance(size, symbolic) for size in given.shape)):
-            words = "compile with dynamic=False, or mark the dims with torch._dynamo.mark_static"
-            raise NotAnalysed(
-                Reason("symbolic-sizes", f"the graph's sizes are symbolic (at {_readable(node)}): {words}")
-            )
 
 
 def _fresh(given: Any) -> Any:
