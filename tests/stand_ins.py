@@ -366,6 +366,54 @@ def _gradients(q, k, v, o, dy, lse, causal, scale, window, sinks=None):
     return *grads, -((sinks[..., None] - lse[..., 0]).exp() * mean[..., 0]).sum(-1)
 
 
+def flash_paged_attention_with_schedule(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    tile_q_indices,
+    tile_block_tables,
+    tile_masks,
+    active_mask,
+    softmax_scale=None,
+    mixed_precision=True,
+):
+    """NxD Inference 2.26's: what is not loaded stays as the tile before left it; masked scores are -9984."""
+    (batch, heads, d, q_len), (tiles, q_tile, kv_tile) = query.shape, tile_masks.shape
+    blocks, kv_heads, block_size, _ = key_cache.shape
+    per_tile = kv_tile // block_size
+    assert batch == 1 and d in (16, 32, 64, 128) and q_len & (q_len - 1) == 0
+    assert q_len % q_tile == 0 and q_tile % 128 == 0 and kv_tile % 512 == 0 and per_tile & (per_tile - 1) == 0
+    assert key_cache.shape == value_cache.shape == (blocks, kv_heads, block_size, d)
+    assert key.shape == (1, kv_heads, d, q_len) and value.shape == (1, kv_heads, q_len, d)
+    assert tile_block_tables.shape == (tiles, per_tile) and active_mask.shape == (q_len, q_len)
+    assert tile_masks.dtype == active_mask.dtype == tile_block_tables.dtype == torch.int32
+    buffers = torch.zeros(2, per_tile, kv_heads, block_size, d)
+    run = kv_tile // max(128, per_tile)
+    q = query.float().mT[0] * (softmax_scale or d**-0.5)
+    row_scores = [[torch.full((heads, q_tile, 1), -2 * 9984.0)] for _ in range(q_len // q_tile)]
+    row_values = [[torch.zeros(heads, 1, d)] for _ in row_scores]
+    for t in range(tiles):
+        for slot, block in enumerate(tile_block_tables[t].tolist()):
+            if block < blocks:
+                buffers[0, slot], buffers[1, slot] = key_cache[block].float(), value_cache[block].float()
+        # [kv heads, keys, d], in the order in which the partitions hold them.
+        k, v = (b.transpose(0, 1).reshape(kv_heads, -1, 128, run, d).transpose(2, 3).flatten(1, 3) for b in buffers)
+        k, v = (x.repeat_interleave(heads // kv_heads, 0) for x in (k, v))
+        rows = int(tile_q_indices[t])
+        scores = q[:, rows * q_tile : (rows + 1) * q_tile] @ k.mT
+        row_scores[rows].append(torch.where(tile_masks[t].bool(), scores, -9984.0))
+        row_values[rows].append(v)
+    k, v = (x[0].float().repeat_interleave(heads // kv_heads, 0) for x in (key, value))
+    active = torch.where(active_mask.bool() & torch.ones(q_len, q_len).tril().bool(), q @ k, -9984.0)
+    out = [
+        torch.cat([*s, active[:, i * q_tile : (i + 1) * q_tile]], 2).softmax(-1) @ torch.cat([*values, v], 1)
+        for i, (s, values) in enumerate(zip(row_scores, row_values, strict=True))
+    ]
+    return torch.cat(out, 1)[None].to(query.dtype)
+
+
 def _flash(q, k, v, bias, scale, causal, window, config):
     batch, heads, d, q_len = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[3]
@@ -399,9 +447,13 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
         "sliding_window_flash_fwd": Recorded(sliding_window_flash_fwd),
         "attention_bwd": Recorded(attention_bwd),
         "flash_attn_bwd": Recorded(flash_attn_bwd),
+        "flash_paged_attention_with_schedule": Recorded(flash_paged_attention_with_schedule),
     }
     put(monkeypatch, "nki", jit=lambda kernel: kernel)
     put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=kernels["attention_cte"])
+    name = "flash_paged_attention_with_schedule"
+    place = "neuronx_distributed_inference.modules.chunked_prefill.flash_pa_with_schedule"
+    put(monkeypatch, place, **{name: kernels[name]})
     put(monkeypatch, "nkilib.core.attention.attention_bwd", attention_bwd=kernels["attention_bwd"])
     entry = types.ModuleType("neuron_attn_rewrite.kernels.vendor.tkg_entry")
     entry.attention_tkg_entry = kernels["attention_tkg"]  # type: ignore[attr-defined]

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.errors import KernelError, RewriteWarning
+from neuron_attn_rewrite.errors import InputError, KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
+from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
+from tests.test_cached import Batch, fields
 
 CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
@@ -206,6 +208,38 @@ def test_gradients_on_a_device(
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         torch.testing.assert_close(a, e, rtol=0, atol=2e-2 * float(e.abs().max()) if e.numel() else 0)
+
+
+PAGED = "flash_paged_attention_with_schedule"
+
+
+@pytest.mark.parametrize(("block_size", "kv_tile"), [(32, 512), (2, 512), (4, 1024), (128, 512)])
+def test_paged(block_size: int, kv_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)[PAGED]
+    torch.manual_seed(0)
+    batch = Batch((150, 70, 1), (700, 0, 40), block_size=block_size)
+    tensors, tables = batch.tensors(), batch.tables()
+    schedule = make_schedule(
+        batch.query_lens, batch.context_lens, tables, block_size, kv_tile=kv_tile, q_len=tensors[0].shape[2], tiles=9
+    )
+    operands = (*tensors, *fields(schedule))
+    adapter = vendor.find(PAGED)
+    assert adapter is not None
+    actual = adapter.call(*operands, reference.Terms(0.2), 1)
+    expected = torch.ops.neuron_attn.flash_paged(*operands, scale=0.2, kernel=PAGED)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert [grid for grid, _ in kernel.calls] == [(1, tensors[1].shape[1])]
+    for terms, words in ((reference.Terms(0.2, softcap=1.0), "no softcap"), (reference.Terms(0.2), "multiple of 512")):
+        few = (*operands[:7], operands[7][:, : 256 // block_size], *operands[8:])
+        with pytest.raises(InputError, match=words):
+            adapter.call(*(operands if terms.softcap else few), terms, 1)
+
+
+def test_paged_kernels_have_names() -> None:
+    batch = Batch((150,), (0,))
+    schedule = make_schedule((150,), (0,), batch.tables(), 32)
+    with pytest.raises(InputError, match=f"one of flash_paged, {PAGED}, not 'flash'"):
+        torch.ops.neuron_attn.flash_paged(*batch.tensors(), *fields(schedule), scale=0.2, kernel="flash")
 
 
 def test_a_rewritten_graph_names_the_kernel() -> None:

@@ -326,13 +326,20 @@ def _register(op: ModuleType) -> None:
         checked(*tensors, **options)
         return cast(Tensor, op.decomposed(*tensors, **options))
 
+    def launched(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+        kernel = options.get("kernel", op.NAME)
+        if kernel == op.NAME:
+            return launch.run(op.launch(*tensors, **options, target=launch.generation()))
+        terms = Terms(options["scale"], softcap=options.get("softcap"), sink=options.get("sink"))
+        return cast(Tensor, vendor.require(kernel).call(*tensors, terms, options.get("lnc", 1)))
+
     def on_xla(*tensors: Tensor, **options: Any) -> Tensor:
         checked(*tensors, **options)
         return launch.on_xla(
             op.NAME,
             tensors,
             options,
-            launched=lambda: launch.run(op.launch(*tensors, **options, target=launch.generation())),
+            launched=lambda: launched(tensors, options),
             decomposed=lambda: cast(Tensor, op.decomposed(*tensors, **options)),
         )
 

@@ -9,7 +9,7 @@ from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter
 from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_ATTN_BWD, FLASH_FWD
 from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_BWD, ATTENTION_CTE, ATTENTION_TKG
-from neuron_attn_rewrite.kernels.vendor.nxd_inference import SLIDING_WINDOW
+from neuron_attn_rewrite.kernels.vendor.nxd_inference import FLASH_PAGED, SLIDING_WINDOW
 
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     {adapter.name: adapter for adapter in (ATTENTION_CTE, ATTENTION_TKG, ATTENTION_ISA, FLASH_FWD, SLIDING_WINDOW)}
@@ -17,11 +17,14 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 """By the name that a decision and the op's `kernel` give it."""
 BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
 """Those that `flash_bwd` can run as, in the order in which they are asked."""
+PAGED: Mapping[str, Adapter] = MappingProxyType({FLASH_PAGED.name: FLASH_PAGED})
+"""Those that `flash_paged` can run as, by its `kernel`."""
+_ALL = {**ADAPTERS, **BACKWARD, **PAGED}
 
 
 def find(name: str) -> Adapter | None:
     """The adapter of an installed kernel, ready to be called; None if it is not installed or not of this package."""
-    return ADAPTERS[name].resolve() if name in ADAPTERS else None
+    return _ALL[name].resolve() if name in _ALL else None
 
 
 def require(name: str) -> Adapter:
@@ -32,7 +35,7 @@ def require(name: str) -> Adapter:
     """
     adapter = find(name)
     if adapter is None:
-        places = ", ".join(p.replace(":", ".") for p in ADAPTERS[name].places) if name in ADAPTERS else "nothing"
+        places = ", ".join(p.replace(":", ".") for p in _ALL[name].places) if name in _ALL else "nothing"
         raise KernelError(
             f"this graph was rewritten for the SDK's kernel {name!r}, not installed here (looked for {places}). "
             'Install the SDK that ships it, or rewrite with RewriteConfig(kernels=("flash_fwd",)).'
