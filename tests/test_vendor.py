@@ -305,3 +305,29 @@ def test_the_kernel_itself_on_the_simulator(name: str, lnc: int, monkeypatch: py
         terms = ops.check(query, key, value, **options)
         actual, expected = found.call(query, key, value, terms, lnc), reference.attention(query, key, value, terms)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="NKI_LIBRARY names no checkout of aws-neuron/nki-library")
+def test_gradients_by_the_kernels_themselves_on_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(CHECKOUT) / "src" / "nkilib_src"))
+
+    def launch(kernel: Any, lnc: int) -> Any:
+        options = {"target": "gen3", "same_instructions": False, "uninitialized": "nan"}
+        return lambda **arguments: run(kernel, lnc=lnc, **options, **arguments).outputs
+
+    def found(adapter: vendor.Adapter) -> vendor.Adapter:
+        module, attribute = adapter.places[0].split(":")
+        with active():
+            return replace(adapter, kernel=getattr(importlib.import_module(module), attribute), launch=launch)
+
+    adapter = found(vendor.BACKWARD["attention_bwd"])
+    assert adapter.forward is not None
+    adapter = replace(adapter, forward=found(adapter.forward))
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "q_len": 256, "kv_len": 256}
+    for options in ({"scale": 0.3}, {"scale": 0.3, "band_upper": 0}):
+        torch.manual_seed(0)
+        query, key, value = (t.bfloat16() for t in operands(**sizes))
+        grad, terms = torch.randn_like(query), ops.check(query, key, value, **options)
+        expected = reference.attention_backward(grad, query, key, value, terms)
+        for actual, wanted in zip(adapter.call(grad, query, key, value, terms, 1)[:3], expected, strict=False):
+            torch.testing.assert_close(actual.float(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
