@@ -182,6 +182,12 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             'The key padding could be, or was, dropped by the promise padding="right".',
             "Set padding=\"right\" if every batch is padded on the right and rows past a sequence's end don't matter.",
         ),
+        "data-sizes": Entry(
+            "find",
+            "A size of the attention depends on the values of an input, as after `nonzero`.",
+            _LEFT
+            + "Kernels are called with sizes that follow from the inputs' shapes: pad to a fixed length and mask.",
+        ),
         "dynamic-sizes": Entry(
             "choice",
             "Some sizes are symbols: the proof holds for all values, the choice is that for the example.",

@@ -24,12 +24,14 @@ from neuron_attn_rewrite.patterns.axes import Dims, Layout, Step, atoms, dim_siz
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
-from neuron_attn_rewrite.sizes import at, input_sizes, parts_of
+from neuron_attn_rewrite.sizes import at, expression_of, input_sizes, parts_of
 from neuron_attn_rewrite.strategy.choose import Decision
 
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
 """Larger bounds are cut to it: they are behind every key, and int32 holds them."""
+SIZES = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
+"""The fields of a site that are sizes."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -62,17 +64,17 @@ def at_example(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> Atten
     layout = tuple(
         s if s.op == "permute" else Step(s.op, tuple(at(n, values) for n in s.arg)) for s in site.output_layout
     )
-    return replace(
-        site,
-        output_layout=layout,
-        batch=at(site.batch, values),
-        num_heads=at(site.num_heads, values),
-        num_kv_heads=at(site.num_kv_heads, values),
-        q_len=at(site.q_len, values),
-        kv_len=at(site.kv_len, values),
-        head_dim=at(site.head_dim, values),
-        v_head_dim=at(site.v_head_dim, values),
-    )
+    sizes = {name: at(getattr(site, name), values) for name in SIZES}
+    return replace(site, output_layout=layout, **sizes)  # type: ignore[arg-type]
+
+
+def size_from_data(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> str | None:
+    """The first size of the site that is no function of the inputs' sizes, in words; None without one."""
+    for name in SIZES:
+        expression = expression_of(getattr(site, name))
+        if not expression.free_symbols <= set(values):
+            return f"{name} {expression}"
+    return None
 
 
 def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:

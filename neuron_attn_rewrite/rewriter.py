@@ -21,7 +21,7 @@ from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Graft, Plan, at_example, commit, describe, graft, missing_size
+from neuron_attn_rewrite.replace import Graft, Plan, at_example, commit, describe, graft, missing_size, size_from_data
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.sizes import examples, expression_of
@@ -150,7 +150,12 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     """What is to become of one site, with every reason. Nothing is changed."""
     if isinstance(site, UnknownAttention):
         return site
-    proof, values = prover.prove(site), examples(prover.module.graph)
+    values = examples(prover.module.graph)
+    from_data = size_from_data(site, values)
+    if from_data:
+        reason = Reason("data-sizes", f"its {from_data} depends on the values of an input")
+        return UnknownAttention(site.name, site.pattern, site.anchor, reason)
+    proof = prover.prove(site)
     example = at_example(site, values)
     if isinstance(proof, Unproven):
         return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)

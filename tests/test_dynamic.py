@@ -176,3 +176,20 @@ def test_a_number_stays_a_number() -> None:
     q, k, v, mask = inputs(2, 12, 12)
     with pytest.raises(InputError, match="was captured as"):
         rewritten_padding()(q[:, :1], k, v, mask)
+
+
+class KeysFromData(torch.nn.Module):
+    """Reads only the keys that an input names: how many is not known before it runs."""
+
+    def forward(self, q: Tensor, keep: Tensor) -> Tensor:
+        k = q[:, :, keep.nonzero().squeeze(1)]
+        return torch.softmax(q @ k.mT / 4, -1) @ k
+
+
+def test_a_size_from_data_stays_native() -> None:
+    q, keep = torch.randn(2, 4, 16, 8), torch.arange(16) % 3 > 0
+    rewritten = rewrite(KeysFromData(), (q, keep), config=ALWAYS)
+    (site,) = rewritten.report.kept
+    assert site.reasons[-1].code == "data-sizes"  # type: ignore[attr-defined]
+    fewer = torch.arange(16) % 5 > 2
+    assert torch.equal(rewritten(q, fewer), KeysFromData()(q, fewer))
