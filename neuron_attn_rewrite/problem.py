@@ -55,16 +55,13 @@ class AttentionProblem:
 def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionProblem:
     """The problem that the operands of `torch.ops.neuron_attn.flash_fwd` pose, without a look at their values."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    claims: list[Claim] = []
-    if (terms.band_lower, terms.band_upper) != (None, None):
-        claims.append(Band(terms.band_lower, terms.band_upper))
+    band = Band(terms.band_lower, terms.band_upper)
+    claims: list[Claim] = [] if band == Band() else [band]
     if terms.key_padding is not None:
         claims.append(KeyPadding("key_padding"))
     if terms.bounds is not None:
         claims.append(Limited("bounds"))
-    mask = MaskSpec(tuple(claims))
-    rows = mask.rows(q_len, kv_len)
-    known = terms.key_padding is None and terms.bounds is None and bool((rows[:, 0] < rows[:, 1]).all())
+    known = terms.key_padding is None and terms.bounds is None and band.reaches_every_row(q_len, kv_len)
     return AttentionProblem(
         batch=query.shape[0],
         num_heads=query.shape[1],
@@ -75,7 +72,7 @@ def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionP
         v_head_dim=value.shape[3],
         dtype=query.dtype,
         scale=terms.scale,
-        mask=mask,
+        mask=MaskSpec(tuple(claims)),
         bias_shape=None if terms.bias is None else tuple(terms.bias.shape),  # type: ignore[arg-type]
         softcap=terms.softcap,
         sink=terms.sink is not None,

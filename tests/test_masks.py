@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -358,3 +359,11 @@ def test_no_table_of_the_whole_mask_is_held(monkeypatch: pytest.MonkeyPatch, nam
         assert isinstance(proof, Proof)
         assert str(proof.mask) == f"{claim} & key_padding(attention_mask)"
         assert largest.elements <= 2 * block
+
+
+def test_a_band_knows_whether_it_reaches_every_row() -> None:
+    for lower, upper in itertools.product((None, *range(-4, 6)), repeat=2):
+        for q_len, kv_len in itertools.product(range(1, 5), repeat=2):
+            band = Band(lower, upper)
+            first, end = MaskSpec((band,)).rows(q_len, kv_len).unbind(1)
+            assert band.reaches_every_row(q_len, kv_len) == bool((first < end).all()), (band, q_len, kv_len)

@@ -37,6 +37,12 @@ class Band:
         end = torch.full_like(i, kv_len) if self.upper is None else i + self.upper + 1
         return torch.stack([first, end], 1)
 
+    def reaches_every_row(self, q_len: int, kv_len: int) -> bool:
+        """Whether each query row sees some key. Both sides of the band are straight, so its ends decide."""
+        lower = -q_len if self.lower is None else self.lower
+        upper = kv_len if self.upper is None else self.upper
+        return upper >= 0 and lower <= upper and q_len - 1 + lower < kv_len
+
     def __str__(self) -> str:
         if self.lower is None:
             return f"causal(offset={self.upper})"
