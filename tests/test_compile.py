@@ -255,9 +255,9 @@ def test_a_mask_that_holds_at_one_length_only_is_no_rule_at_symbols() -> None:
         for length in (8, 11, 5):
             q = 3 * torch.randn(1, 2, length, 4)
             assert relative_error(function(q), model(q)) < 2e-5
-    static, symbolic = (graph.report.sites[0] for graph in reports.graphs)
+    static, *others = (graph.report.sites[0] for graph in reports.graphs)  # torch 2.9 may make one for each length
     assert str(static.mask) == "causal(offset=0)"
-    assert "causal" not in str(symbolic.mask) and symbolic.reasons
+    assert others and all("causal" not in str(site.mask) and site.reasons for site in others)
 
 
 def test_buffers_are_inputs_and_not_constants() -> None:
