@@ -12,8 +12,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Truth, variable
+from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown
 from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
-from neuron_attn_rewrite.masks.symbolic import Case, SymbolicEvaluator, Unknown
 from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
@@ -52,9 +52,7 @@ class Conditions:
     """Inputs that were taken to hold only 0 and 1."""
 
 
-def conditions(
-    term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: SymbolicEvaluator
-) -> Conditions | Unproven:
+def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Elements) -> Conditions | Unproven:
     """What a term says along `dims`, the (batch, heads, query, key) of the kernel with their sizes."""
     names = {dim: variable(Index(axis, size)) for axis, (dim, size) in enumerate(zip(dims, sizes, strict=True)) if dim}
     if any(dim and dim not in names for dim in term.dims):
@@ -101,7 +99,7 @@ def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
     return (False, fill) if fill <= MASKED else (None, None)
 
 
-def _shared(seen: list[Case], hidden: list[Case], evaluator: SymbolicEvaluator) -> list[Affine] | None:
+def _shared(seen: list[Case], hidden: list[Case], evaluator: Elements) -> list[Affine] | None:
     """Inequalities that hold exactly where a key is seen; None if there are none of the cases' own."""
     if not seen:
         return None
@@ -116,7 +114,7 @@ def _shared(seen: list[Case], hidden: list[Case], evaluator: SymbolicEvaluator) 
     return shared
 
 
-def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: SymbolicEvaluator) -> Conditions | None:
+def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: Elements) -> Conditions | None:
     """The conditions and one more; None if it is not one that a kernel knows."""
     truths = [v for v, _ in inequality.terms if isinstance(v, Truth)]
     if truths:
