@@ -18,14 +18,7 @@ from neuron_attn_rewrite.patterns.site import AttentionSite
 
 def borders(site: AttentionSite) -> set[fx.Node]:
     """The tensors at which the attention begins: its value is a function of them and of constants."""
-    operands = [
-        site.query,
-        site.key,
-        site.value,
-        *(f.operand for f in site.factors),
-        *([site.sink] if site.sink else []),
-    ]
-    return {o.node for o in operands} | {term.node for term in site.terms}
+    return {o.node for o in site.operands} | {term.node for term in site.terms}
 
 
 def inside(site: AttentionSite) -> tuple[list[fx.Node], set[fx.Node]]:

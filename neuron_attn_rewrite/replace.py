@@ -20,7 +20,7 @@ from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, Step, atoms, dim_size, run_layout
+from neuron_attn_rewrite.patterns.axes import Atom, Dims, Layout, atoms, dim_size, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
@@ -61,11 +61,12 @@ class Graft:
 
 def at_example(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> AttentionSite:
     """The site with the sizes that it has for values of the symbols."""
-    layout = tuple(
-        s if s.op == "permute" else Step(s.op, tuple(at(n, values) for n in s.arg)) for s in site.output_layout
-    )
+
+    def dims(given: Dims) -> Dims:
+        return tuple(tuple(Atom(a.axis, at(a.stride, values), at(a.size, values)) for a in dim) for dim in given)
+
     sizes = {name: at(getattr(site, name), values) for name in SIZES}
-    return replace(site, output_layout=layout, **sizes)  # type: ignore[arg-type]
+    return replace(site, output_dims=dims(site.output_dims), result=dims(site.result), **sizes)  # type: ignore[arg-type]
 
 
 def size_from_data(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> str | None:
@@ -80,14 +81,7 @@ def size_from_data(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> s
 def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:
     """A size that the kernel call needs and that no input has; None without one."""
     given = _sizes_of_inputs(module.graph)
-    operands = [
-        site.query,
-        site.key,
-        site.value,
-        *(f.operand for f in site.factors),
-        *([site.sink] if site.sink else []),
-    ]
-    layouts = [site.output_layout, *(o.layout for o in operands), *(d.layout for d in proof.dense)]
+    layouts = [site.output_layout, *(o.layout for o in site.operands), *(d.layout for d in proof.dense)]
     numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
     needed = [str(e) for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
     computed = computed_sizes(module.graph)

@@ -83,9 +83,9 @@ def _operand(chain: list[_Stage], target: Dims) -> Operand | None:
     last = chain[-1]
     for stage in reversed(chain):
         if stage.scale == last.scale and stage.view.dims == target:
-            return Operand(stage.view.node)
-    layout = plan(last.view.dims, target, full=True)
-    return None if layout is None else Operand(last.view.node, layout)
+            return Operand(stage.view.node, target, target)
+    possible = plan(last.view.dims, target, full=True) is not None
+    return Operand(last.view.node, last.view.dims, target) if possible else None
 
 
 def _features(a: Dims, b: Dims, scores: Dims) -> Dim:
@@ -114,12 +114,12 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         _operand(key, (*roles.kv, feature)),
         _operand(value, (*roles.kv, v_feature)),
     )
-    output_layout = plan((roles.batch, roles.heads, roles.rows, v_feature), found.output.dims)
+    result = (roles.batch, roles.heads, roles.rows, v_feature)
     of_rows, of_keys = ("query", (*dims[:3], ())), ("value", (*roles.kv, ()))
     scalings = [_scaling(factor, (of_rows,)) for factor in found.factors]
     scalings += [_scaling(factor, (("output", of_rows[1]), of_keys)) for factor in found.weight_factors]
     sink = _sink(found.sink, roles.heads, evaluator)
-    if None in operands or output_layout is None:
+    if None in operands or plan(result, found.output.dims) is None:
         return unknown(Reason("axes", "an operand is not laid out along the axes of the scores"))
     if None in scalings[: len(found.factors)]:
         return unknown(Reason("scale-unknown", "a tensor scale differs from key to key"))
@@ -134,7 +134,8 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         pattern=found.pattern,
         anchor=found.anchor,
         output=found.output.node,
-        output_layout=output_layout,
+        output_dims=found.output.dims,
+        result=result,
         query=q,
         key=k,
         value=v,
@@ -163,9 +164,8 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
 def _scaling(factor: Factor, places: tuple[tuple[str, Dims], ...]) -> Scaling | None:
     """The first place that runs over everything that the factor runs over."""
     for on, dims in places:
-        layout = plan(factor.dims, dims)
-        if layout is not None:
-            return Scaling(on, Operand(factor.node, layout), factor.divides)
+        if plan(factor.dims, dims) is not None:
+            return Scaling(on, Operand(factor.node, factor.dims, dims, broadcasts=True), factor.divides)
     return None
 
 

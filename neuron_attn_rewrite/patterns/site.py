@@ -8,16 +8,26 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import dtype
-from neuron_attn_rewrite.patterns.axes import Dims, Layout
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, plan
 from neuron_attn_rewrite.reasons import Reason
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph and the steps that bring it into the kernel's layout."""
+    """A tensor of the graph, and what its dims and those of the kernel's operand run over."""
 
     node: fx.Node
-    layout: Layout = ()
+    dims: Dims
+    target: Dims
+    broadcasts: bool = False
+    """Whether a dim of the target over which the tensor does not run stays of size 1."""
+
+    @property
+    def layout(self) -> Layout:
+        """The steps from the tensor to the kernel's operand."""
+        steps = plan(self.dims, self.target, full=not self.broadcasts)
+        assert steps is not None, self
+        return steps
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,10 @@ class AttentionSite:
     """The softmax or scaled_dot_product_attention node."""
     output: fx.Node
     """The node whose value the kernel computes."""
-    output_layout: Layout
-    """From [batch, num_heads, q_len, v_head_dim] to the output's shape."""
+    output_dims: Dims
+    """What the dims of the output run over."""
+    result: Dims
+    """What those of the kernel's result run over: [batch, num_heads, q_len, v_head_dim]."""
     query: Operand
     """To [batch, num_heads, q_len, head_dim]."""
     key: Operand
@@ -106,6 +118,19 @@ class AttentionSite:
     """A lower limit of all scores, applied after the terms."""
     readers: tuple[Reader, ...] = ()
     """What else reads the weights or scores."""
+
+    @property
+    def output_layout(self) -> Layout:
+        """The steps from the kernel's result to the output."""
+        steps = plan(self.result, self.output_dims)
+        assert steps is not None, self
+        return steps
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Every tensor that the kernel call reads, but the masks."""
+        factors = tuple(factor.operand for factor in self.factors)
+        return (self.query, self.key, self.value, *factors, *([self.sink] if self.sink else []))
 
     @property
     def coarsest(self) -> torch.dtype:
