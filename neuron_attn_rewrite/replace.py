@@ -7,31 +7,29 @@ lets the accepted ones take over, and what nobody reads any more goes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
+from neuron_attn_rewrite.forms import Form
 from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
-from neuron_attn_rewrite.patterns.axes import Atom, Dims, Layout, atoms, dim_size, run_layout
+from neuron_attn_rewrite.patterns.axes import Layout, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
-from neuron_attn_rewrite.sizes import at, expression_of, input_sizes, parts_of
+from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.sizes import input_sizes, parts_of
 from neuron_attn_rewrite.strategy.choose import Decision
 
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
 """Larger bounds are cut to it: they are behind every key, and int32 holds them."""
-SIZES = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
-"""The fields of a site that are sizes."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -41,8 +39,8 @@ class Plan:
 
     site: AttentionSite
     proof: Proof | Unproven
-    problem: AttentionProblem | None
-    """None where nothing is proven."""
+    form: Form | None
+    """What a kernel would compute; None where nothing is proven."""
     decision: Decision
     example: AttentionSite
     """The site with the sizes of the example, where some are symbols."""
@@ -57,25 +55,6 @@ class Graft:
     result: fx.Node
     """The node that can take over from `plan.site.output`."""
     added: tuple[fx.Node, ...]
-
-
-def at_example(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> AttentionSite:
-    """The site with the sizes that it has for values of the symbols."""
-
-    def dims(given: Dims) -> Dims:
-        return tuple(tuple(Atom(a.axis, at(a.stride, values), at(a.size, values)) for a in dim) for dim in given)
-
-    sizes = {name: at(getattr(site, name), values) for name in SIZES}
-    return replace(site, output_dims=dims(site.output_dims), result=dims(site.result), **sizes)  # type: ignore[arg-type]
-
-
-def size_from_data(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> str | None:
-    """The first size of the site that is no function of the inputs' sizes, in words; None without one."""
-    for name in SIZES:
-        expression = expression_of(getattr(site, name))
-        if not expression.free_symbols <= set(values):
-            return f"{name} {expression}"
-    return None
 
 
 def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:
@@ -104,43 +83,15 @@ def computed_sizes(graph: fx.Graph) -> dict[str, fx.Node]:
     return found
 
 
-def describe(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> AttentionProblem:
-    """What is to be computed at a site, without its nodes, for values of the symbols in its sizes."""
-    shapes = [[at(n, values) for n in _broadcast_shape(d.term.dims, site.dims)] for d in proof.dense]
-    example = at_example(site, values)
-    return AttentionProblem(
-        batch=example.batch,
-        num_heads=example.num_heads,
-        num_kv_heads=example.num_kv_heads,
-        q_len=example.q_len,
-        kv_len=example.kv_len,
-        head_dim=example.head_dim,
-        v_head_dim=example.v_head_dim,
-        dtype=site.dtype,
-        scale=site.scale,
-        mask=proof.mask,
-        bias_shape=tuple(max(dims) for dims in zip(*shapes, strict=True)) if shapes else None,
-        softcap=site.softcap,
-        sink=site.sink is not None,
-        empty_rows=proof.empty_rows,
-    )
-
-
-def _broadcast_shape(dims: Dims, target: Dims) -> tuple[int, ...]:
-    """1 for each target dim of which a tensor over `dims` has nothing."""
-    axes = {atom.axis for atom in atoms(dims)}
-    return tuple(dim_size(dim) if any(atom.axis in axes for atom in dim) else 1 for dim in target)
-
-
 def graft(module: fx.GraphModule, plans: Sequence[Plan]) -> list[Graft]:
     """Add one kernel call for each plan. Nothing that exists is changed."""
     emitter = _Emitter(module)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     grafts = []
     for plan in sorted(plans, key=lambda plan: position[plan.site.output]):
-        assert isinstance(plan.proof, Proof)
+        assert isinstance(plan.proof, Proof) and plan.form
         emitter.added = []
-        result = emitter.kernel_call(plan.site, plan.proof, plan.decision)
+        result = emitter.kernel_call(plan.form.site, plan.form.proof, plan.decision)
         grafts.append(Graft(plan, plan.proof, result, tuple(emitter.added)))
     return grafts
 

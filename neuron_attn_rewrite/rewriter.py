@@ -15,17 +15,18 @@ import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
+from neuron_attn_rewrite.forms import at_example, forms, size_from_data
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Graft, Plan, at_example, commit, describe, graft, missing_size, size_from_data
+from neuron_attn_rewrite.replace import Graft, Plan, commit, graft, missing_size
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.sizes import examples, expression_of
-from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
+from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
 from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.verify import measure, measure_exactly
@@ -159,7 +160,7 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     example = at_example(site, values)
     if isinstance(proof, Unproven):
         return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
-    problem = describe(site, proof, values)
+    possible = forms(site, proof, values)
     stays = _shared(site, config)
     open_sizes: tuple[Reason, ...] = ()
     if prover.is_dynamic:
@@ -168,9 +169,14 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
         sizes = {name: expression_of(getattr(site, name)) for name in ("batch", "q_len", "kv_len")}
         words = ", ".join(f"{name} {size}" for name, size in sizes.items())
         open_sizes = (Reason("dynamic-sizes", f"holds for every {words}; chosen for the sizes of the example"),)
-    decision = _native(stays, config) if stays else choose(problem, config, site.name)
-    reasons = (*proof.reasons, *open_sizes, *decision.reasons)
-    return Plan(site, proof, problem, replace(decision, reasons=reasons), example)
+    if stays:
+        form, decision = possible[0], _native(stays, config)
+    else:
+        problems = [form.problem for form in possible]
+        best, decision = choose_among(problems, config, site.name)
+        form = possible[best]
+    reasons = (*proof.reasons, *open_sizes, *form.reasons, *decision.reasons)
+    return Plan(site, proof, form, replace(decision, reasons=reasons), example)
 
 
 def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteConfig) -> Reason | None:

@@ -30,9 +30,11 @@ def fit_rows(rows: Tensor, kv_len: int) -> tuple[Claim, ...]:
     band = Band(min(lowers) if len(lowers) == 1 else None, min(uppers) if len(uppers) == 1 else None)
     causal: tuple[Claim, ...] = () if band.upper is None else (Band(upper=band.upper),)
     candidates: list[tuple[Claim, ...]] = [(), (band,)] if band != Band() else [()]
-    if size := int(i[seen & (first > 0)][0]) if lowers else 0:
-        chunk = Chunked(size)
-        candidates += [(*causal, chunk), (chunk,)]
+    begins = i[seen & (first == i) & (i > 0)]
+    if len(begins):
+        size, reach = int(begins[0]), int((i - first)[seen].max())
+        window = () if reach >= size - 1 else (Band(-reach, band.upper),)
+        candidates += [(*(window or causal), Chunked(size)), (Chunked(size),)]
     for claims in candidates:
         if torch.equal(MaskSpec(claims).rows(q_len, kv_len), rows):
             return claims

@@ -209,7 +209,7 @@ def _site(
         scale=site.scale,
         softcap=site.softcap,
         sink=site.sink is not None,
-        bias=plan.problem.bias_shape if plan.problem else None,
+        bias=plan.form.problem.bias_shape if plan.form else None,
         mask=proof.mask if isinstance(proof, Proof) else proof,
         strategy=decision.strategy if after else FlashAttentionStrategy.NONE,
         kernel=decision.kernel if after else NATIVE,

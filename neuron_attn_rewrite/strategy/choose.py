@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -81,8 +81,32 @@ def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
     return bool((rows[:, 0] == 0).all() and (rows[:, 1] == ends).all())
 
 
-def choose(problem: AttentionProblem, config: RewriteConfig, name: str = "") -> Decision:
-    """The kernel and strategy for a problem at the site `name`. What no kernel can compute stays native, always."""
+def choose_among(problems: Sequence[AttentionProblem], config: RewriteConfig, name: str = "") -> tuple[int, Decision]:
+    """Which of several forms of one attention, and its kernel: the form that is predicted to be fastest.
+
+    Args:
+        problems: the attention as the native operators compute it, then its other forms.
+        config: see `RewriteConfig`.
+        name: of the site.
+    """
+    decisions = [choose(problem, config, name, problems[0]) for problem in problems]
+    able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE]
+    best = min(able, key=lambda i: time_of(decisions[i].kernel, problems[i], config).micros) if len(able) > 1 else None
+    chosen = (able or [0])[0] if best is None else best
+    return chosen, decisions[chosen]
+
+
+def choose(
+    problem: AttentionProblem, config: RewriteConfig, name: str = "", native: AttentionProblem | None = None
+) -> Decision:
+    """The kernel and strategy for a problem at the site `name`. What no kernel can compute stays native, always.
+
+    Args:
+        problem: what a kernel would compute.
+        config: see `RewriteConfig`.
+        name: of the site.
+        native: what the native operators compute, if that is another form of it.
+    """
     cores = config.logical_cores
     able, refused = candidates(problem, config)
     wish = next((wish for pattern, wish in config.sites.items() if fnmatchcase(name, pattern)), None)
@@ -98,7 +122,7 @@ def choose(problem: AttentionProblem, config: RewriteConfig, name: str = "") -> 
     elif wish == OURS or isinstance(wish, str):
         strategy, reasons = _plain(problem, config), (Reason("site-override", f"{wish} is set for this site"),)
     else:
-        strategy, reasons = _by_policy(problem, config, able)
+        strategy, reasons = _by_policy(problem, config, able, native or problem)
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
     kernel = fastest(able, problem, config)
@@ -201,10 +225,10 @@ def notes(problem: AttentionProblem, config: RewriteConfig) -> tuple[str, ...]:
 
 
 def _by_policy(
-    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting]
+    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting], native: AttentionProblem
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
     if config.policy == "profitable":
-        return _profitable(problem, config, able)
+        return _profitable(problem, config, able, native)
     strategy, row = by_table(problem, config)
     if strategy is not NONE:
         return _asked(strategy, problem, config, row)
@@ -215,10 +239,10 @@ def _by_policy(
 
 
 def _profitable(
-    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting]
+    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting], native: AttentionProblem
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
     kernel = fastest(able, problem, config)
-    ours, native = time_of(kernel, problem, config), time_of(NATIVE, problem, config)
-    measured = "measured" if ours.because == native.because == "a measurement" else "predicted"
-    reason = Reason("cost", f"{kernel} is {measured} at {cost.ratio_words(problem, ours, native)}")
-    return (_plain(problem, config) if ours.micros < native.micros else NONE), (reason,)
+    ours, other = time_of(kernel, problem, config), time_of(NATIVE, native, config)
+    measured = "measured" if ours.because == other.because == "a measurement" else "predicted"
+    reason = Reason("cost", f"{kernel} is {measured} at {cost.ratio_words(native, ours, other)}")
+    return (_plain(problem, config) if ours.micros < other.micros else NONE), (reason,)
