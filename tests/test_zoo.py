@@ -71,6 +71,7 @@ def test_count(function: Callable[[Tensor], Tensor], attentions: int) -> None:
 def test_difference() -> None:
     old = [torch.tensor([1.0, torch.nan]), torch.tensor([100.0, -torch.inf])]
     assert difference(old, old) == 0.0
+    assert difference([torch.tensor([1.0, 5.0]), old[1]], old) == 0.0
     assert difference([old[0], torch.tensor([101.0, -torch.inf])], old) > 0.0
     assert difference([torch.tensor([torch.nan, torch.nan]), old[1]], old) == torch.inf
     assert difference([old[0], torch.tensor([100.0, torch.nan])], old) == torch.inf
@@ -82,6 +83,8 @@ def test_verdict() -> None:
     kept = {**site, "replaced": False, "code": "weights-used", "reason": "its weights are also read by cat_7"}
     bad = {"counted": 3, "sites": [site, kept], "error": {"ones": torch.inf}}
     assert verdict(good) == ""
+    assert verdict({**good, "capture error": {"ones": 0.5}}) == "captured as another function, ones 5e-01"
+    assert verdict({**good, "nan": ["right"]}) == "the model itself gives NaN, right"
     assert verdict(bad) == "WRONG ones inf; 3 counted, 2 found; 1 kept: its weights are also read by cat"
     assert shares([{"captures": {"a": good, "b": bad}}]) == {
         "counted": 4,

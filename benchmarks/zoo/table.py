@@ -26,6 +26,11 @@ def wrong(capture: Line) -> dict[str, float]:
     return {p: e for p, e in capture.get("error", {}).items() if not e <= TOLERANCE}
 
 
+def differing(capture: Line) -> dict[str, float]:
+    """The paddings with which the captured graph is not the model, before anything was rewritten, and by how much."""
+    return {p: e for p, e in capture.get("capture error", {}).items() if not e <= TOLERANCE}
+
+
 def used(capture: Line) -> int:
     """Attentions counted whose result is read."""
     return int(capture["counted"] - capture.get("unused", 0))
@@ -34,6 +39,8 @@ def used(capture: Line) -> int:
 def verdict(capture: Line) -> str:
     """What is not as it should be, in words."""
     said = [f"WRONG {p} {e:.0e}" for p, e in wrong(capture).items()]
+    said += [f"captured as another function, {p} {e:.0e}" for p, e in differing(capture).items()]
+    said += [f"the model itself gives NaN, {p}" for p in capture.get("nan", ())]
     if len(capture["sites"]) != used(capture):
         said.append(f"{used(capture)} counted, {len(capture['sites'])} found")
     kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
@@ -86,6 +93,7 @@ def summary(lines: list[Line]) -> str:
         "listed apart": f"{n['apart']} ({', '.join(f'{k} {v}' for k, v in listed.items())})",
         "proven and replaced, of the others": share(n["replaced"], n["counted"] - n["apart"]),
         "graphs with a wrong output": n["wrong"],
+        "captures that are not the model, before the rewrite": sum(bool(differing(c)) for c in worked),
         "replaced attentions whose mask the inputs do not test": blind,
         "seconds of capture, pass": ", ".join(f"{v:.0f}" for v in cost.values()),
         "pass / capture: median, 95 %, largest": ", ".join(
