@@ -192,6 +192,25 @@ def test_graph_breaks_give_one_report() -> None:
     assert "compiled by aot_eager" in str(reports)
 
 
+def test_sizes_read_from_data_beside_the_attention() -> None:
+    """A mixture of experts splits its tokens by `tolist`: those sizes are symbols, and the attention's are not."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.experts = Layer(causal=True), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.attention(x, None)
+            chosen = y[0, :, :1] > torch.zeros(2)
+            parts = y[0].split((chosen == torch.tensor([True, False])).sum(0).tolist())
+            return torch.cat([self.experts(part) for part in parts])
+
+    model = Experts().eval()
+    reports = run(model, compiled(model, "eager", dynamic=False), example()[:1])
+    assert counts(reports) == (1, 1), str(reports)
+
+
 def test_recompiles() -> None:
     model = Stack().eval()
     function = compiled(model, dynamic=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -52,7 +52,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     devices = {v.device.type for v in values if isinstance(v, FakeTensor)}
     runner = _Run(module)
     try:
-        with mode, preserve_node_meta(), runner.restoring_state():
+        with _reading_data(mode), mode, preserve_node_meta(), runner.restoring_state():
             inputs = [_fresh(v) for v in values]
             traced = make_fx(lambda *a: runner.run(*a), pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:  # whatever a tracer meets: the graph goes on as it was
@@ -65,6 +65,16 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
         spell_out_autocast(traced.graph)
     # The devices of a graph that is made for one call are those of the call.
     return normalise(traced, tuple(p for p in PASSES if p is not follow_input_device))
+
+
+@contextmanager
+def _reading_data(mode: FakeTensorMode) -> Iterator[None]:
+    """Allow what Dynamo allowed while it traced: `tensor.tolist()` gives sizes that come from data."""
+    before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, True
+    try:
+        yield
+    finally:
+        mode.allow_scalar_outputs = before
 
 
 def value(node: fx.Node) -> Any:
