@@ -280,6 +280,7 @@ SCATTERS: dict[Any, Any] = {
     aten.select.int: aten.select_scatter.default,
     aten.detach.default: None,
     aten.alias.default: None,
+    **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), None),
 }
 """What puts a changed view back into its base; None where the view is the base."""
 

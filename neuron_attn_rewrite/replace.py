@@ -204,7 +204,7 @@ class _Emitter:
             addend = term.node if dtype(term.node).is_floating_point else self._cast(term.node, torch.float32)
             return addend if term.multiplier == 1.0 else self._on(addend, aten.mul.Scalar, term.multiplier)
         yes, no = (0.0, dense.fill) if term.kind == "show" else (dense.fill, 0.0)
-        return self._on(term.node, aten.where.Scalar, yes, no)
+        return self._on(self._cast(term.node, torch.bool), aten.where.Scalar, yes, no)
 
     def _bounds(self, proof: Proof, site: AttentionSite) -> fx.Node | None:
         """Int32 [batch | 1, q_len, 2] of the keys that each row sees."""

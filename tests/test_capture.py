@@ -71,7 +71,22 @@ def write_into_a_clone(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("function", [fill, write_slice, write_slice_of_slice, write_into_a_clone])
+def fill_what_a_cast_kept(x: Tensor) -> Tensor:
+    y = torch.zeros(4)
+    y.float().fill_(2.0)
+    return x + y
+
+
+def fill_what_a_cast_copied(x: Tensor) -> Tensor:
+    y = torch.zeros(4)
+    y.double().fill_(2.0)
+    return x + y
+
+
+CASTS = [fill_what_a_cast_kept, fill_what_a_cast_copied]
+
+
+@pytest.mark.parametrize("function", [*CASTS, fill, write_slice, write_slice_of_slice, write_into_a_clone])
 def test_writes_into_intermediates_become_values(function: Any) -> None:
     x = torch.randn(4)
     captured = capture(Function(function), (x,)).module

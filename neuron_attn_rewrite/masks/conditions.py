@@ -89,7 +89,7 @@ def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
     if term.kind in ("show", "hide"):
         if term.fill > MASKED or (isinstance(value, Affine) and not value.is_constant):
             return None, None
-        visible = (value != Affine()) == (term.kind == "show")
+        visible = (value not in (Affine(), 0.0)) == (term.kind == "show")
         return visible, None if visible else term.fill
     if isinstance(value, Affine):
         return (True, None) if value == Affine() else (None, None)

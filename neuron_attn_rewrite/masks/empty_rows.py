@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -12,24 +16,72 @@ from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term
 from neuron_attn_rewrite.problem import EmptyRows
 
+MOST_HIDING = 6
+"""Terms that hide keys of which every combination is looked at."""
 ABSORBS = 1e6
 """Scores below this magnitude vanish when they are added to a number whose rounding step is larger."""
+
+LOWERED = -(2.0**100)
+"""Hides like every number that is low enough, absorbs all scores, and is absorbed by finfo(float32).min."""
 
 LEARNED = frozenset("matmul bmm mm addmm baddbmm linear einsum embedding conv1d conv2d conv3d layer_norm".split())
 """What gives numbers of the magnitude of scores, whatever it reads."""
 
 
-def meaning(term: Term, fill: float | None, alone: bool, site: AttentionSite) -> EmptyRows:
-    """What a row gives in which this term hides every key by `fill` (None: by several numbers)."""
-    if term.zeroed:
-        return EmptyRows.ZERO
-    if fill is None:
+@dataclass(frozen=True)
+class Effect:
+    """What a term does to the score of a key. A bias, which hides none, has a fill of 0."""
+
+    fill: float | None
+    """The number by which it hides keys, None for several."""
+    replaces: bool = False
+    """Whether the number stands in place of the score, instead of being added to it."""
+    zeroed: bool = False
+    """Whether the weights that it hides are set to zero once more after the softmax."""
+
+    @property
+    def hides(self) -> bool:
+        return self.fill is None or self.fill <= MASKED
+
+
+def meaning(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:
+    """What a row gives of which each key is hidden by some of the terms, given in the order in which they act."""
+    hiding = [effect for effect in effects if effect.hides]
+    if not hiding or len(hiding) > MOST_HIDING:
         return EmptyRows.OTHER
-    fill = max(fill, site.floor)
-    if fill == -torch.inf:
+    if any(effect.zeroed for effect in hiding):
+        zeros = all(effect.zeroed or effect.fill == -torch.inf for effect in hiding)
+        return EmptyRows.ZERO if zeros else EmptyRows.OTHER
+    scores = _hidden_scores(effects, site)
+    if scores == {-torch.inf}:
         return EmptyRows.ZERO if site.safe else EmptyRows.ANY
-    replaces_all = term.kind != "add" and alone
-    return EmptyRows.MEAN if replaces_all or absorbs(fill, dtype(term.node)) else EmptyRows.OTHER
+    return EmptyRows.MEAN if len(scores) == 1 else EmptyRows.OTHER
+
+
+def _hidden_scores(effects: Sequence[Effect], site: AttentionSite) -> set[float]:
+    """What can become of the score of a hidden key, whichever of the terms hide it, and whatever it was before.
+
+    Every step is monotonic, so that what both ends of the range of scores lead to, all scores between them do.
+    """
+    kind = reduce(torch.promote_types, (site.dtype, dtype(site.anchor), *map(_kind, site.terms)), torch.float32)
+    ends = torch.tensor([-ABSORBS, ABSORBS], dtype=kind)
+    which = torch.arange(1, 2 ** sum(effect.hides for effect in effects))[:, None]
+    scores = ends.expand(len(which), 2)
+    for effect in effects:
+        if effect.fill is None:
+            return set()
+        if not effect.hides:
+            scores = scores + ends
+            continue
+        fill = torch.tensor(effect.fill, dtype=kind)
+        scores = torch.where(which % 2 == 1, fill if effect.replaces else scores + fill, scores)
+        which = which // 2
+    return set(scores.clamp_min(site.floor).flatten().tolist())
+
+
+def _kind(term: Term) -> torch.dtype:
+    kind = dtype(term.node)
+    return kind if kind.is_floating_point else torch.float32
 
 
 def absorbs(fill: float, kind: torch.dtype) -> bool:
@@ -58,19 +110,24 @@ def may_hide(term: Term, evaluator: Evaluator) -> bool:
     return False
 
 
-def are_addends(site: AttentionSite, evaluator: Evaluator) -> bool:
-    """Whether adding each term in float32 is what the model computes, in rows that see no key too.
+def as_addends(site: AttentionSite, fills: Sequence[float | None], evaluator: Evaluator) -> tuple[float, ...] | None:
+    """What each term has to add to the scores it hides so that float32 gives what the model computes, in rows that see
+    no key too; None if that can't be had. `fills` are the numbers by which the terms hide keys, None where not known.
 
-    Not where the model's own rounding is coarser, or where scores are replaced that a term before may have hidden.
+    It can't where the model's own rounding is coarser, or where scores are replaced that a term before may have hidden.
+    A number that stands in place of scores and does not absorb them, such as -1e4, is taken as `LOWERED`, which does:
+    the row is the same as long as every other term is far below that too.
     """
-    replaces = [term for term in site.terms if term.kind != "add"]
     for term in site.terms:
         kind = dtype(term.node) if term.kind == "add" else site.dtype
         if kind.is_floating_point and torch.finfo(kind).eps > torch.finfo(torch.float32).eps:
-            return False
-    if not all(absorbs(term.fill, site.dtype) for term in replaces):
-        return False
+            return None
     if site.is_causal or site.floor > -torch.inf or any(term.zeroed for term in site.terms):
-        return False
+        return None
     hides = [term for term in site.terms if term.kind != "add" or may_hide(term, evaluator)]
-    return not any(term.kind != "add" for term in hides[1:])
+    if any(term.kind != "add" for term in hides[1:]):
+        return None
+    if all(absorbs(term.fill, site.dtype) for term in site.terms):
+        return tuple(term.fill for term in site.terms)
+    lower = all(fill is not None and float(torch.tensor(fill) + LOWERED) == fill for fill in fills[1:])
+    return (LOWERED, *(term.fill for term in site.terms[1:])) if lower else None

@@ -112,7 +112,7 @@ def _full(e: Elements, node: fx.Node, at: At) -> Cases:
     name = op_name(node)
     value = FILLED.get(name)
     if value is None:
-        value = node.args[0 if name == "scalar_tensor" else 1 if name in ("full", "full_like") else 2]  # type: ignore[assignment]
+        value = node.args[0 if name == "scalar_tensor" else 1 if name in ("full", "full_like", "fill") else 2]  # type: ignore[assignment]
     if not isinstance(value, (int, float)):
         raise Unknown(f"{node.name} is filled with what is not a number")
     return (Case(frozenset(), exact(torch.tensor(value).to(dtype(node)))),)
@@ -212,7 +212,7 @@ MOVEMENTS: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(PERMUTES, _permute),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
-    **dict.fromkeys((*FILLED, "full", "full_like", "new_full", "scalar_tensor"), _full),
+    **dict.fromkeys((*FILLED, "full", "full_like", "fill", "new_full", "scalar_tensor"), _full),
     **dict.fromkeys(("tril", "triu"), _triangle),
     "slice": _slice,
     "select": _select,

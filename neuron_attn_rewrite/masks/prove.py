@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
-from neuron_attn_rewrite.masks.empty_rows import are_addends, may_hide, meaning
+from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import MASKED, Band, Claim, KeyPadding, Limited, MaskSpec, Unproven
@@ -88,14 +88,13 @@ class Prover:
     def prove(self, site: AttentionSite) -> Proof | Unproven:
         """Everything that the site's terms say; `Unproven` only where a term can't even be an operand."""
         proof = Proof(MaskSpec((Band(upper=0),)) if site.is_causal else MaskSpec())
-        hides = [EmptyRows.ZERO] if site.is_causal else []
-        read = list(self._read(site.terms, site.dims))
-        for term, claimed in read:
-            alone = len(read) == 1 and not site.is_causal
+        effects = [Effect(-torch.inf)] if site.is_causal else []
+        for term, claimed, is_part in self._read(site.terms, site.dims):
+            replaces = term.kind != "add" and not is_part
             if isinstance(claimed, _Claimed):
                 proof = _extended(proof, claimed)
                 if claimed.spec.claims:
-                    hides.append(meaning(term, claimed.fill, alone, site))
+                    effects.append(Effect(claimed.fill, replaces, term.zeroed))
                 continue
             layout = plan(term.dims, site.dims)
             if layout is None:
@@ -103,25 +102,28 @@ class Prover:
             if term.kind != "add":
                 if term.fill > MASKED:
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
-                hides.append(meaning(term, term.fill, alone, site))
-            elif may_hide(term, self.evaluator):
-                hides.append(meaning(term, -torch.inf, alone, site))
+                effects.append(Effect(term.fill, replaces, term.zeroed))
+            else:
+                effects.append(Effect(-torch.inf if may_hide(term, self.evaluator) else 0.0))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
-        proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, hides)
+        proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, effects)
         return self._all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
 
-    def _read(self, terms: tuple[Term, ...], dims: Dims) -> Iterator[tuple[Term, _Claimed | Unproven]]:
-        """Each term with its claim; what can't be claimed as a whole is read part by part."""
+    def _read(
+        self, terms: tuple[Term, ...], dims: Dims, are_parts: bool = False
+    ) -> Iterator[tuple[Term, _Claimed | Unproven, bool]]:
+        """Each term with its claim, and whether it is a part of an addend: what can't be claimed as a whole is read
+        part by part."""
         for term in terms:
             if (term, dims) not in self._known:
                 self._known[term, dims] = self._claim(term, dims)
             claimed = self._known[term, dims]
             parts = self._parts(term) if isinstance(claimed, Unproven) else ()
             if parts:
-                yield from self._read(parts, dims)
+                yield from self._read(parts, dims, are_parts=True)
             else:
-                yield term, claimed
+                yield term, claimed, are_parts
 
     def _parts(self, term: Term) -> tuple[Term, ...]:
         """What an added tensor is made of: the two sides of a sum, or a bias and the mask that overwrites it."""
@@ -199,7 +201,7 @@ class Prover:
         reason = Reason("padding-promise", words)
         return replace(proof, mask=kept, paddings=(), promised=proof.paddings, reasons=(*proof.reasons, reason))
 
-    def _with_empty_rows(self, proof: Proof, site: AttentionSite, hides: list[EmptyRows]) -> Proof:
+    def _with_empty_rows(self, proof: Proof, site: AttentionSite, effects: list[Effect]) -> Proof:
         """What the model gives for a row that sees no key, if there can be one."""
         possible = (
             bool(proof.paddings or proof.limits)
@@ -212,24 +214,24 @@ class Prover:
             given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
-        elif len(hides) == 1 or set(hides) in ({EmptyRows.ZERO}, {EmptyRows.ANY}):
-            given = hides[0]
         else:
-            given = EmptyRows.OTHER
+            given = meaning(effects, site)
         return replace(proof, empty_rows=given)
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes."""
         layouts = [plan(term.dims, site.dims) for term in site.terms]
-        if None in layouts or not are_addends(site, self.evaluator):
+        claims = [self._known[term, site.dims] for term in site.terms]
+        fills = as_addends(site, [c.fill if isinstance(c, _Claimed) else None for c in claims], self.evaluator)
+        if None in layouts or fills is None:
             return None
-        pairs = zip(site.terms, layouts, strict=True)
+        each = zip(site.terms, layouts, fills, strict=True)
         words = (
             "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
             '(empty_rows="any" says that such rows do not matter)'
         )
         return Proof(
-            dense=tuple(Dense(term, layout, term.fill) for term, layout in pairs if layout is not None),
+            dense=tuple(Dense(term, layout, fill) for term, layout, fill in each if layout is not None),
             reasons=(Reason("empty-rows-dense", words),),
         )
 

@@ -123,14 +123,15 @@ def _apply(op: str, value: Tensor, arg: tuple[int, ...]) -> Tensor:
 
 def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven:
     """The term as a table of bools, True where the key is seen; what hides keys is added to `fills`."""
+    if table.lo.dtype != torch.bool and (table.cell == UNKNOWN).any():
+        return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
     if term.kind in ("show", "hide"):
         if term.fill > MASKED:
             words = f"it fills hidden scores with {term.fill:g}, which does not hide them"
             return Unproven(Reason("mask-weak-fill", words))
         fills.add(term.fill)
-        return table if term.kind == "show" else Table(~table.lo, ~table.hi, table.cell)
-    if (table.cell == UNKNOWN).any():
-        return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
+        lo, hi = table.lo.bool(), table.hi.bool()
+        return Table(lo, hi, table.cell) if term.kind == "show" else Table(~lo, ~hi, table.cell)
     seen = Table(table.lo == 0, table.hi == 0, table.cell)
     for values, visible in ((table.lo, seen.lo), (table.hi, seen.hi)):
         found = hiding(values, visible, term.multiplier)

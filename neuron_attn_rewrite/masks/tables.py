@@ -231,6 +231,11 @@ class Evaluator:
         return Table(torch.zeros(cell.shape, dtype=value.dtype), torch.ones(cell.shape, dtype=value.dtype), cell)
 
 
+def equal(one: Table, two: Table) -> bool:
+    """Whether two tables that broadcast to each other say the same for all inputs."""
+    return all(bool((a == b).all()) for a, b in zip(one.parts, two.parts, strict=True))
+
+
 def _narrowed(value: Any, region: Region) -> Any:
     if isinstance(value, Table):
         return value.move(lambda t: t.narrow(region.dim, region.start, region.length))

@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
+from math import prod
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Table
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
+
+MOST_COMPARED = 2**24
+"""Elements up to which masks are compared by value."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,14 @@ class Walk:
     def constant(self, value: object) -> float | None:
         """A number, or the element of a tensor that holds one number and depends on constants alone."""
         return self.evaluator.constant(value)
+
+    def tables(self, *nodes: fx.Node) -> tuple[Table, ...] | None:
+        """The nodes' values for all inputs, element by element; None if one is not known, or too large to compare."""
+        if any(prod(shape(node)) > MOST_COMPARED for node in nodes):
+            return None
+        found = [self.evaluator.table(node) for node in nodes]
+        known = tuple(table for table in found if isinstance(table, Table) and not (table.cell == UNKNOWN).any())
+        return known if len(known) == len(nodes) else None
 
     def peel(self, scores: Scores) -> tuple[Scores, Product]:
         """Walk back to the product of query and key.

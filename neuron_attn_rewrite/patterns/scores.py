@@ -8,12 +8,13 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.masks.tables import Evaluator, Table, equal
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import Blocked
+from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 
 LARGEST_SHIFT = 1e3
@@ -36,6 +37,35 @@ def _scale(walk: Walk, scores: Scores) -> Scores:
         if shape(inner) == shape(node) and shape(factor) != shape(node):
             return scores.scaled_by(factor, divides).to(inner, trail="tensor scale")
     raise Blocked(node, Reason("scale-unknown", "the scale differs from score to score"))
+
+
+@SCORES("mul")
+def _complement(walk: Walk, scores: Scores) -> Scores | None:
+    """`x * b + c * (1 - b)` for a b of 0 and 1 (GPT): c stands in place of the scores where b is 0."""
+    node, term = scores.node, next(iter(scores.terms), None)
+    for inner, kept in (node.args[:2], node.args[1::-1]):
+        if not isinstance(inner, fx.Node) or not isinstance(kept, fx.Node) or shape(inner) != shape(node):
+            continue
+        if term and term.kind == "add" and term.dims == views.broadcast(kept, scores.dims):
+            fill = _fill_where_zero(walk, kept, term.node)
+            if fill is not None:
+                shown = Term("show", kept, term.dims, fill=fill * term.multiplier)
+                return replace(scores.to(inner, trail="mask"), terms=(shown, *scores.terms[1:]))
+    return None
+
+
+def _fill_where_zero(walk: Walk, kept: fx.Node, filled: fx.Node) -> float | None:
+    """The one number that `filled` is where `kept` is 0; `filled` must be 0 elsewhere, and `kept` 1."""
+    tables = walk.tables(kept, filled)
+    if tables is None:
+        return None
+    ones, fills = tables
+    if any(bool(((t != 0) & (t != 1)).any()) for t in (ones.lo, ones.hi)):
+        return None
+    if not equal(Table(ones.lo.bool(), ones.hi.bool(), ones.cell), Table(fills.lo == 0, fills.hi == 0, fills.cell)):
+        return None
+    numbers = torch.cat([t[t != 0] for t in (fills.lo, fills.hi)])
+    return float(numbers[0]) if numbers.numel() and bool((numbers == numbers[0]).all()) else None
 
 
 @SCORES("add", "sub", "rsub")

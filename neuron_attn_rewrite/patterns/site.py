@@ -34,8 +34,8 @@ class Operand:
 class Term:
     """Something that changes the scores before the softmax.
 
-    `add` adds `multiplier * node`; `show` replaces the scores by `fill` where the bool node is False, `hide` where
-    it is True.
+    `add` adds `multiplier * node`; `show` replaces the scores by `fill` where the node is False or 0, `hide` where it
+    is not.
     """
 
     kind: str

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.spec import MASKED
-from neuron_attn_rewrite.masks.tables import UNKNOWN, Table
+from neuron_attn_rewrite.masks.tables import Table, equal
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
 from neuron_attn_rewrite.patterns.peel import Factor, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
 from neuron_attn_rewrite.patterns.softmaxes import zeroed
 from neuron_attn_rewrite.reasons import Reason
-
-MOST_COMPARED = 2**24
-"""Elements up to which two masks are compared by value."""
 
 
 @dataclass(frozen=True)
@@ -204,15 +200,8 @@ def _same_mask(walk: Walk, a: fx.Node, b: fx.Node, negated: bool) -> bool:
     """Whether two bool tensors are equal for all inputs, by evaluation."""
     if a is b:
         return not negated
-    if prod(shape(a)) > MOST_COMPARED:
+    tables = walk.tables(a, b)
+    if tables is None or {table.lo.dtype for table in tables} != {torch.bool}:
         return False
-    one, two = walk.evaluator.table(a), walk.evaluator.table(b)
-    if not isinstance(one, Table) or not isinstance(two, Table) or {one.lo.dtype, two.lo.dtype} != {torch.bool}:
-        return False
-    lo, hi = (~two.lo, ~two.hi) if negated else (two.lo, two.hi)
-    known = bool((one.cell != UNKNOWN).all() and (two.cell != UNKNOWN).all())
-    return known and _equal(one.cell, two.cell) and _equal(one.lo, lo) and _equal(one.hi, hi)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool((a == b).all())
+    one, two = tables
+    return equal(one, Table(~two.lo, ~two.hi, two.cell) if negated else two)

@@ -24,8 +24,15 @@ from tests.find.cases import (
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
 
 
+ONES = CAUSAL.float()
+
+
 def scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.mT * 0.25
+
+
+def _kept(x: Tensor, b: Tensor, much: float) -> Tensor:
+    return x * b - much * (1 - b)
 
 
 def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,6 +81,10 @@ MATCH = {
         lambda q, k, v: torch.softmax(torch.where(~CAUSAL, torch.full([], LOW), scores(q, k)), -1) @ v,
         mask="causal(offset=0)",
     ),
+    "made by filling in place (FSMT)": Match(
+        lambda q, k, v: torch.softmax(scores(q, k) + torch.zeros(S, S).float().fill_(LOW).triu(1), -1) @ v,
+        mask="causal(offset=0)",
+    ),
     "where with a full tensor": Match(
         lambda q, k, v: torch.softmax(torch.where(CAUSAL, scores(q, k), torch.full_like(scores(q, k), LOW)), -1) @ v,
         mask="causal(offset=0)",
@@ -81,8 +92,23 @@ MATCH = {
     "subtracted": Match(
         lambda q, k, v: torch.softmax(scores(q, k) - 1e9 * (1 - CAUSAL.float()), -1) @ v, mask="causal(offset=0)"
     ),
-    "GPT-2 of old: scores times mask, minus 1e4 times the rest": Match(
+    "GPT-2: where with -1e4": Match(
         lambda q, k, v: torch.softmax(torch.where(CAUSAL, scores(q, k), -1e4), -1) @ v, mask="causal(offset=0)"
+    ),
+    "GPT: times 0 and 1, and -1e4 times the rest": Match(
+        lambda q, k, v: torch.softmax(scores(q, k) * ONES + -1e4 * (1 - ONES), -1) @ v, mask="causal(offset=0)"
+    ),
+    "times a mask from outside, minus the rest": Match(
+        lambda q, k, v, attention_mask: (
+            torch.softmax(_kept(scores(q, k), attention_mask[:, None, None].float(), 1e9), -1) @ v
+        ),
+        with_padding,
+        "key_padding(attention_mask)",
+    ),
+    "times 0 and 1, the rest a number, in rows that see no key": Match(
+        lambda q, k, v, m: torch.softmax(_kept(scores(q, k), m[:, None, None].float(), 1e4), -1) @ v,
+        lambda: (*qkv(), (torch.arange(S) < torch.tensor([[0], [9]]))),
+        "key_padding(m)",
     ),
     "bottom-right causal": Match(
         lambda q, k, v: torch.softmax(scores(q[:, :, -8:], k).masked_fill(~CAUSAL[-8:], LOW), -1) @ v,
@@ -181,6 +207,18 @@ KEEP = {
     ),
     "multiplies the scores": Keep(
         lambda q, k, v: torch.softmax(scores(q, k) * CAUSAL.float(), -1) @ v, "differs from key to key"
+    ),
+    "times 0 and 2, and -1e4 times the rest": Keep(
+        lambda q, k, v: torch.softmax(scores(q, k) * (2 * ONES) - 1e4 * (1 - ONES), -1) @ v, "differs from key to key"
+    ),
+    "times 0 and 1, and -5 times the rest": Keep(
+        lambda q, k, v: torch.softmax(_kept(scores(q, k), ONES, 5.0), -1) @ v, "does not hide"
+    ),
+    "times 0 and 1, and -1e4 times another rest": Keep(
+        lambda q, k, v: torch.softmax(scores(q, k) * ONES - 1e4 * (1 - ONES.mT), -1) @ v, "differs from key to key"
+    ),
+    "times a number for each key, and -1e4 times the rest": Keep(
+        lambda q, k, v, b: torch.softmax(_kept(scores(q, k), b, 1e4), -1) @ v, "differs from key to key", with_bias(S)
     ),
     "an unknown function": Keep(lambda q, k, v: torch.softmax(torch.sin(scores(q, k)), -1) @ v, "no rule knows it"),
     "a limit that matters": Keep(

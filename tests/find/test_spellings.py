@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.find import guards, heads, layouts, masks, readers, scale, sdpa, softmaxes, traps
-from tests.find.cases import D, Keep, Match, Right, S, numbers_agree
+from tests.find.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
 FAMILIES = (guards, heads, layouts, masks, readers, scale, sdpa, softmaxes, traps)
 
@@ -35,6 +37,27 @@ NO_ATTENTION = {
 def test_spelling(case: Match | Keep | Right) -> None:
     torch.manual_seed(0)
     case.check()
+
+
+STEPS = tuple(product((-1e4, LOW, -torch.inf), (True, False)))
+"""What a mask does to a score that it hides: a number, and whether it stands in place of the score or is added."""
+
+
+def test_rows_without_a_key_under_two_masks() -> None:
+    """Every pair of masks, one of them padding on the left: what is replaced is right in rows that see no key too."""
+
+    def attentions(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        shown = (CAUSAL, attention_mask[:, None, None].bool())
+        out = []
+        for pair, (a, b) in product((shown, shown[::-1]), product(STEPS, repeat=2)):
+            x = q @ k.mT * 0.25
+            for mask, (fill, replaces) in zip(pair, (a, b), strict=True):
+                x = torch.where(mask, x, fill) if replaces else x + torch.where(mask, 0.0, fill)
+            out.append(torch.softmax(x, -1) @ v)
+        return out
+
+    report = numbers_agree(attentions, with_padding).report
+    assert len(report.sites) == 2 * len(STEPS) ** 2 and len(report.replaced) == 44
 
 
 @pytest.mark.parametrize("name", NO_ATTENTION)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,15 +34,21 @@ def left_padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tens
     return torch.softmax(scores(q, k) + additive_causal() + (1.0 - attention_mask[:, None, None].float()) * LOW, -1) @ v
 
 
-def gpt2_with_padding(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
-    s = torch.where(CAUSAL, scores(q, k), torch.full([], LOW))
-    return torch.softmax(s + (1.0 - attention_mask[:, None, None].float()) * LOW, -1) @ v
+def two_masks(padding: float, causal: float, padding_first: bool = False) -> Callable[..., Tensor]:
+    """One mask adds a number, the other puts one in place of what is there: in rows that see no key it matters which
+    comes last, and how the numbers compare."""
 
+    def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        steps = [
+            lambda s: s + (1.0 - attention_mask[:, None, None].float()) * padding,
+            lambda s: torch.where(CAUSAL, s, torch.full([], causal)),
+        ]
+        s = scores(q, k)
+        for step in steps if padding_first else steps[::-1]:
+            s = step(s)
+        return torch.softmax(s, -1) @ v
 
-def padding_then_causal(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
-    """What padding has hidden is replaced by the causal mask's number."""
-    s = scores(q, k) + (1.0 - attention_mask[:, None, None].float()) * LOW
-    return torch.softmax(torch.where(CAUSAL, s, torch.full([], LOW)), -1) @ v
+    return attention
 
 
 def distilbert(live: int) -> Match:
@@ -76,7 +84,13 @@ MATCH = {
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL.triu(-5)),
         mask="sliding_window(6)",
     ),
-    "GPT-2 with left padding": Match(gpt2_with_padding, with_padding, bias=(B, 1, S, S)),
+    "GPT-2 with left padding": Match(two_masks(LOW, LOW), with_padding, bias=(B, 1, S, S)),
+    "GPT-2 with left padding, the other way round": Match(
+        two_masks(LOW, LOW, padding_first=True), with_padding, "key_padding(attention_mask) & causal(offset=0)"
+    ),
+    "GPT with left padding: -1e4 in place of a score, and a much lower number added": Match(
+        two_masks(LOW, -1e4), with_padding, bias=(B, 1, S, S)
+    ),
     "padding alone": Match(
         lambda q, k, v, attention_mask: F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask[:, None, None].bool()
@@ -90,7 +104,20 @@ MATCH = {
 }
 
 KEEP = {
-    "GPT-2 with left padding, the other way round": Keep(padding_then_causal, "sees no key", with_padding),
+    "a low number added, then -1e4 put in place": Keep(
+        two_masks(LOW, -1e4, padding_first=True), "sees no key", with_padding
+    ),
+    "-1e4 in place of a score, and one not much lower added": Keep(two_masks(-1e9, -1e4), "sees no key", with_padding),
+    "two numbers, each in place of a score": Keep(
+        lambda q, k, v, attention_mask: (
+            torch.softmax(
+                scores(q, k).masked_fill(~CAUSAL, -1e9).masked_fill(attention_mask[:, None, None] == 0, -2e9), -1
+            )
+            @ v
+        ),
+        "sees no key",
+        with_padding,
+    ),
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
     "one softmax over two blocks of keys": Keep(two_blocks, "not one column of sinks"),
