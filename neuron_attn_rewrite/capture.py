@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -300,9 +301,10 @@ class _Functionalisation:
                 originals = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
                 node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), self._now)
                 alias = _first_alias(node)
-                if originals is None or alias is None:
+                is_part = node.target is operator.getitem and originals in self.base  # of split or unbind
+                if originals is None or (alias is None and not is_part):
                     continue
-                if not alias.is_write:
+                if is_part or not alias.is_write:
                     self.base[node] = originals
                 elif self._write(node, originals):
                     self.graph.erase_node(node)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ HIDDEN_WRITES = {"batch_norm": ("running_mean", "running_var"), "instance_norm":
 """Operators that write into arguments, in training, without their schema saying so."""
 SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 """Calls that change how everything behind them runs."""
+MAY_COPY = {"reshape", "contiguous", "flatten", "to"}
+"""Views by their schemas that are copies where they have to be."""
 PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
 
 
@@ -78,25 +82,54 @@ def module_path(node: fx.Node) -> str:
     return ".".join(part for part in parts if part and part != "_modules") or node.name
 
 
+@dataclass
+class Writes:
+    """Which tensors of a graph some call writes into, and when."""
+
+    graph: fx.Graph
+    _order: dict[fx.Node, int] = field(default_factory=dict)
+    _owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """The tensor in whose memory a view lies, or a written tensor."""
+    _times: dict[fx.Node, list[int]] = field(default_factory=dict)
+    """When each owner is written."""
+
+    def __post_init__(self) -> None:
+        for time, node in enumerate(self.graph.nodes):
+            self._order[node] = time
+            if node.target is operator.getitem and node.args[0] in self._owner:
+                self._owner[node] = self._owner[node.args[0]]
+            if not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            if op_name(node) in HIDDEN_WRITES:
+                values = arguments(node)
+                for name in HIDDEN_WRITES[op_name(node)]:
+                    self._write(values[name], time)
+            for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
+                if argument.alias_info is None or not isinstance(given, fx.Node):
+                    continue
+                self._owner[node] = self._owner.get(given, given)
+                if argument.alias_info.is_write:
+                    self._write(given, time)
+
+    def _write(self, given: Any, time: int) -> None:
+        if isinstance(given, fx.Node):
+            self._times.setdefault(self._owner.get(given, given), []).append(time)
+
+    def changed(self) -> set[fx.Node]:
+        """Everything whose memory is written, before or after it is computed."""
+        return {n for n in self.graph.nodes if self._owner.get(n, n) in self._times} if self._times else set()
+
+    def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:
+        """Whether the memory of `node` is written after the reader has read it, and before `end`."""
+        if reader in self._owner and op_name(reader) not in MAY_COPY:
+            return False  # a view reads nothing
+        times = self._times.get(self._owner.get(node, node), ())
+        return any(self._order[reader] < time < self._order[end] for time in times)
+
+
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Tensors that some call writes into, with everything that may share memory with them."""
-    owner: dict[fx.Node, fx.Node] = {}
-    changed: set[fx.Node] = set()
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if op_name(node) in HIDDEN_WRITES:
-            values = arguments(node)
-            hidden = [values[name] for name in HIDDEN_WRITES[op_name(node)]]
-            changed |= {owner.get(given, given) for given in hidden if isinstance(given, fx.Node)}
-        schema = node.target._schema
-        for argument, given in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is None or not isinstance(given, fx.Node):
-                continue
-            owner[node] = owner.get(given, given)
-            if argument.alias_info.is_write:
-                changed.add(owner[node])
-    return {n for n in graph.nodes if owner.get(n, n) in changed}
+    return Writes(graph).changed()
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

@@ -90,6 +90,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             _LEFT + "A kernel never forms them: don't ask for them (output_attentions=False), or set "
             'weights="beside" to compute the output by a kernel and the weights beside it.',
         ),
+        "written": Entry(
+            "find",
+            "A buffer or input that the attention reads is written while it is computed.",
+            _LEFT + "Let the model write its caches before or after the attention.",
+        ),
         "scale-unknown": Entry(
             "find",
             "What multiplies the scores is neither a number nor one factor for each query.",

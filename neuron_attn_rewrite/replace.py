@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.forms import Form
-from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
+from neuron_attn_rewrite.graph import PERMUTES, changed_in_place, dtype, eliminate_dead_code, fake_mode, op_name, shape
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
@@ -124,11 +124,13 @@ class _Emitter:
         self.added: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._mode = fake_mode(self.graph)
+        self._changed = changed_in_place(self.graph)
         self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def kernel_call(self, site: AttentionSite, proof: Proof, decision: Decision) -> fx.Node:
         """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
         mask, output = proof.mask, site.output
+        self._site = output
         query = self._scaled(site, "query", self._operand(site.query, site.dtype))
         options = {
             "scale": site.scale,
@@ -322,7 +324,9 @@ class _Emitter:
         return self._insert(before, target, *args, **kwargs)
 
     def _on(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-        """An operator on one tensor, right behind it."""
+        """An operator on one tensor, right behind it; at the site where the tensor may change until then."""
+        if node in self._changed:
+            return self._new(self._site, target, node, *args)
         return self._insert(self._behind(node), target, node, *args)
 
     def _behind(self, node: fx.Node) -> fx.Node:

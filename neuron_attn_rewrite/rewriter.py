@@ -15,7 +15,9 @@ import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
+from neuron_attn_rewrite.exact import inside
 from neuron_attn_rewrite.forms import at_example, forms, size_from_data
+from neuron_attn_rewrite.graph import Writes
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
@@ -161,7 +163,7 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     if isinstance(proof, Unproven):
         return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
     possible = forms(site, proof, values)
-    stays = _shared(site, config)
+    stays = _shared(site, config) or _written(site, prover.writes)
     open_sizes: tuple[Reason, ...] = ()
     if prover.is_dynamic:
         stays = stays or _unknown_size(site, proof, prover, config)
@@ -202,6 +204,16 @@ def _shared(site: AttentionSite, config: RewriteConfig) -> Reason | None:
         if readers and config.weights == "native":
             hint = 'weights="beside" gives the output a kernel all the same'
             return Reason("weights-used", f"its {what} are also read by {readers}; {hint}")
+    return None
+
+
+def _written(site: AttentionSite, writes: Writes) -> Reason | None:
+    """Why one kernel call can't read what the attention reads; None if it can."""
+    nodes, _ = inside(site) if writes.changed() else ((), ())
+    for reader in nodes:
+        for node in reader.all_input_nodes:
+            if writes.between(node, reader, site.output):
+                return Reason("written", f"{node.name} is written after {reader.name} has read it")
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph import Writes, arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
@@ -82,6 +82,7 @@ class Prover:
         self.evaluator = Evaluator(module)
         self.symbolic = SymbolicEvaluator(module)
         self.module, self.config = module, config
+        self.writes = Writes(module.graph)
         self.is_dynamic = has_symbols(module.graph)
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 

@@ -57,7 +57,7 @@ class SymbolicEvaluator(Elements):
         try:
             cases = self._computed(node, at)
         except Unknown:
-            if dtype(node) != torch.bool:
+            if dtype(node) != torch.bool or node in self._changed:
                 raise
             self.assumed.clear()
             return truth(node, at)
