@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.kernels import ops, reference, vendor
+from neuron_attn_rewrite.kernels.vendor.adapter import How
 from neuron_attn_rewrite.masks.spec import Band, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
@@ -118,7 +119,10 @@ def _check(kernel: str, p: AttentionProblem, options: dict[str, Any], lnc: int) 
     terms = ops.check(query, key, value, **options)
     adapter = vendor.find(kernel)
     assert adapter is not None
-    actual, expected = adapter.call(query, key, value, terms, lnc), reference.attention(query, key, value, terms)
+    actual, expected = (
+        adapter.attend(query, key, value, terms, How(lnc)),
+        reference.attention(query, key, value, terms),
+    )
     # Rows that see nothing were said not to matter.
     seen = reference.visible(terms, p.q_len, p.kv_len).any(-1)[..., None].expand_as(expected)
     assert actual.shape == expected.shape

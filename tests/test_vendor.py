@@ -17,6 +17,7 @@ from neuron_attn_rewrite.errors import InputError, KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
 from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
+from neuron_attn_rewrite.kernels.vendor.adapter import How
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
 from tests.test_cached import Batch, fields
@@ -38,7 +39,7 @@ def check(name: str, lnc: int, sizes: dict[str, int], options: dict[str, Any]) -
     terms = ops.check(query, key, value, **options)
     adapter = vendor.find(name)
     assert adapter is not None
-    actual = adapter.call(query, key, value, terms, lnc)
+    actual = adapter.attend(query, key, value, terms, How(lnc))
     expected = reference.attention(query, key, value, terms)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
@@ -303,7 +304,10 @@ def test_the_kernel_itself_on_the_simulator(name: str, lnc: int, monkeypatch: py
         heads = query.shape[1]
         options = {k: v[:1] if k == "key_padding" else v[:heads] if k == "sink" else v for k, v in options.items()}
         terms = ops.check(query, key, value, **options)
-        actual, expected = found.call(query, key, value, terms, lnc), reference.attention(query, key, value, terms)
+        actual, expected = (
+            found.attend(query, key, value, terms, How(lnc)),
+            reference.attention(query, key, value, terms),
+        )
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
+from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
 from neuron_attn_rewrite.problem import posed
 from neuron_attn_rewrite.strategy.clauses import Setting
 from neuron_attn_rewrite.strategy.legality import illegal
@@ -58,15 +59,17 @@ def on_xla(
     tensors: Sequence[Tensor],
     options: Mapping[str, Any],
     *,
+    result: Sequence[int],
     launched: Callable[[], Tensor],
     decomposed: Callable[[], Tensor],
 ) -> Tensor:
-    """An attention op on XLA tensors, whose result is [batch, heads, rows, v_head_dim].
+    """An attention op on XLA tensors.
 
     Args:
         kernel: what is called.
-        tensors: the op's positional operands; the first is the query, the third the value.
+        tensors: the op's positional operands; the first is the query.
         options: its keyword arguments.
+        result: the shape of what it gives.
         launched: launches the kernel of the SDK or of this package.
         decomposed: computes the same in plain torch operators.
 
@@ -74,7 +77,7 @@ def on_xla(
         KernelError: the Neuron SDK is here, but not the kernel that was chosen.
     """
     if _placeholders:
-        return _placeholder(kernel, tensors, options)
+        return _placeholder(kernel, tensors, options, tuple(result))
     return launched() if sdk_is_here() else decomposed()
 
 
@@ -91,17 +94,17 @@ def _has(package: str, attribute: str) -> bool:
 
 
 def launch(
-    query: Tensor, key: Tensor, value: Tensor, terms: Terms, kernel: str, lnc: int, launcher: Launch = nki_jit
+    query: Tensor, key: Tensor, value: Tensor, terms: Terms, kernel: str, how: How, launcher: Launch = nki_jit
 ) -> Tensor:
-    """Run the chosen kernel: ours by the name "flash_fwd", or an adapter's.
+    """Run the chosen kernel, ours by the name "flash_fwd" or an adapter's, on operands in the orders of `how`.
 
     Raises:
         KernelError: it is not installed.
     """
     if kernel != "flash_fwd":
-        out: Tensor = vendor.require(kernel).launched_by(launcher).call(query, key, value, terms, lnc)
-        return out
-    return run(prepare.flash_fwd(query, key, value, terms, lnc=lnc, target=generation()), launcher)
+        return vendor.require(kernel).launched_by(launcher).attend(query, key, value, terms, how)
+    ours = prepare.flash_fwd(query, key, value, terms, lnc=how.lnc, target=generation(), orders=how.orders)
+    return run(ours, launcher)
 
 
 def backward(
@@ -153,7 +156,7 @@ class _Signature:
     config: str
 
 
-def _placeholder(kernel: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
+def _placeholder(kernel: str, tensors: Sequence[Tensor], options: Mapping[str, Any], result: tuple[int, ...]) -> Tensor:
     named = {name: value for name, value in options.items() if isinstance(value, Tensor)}
     operands = (*tensors, *named.values())
     config = {
@@ -163,7 +166,6 @@ def _placeholder(kernel: str, tensors: Sequence[Tensor], options: Mapping[str, A
         "arguments": {k: v for k, v in options.items() if k not in named and v is not None},
     }
     text = base64.b64encode(json.dumps(config, sort_keys=True).encode()).decode()
-    result = (*tensors[0].shape[:3], tensors[2].shape[3])
     computation, order = _computation(_Signature(tuple((tuple(t.shape), t.dtype) for t in operands), result, text))
     xla: Any = import_module("torch_xla")._XLAC
     out: Tensor = xla._xla_user_computation(f"xla::_op_{kernel}", [operands[i] for i in order], computation)[0]
@@ -215,7 +217,7 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
     """
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-    from neuron_attn_rewrite.kernels.ops import backward_on_device, check
+    from neuron_attn_rewrite.kernels.ops import UNSHARDED, backward_on_device, check, orders_of
 
     def launcher(kernel: Any, lnc: int) -> Callable[..., Any]:
         launched: Callable[..., Any] = wrap(kernel)[(lnc,)]
@@ -224,10 +226,10 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
     def rule(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         options = dict(kwargs or {})
         with mode:
-            terms = check(*args, **options)
-            return launch(
-                args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), options.get("lnc", 1), launcher
-            )
+            orders = orders_of(options)
+            terms = check(*orders.to(AS_GIVEN, *args), **options)
+            how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
+            return launch(args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), how, launcher)
 
     def gradients(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with mode:

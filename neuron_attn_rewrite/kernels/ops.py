@@ -21,7 +21,9 @@ Query row i of batch element b sees key j iff all of these hold that are given:
 `softcap` replaces scores s by `softcap * tanh(s / softcap)`; `sink`, float [num_heads], is the logit of one more
 column, whose probability is thrown away. A row that sees no key gives zeros, or with `empty_rows="mean"` the mean
 of all values of its kv head. `strategy`, `lnc` and `kernel` (ours, or one of the SDK's by its name in
-`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number.
+`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number. `orders` says how query, key, value and
+the result lie, each in an order of `kernels.orders.ORDERS`: "BSHD,BSHD,BSHD,BSHD" has all of them as [batch, length,
+heads, dim].
 
 Arguments that do not fit raise `InputError`.
 """
@@ -29,8 +31,9 @@ Arguments that do not fit raise `InputError`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -39,11 +42,13 @@ from torch.autograd.function import once_differentiable
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import cpu, launch, paged, prior, reference, simulated, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, turned
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
+from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+UNSHARDED = FlashAttentionStrategy.UNSHARDED_KERNEL.name
 BOUNDS_DTYPES = (torch.int32, torch.int64)
 KERNELS = ("flash_fwd", *vendor.ADAPTERS)
 """What the op can launch on a Neuron device: ours, and the SDK's."""
@@ -56,7 +61,7 @@ _untyped: Any = torch.library
 LIBRARY = _untyped.Library("neuron_attn", "DEF")
 LIBRARY.define(
     f"flash_fwd(Tensor query, Tensor key, Tensor value, *, {TERMS}, "
-    'str strategy="UNSHARDED_KERNEL", int lnc=1, str kernel="flash_fwd") -> Tensor',
+    'str strategy="UNSHARDED_KERNEL", int lnc=1, str kernel="flash_fwd", str orders="BHSD,BHSD,BHSD,BHSD") -> Tensor',
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -80,12 +85,13 @@ def check(
     softcap: float | None = None,
     sink: Tensor | None = None,
     empty_rows: str = "zero",
-    strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
+    strategy: str = UNSHARDED,
     lnc: int = 1,
     kernel: str = "flash_fwd",
+    orders: str = str(AS_GIVEN),
     op: str = "flash_fwd",
 ) -> Terms:
-    """The terms among the arguments of `flash_fwd`.
+    """The terms among the arguments of `flash_fwd`, its operands turned to the order of its words.
 
     Raises:
         InputError: an argument does not fit; the message names it.
@@ -153,33 +159,67 @@ def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:
     return InputError(f"{op}: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}.")
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    check(query, key, value, **options)
+Computed: TypeAlias = Callable[[Tensor, Tensor, Tensor, Terms], Tensor]
+
+
+def _in_order(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], compute: Computed) -> Tensor:
+    """What `compute` gives for operands in the order of the op's words, put into the order that was asked for."""
+    orders = orders_of(options)
+    plain = orders.to(AS_GIVEN, query, key, value)
+    out = compute(*plain, check(*plain, **options))
+    return turned(out, PLAIN, orders.result).contiguous()
+
+
+def orders_of(options: Mapping[str, Any], op: str = "flash_fwd") -> Orders:
+    """How the operands lie, by the op's keyword arguments.
+
+    Raises:
+        InputError: there is no such order.
+    """
+    text = options.get("orders", str(AS_GIVEN))
+    try:
+        return Orders.read(text)
+    except ValueError:
+        known = ", ".join(ORDERS)
+        raise InputError(f"{op}: orders must be four of {known} between commas, and is {text!r}.") from None
+
+
+def _empty(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
+def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return _in_order(query, key, value, options, _empty)
+
+
 def _cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    terms, target = check(query, key, value, **options), simulated.simulating()
+    target = simulated.simulating()
     if target is not None and query.numel() and value.numel():
+        orders = orders_of(options)
+        terms = check(*orders.to(AS_GIVEN, query, key, value), **options)
         how = {name: options[name] for name in ("strategy", "lnc") if name in options}
-        launch = prepare.flash_fwd(query, key, value, terms, **how, target=target)
-        return cast(Tensor, simulated.run(launch, target)[0])
-    return cpu.attention(query, key, value, terms)
+        launch = prepare.flash_fwd(query, key, value, terms, **how, target=target, orders=orders)
+        return cast(Tensor, simulated.run(launch, target)[0]).contiguous()
+    return _in_order(query, key, value, options, cpu.attention)
 
 
 def _decomposed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return reference.attention(query, key, value, check(query, key, value, **options))
+    return _in_order(query, key, value, options, reference.attention)
 
 
 def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    terms = check(query, key, value, **options)
-    kernel, lnc = options.get("kernel", "flash_fwd"), options.get("lnc", 1)
+    orders = orders_of(options)
+    plain = orders.to(AS_GIVEN, query, key, value)
+    terms = check(*plain, **options)
+    how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
+    kernel = options.get("kernel", "flash_fwd")
     return launch.on_xla(
         kernel,
         (query, key, value),
         options,
-        launched=lambda: launch.launch(query, key, value, terms, kernel, lnc),
-        decomposed=lambda: reference.attention(query, key, value, terms),
+        result=turned(_empty(*plain, terms), PLAIN, orders.result).shape,
+        launched=lambda: launch.launch(query, key, value, terms, kernel, how),
+        decomposed=lambda: _decomposed(query, key, value, **options),
     )
 
 
@@ -212,14 +252,17 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
         tensors = ("bias", "sink", "key_padding", "bounds")
-        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "kernel")}
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "kernel", "orders")}
+        ctx.orders = orders_of(options)
         return _below_autograd(query, key, value, options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, sink, key_padding, bounds = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed, orders = ctx.needs_input_grad, ctx.orders
+        query, key, value = orders.to(AS_GIVEN, query, key, value)
+        grad = turned(grad, orders.result, PLAIN)
         grads = torch.ops.neuron_attn.flash_bwd.default(
             grad,
             query,
@@ -232,6 +275,7 @@ class _Attention(torch.autograd.Function):
             sink=sink,
             bias_grad=needed[3],
         )
+        grads = (*AS_GIVEN.to(orders, *grads[:3]), *grads[3:])
         return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=False)), None)
 
 
@@ -339,6 +383,7 @@ def _register(op: ModuleType) -> None:
             op.NAME,
             tensors,
             options,
+            result=(*tensors[0].shape[:3], tensors[2].shape[3]),
             launched=lambda: launched(tensors, options),
             decomposed=lambda: cast(Tensor, op.decomposed(*tensors, **options)),
         )

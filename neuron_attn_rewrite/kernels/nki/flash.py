@@ -29,10 +29,15 @@ from neuron_attn_rewrite.kernels.nki.core import (
 
 
 class Source(NamedTuple):
-    """Keys in HBM: `k` [items * kv_len, head_dim], `v` [items * kv_len, v_dim]."""
+    """Keys in HBM: `k` [items * kv_len, head_dim], `v` [items * kv_len, v_dim]; or with the heads side by side in a
+    row, `k` [batch * kv_len, kv_heads * head_dim], and so on.
+    """
 
     k: Any
     v: Any
+    k_heads: int
+    v_heads: int
+    """Heads in a row."""
     kv_len: int
     bounds: Any
     """[1 | batch, rows, 2 * tiles] float32: the interval of keys that each row of each tile sees."""
@@ -46,7 +51,10 @@ class Query(NamedTuple):
     """The rows of all heads, and what is added to their scores."""
 
     q: Any
-    """[items * group * q_len, head_dim]"""
+    """[items * group * q_len, head_dim], or [batch * q_len, heads * head_dim]"""
+    q_heads: int
+    out_heads: int
+    """Heads in a row of it, and of the output."""
     group: int
     q_len: int
     kv_heads: int
@@ -78,6 +86,10 @@ def flash_fwd(
     items: int = 1,
     group: int = 1,
     kv_heads: int = 1,
+    q_heads: int = 1,
+    k_heads: int = 1,
+    v_heads: int = 1,
+    out_heads: int = 1,
     scale: float = 1.0,
     softcap: float | None = None,
     section: int = 8192,
@@ -88,16 +100,20 @@ def flash_fwd(
 ) -> Any:
     """softmax(softcap(scale * q k^T) + bias, sink) v, for `items` kv heads with `group` query heads each.
 
-    q: [items * group * q_len, head_dim]; k, v: [items * kv_len, head_dim | v_dim], bf16, fp16 or fp32. The prior ones
+    q: [items * group * q_len, head_dim]; k, v: [items * kv_len, head_dim | v_dim], bf16, fp16 or fp32; where
+    `q_heads`, `k_heads`, `v_heads` or `out_heads` is not 1, so many heads lie side by side in each row. The prior ones
     are keys that come before, with bounds of their own. tiles: the plan, `(starts, runs)` for each query tile, where
     `starts` is its first row and `runs` the keys it sees of k and of k_prior, as `core.Run`; pairs: the same where
     each core takes one start of two. Gives the output [items * group * q_len, v_dim] in q's dtype, and with
     `with_lse` also the log-sum-exp of the scores [items * group * q_len, 1] in float32.
     """
-    sources = [Source(k, v, k.shape[0] // items, bounds, key_bias, section)]
+    kv_len = k.shape[0] * k_heads // items
+    sources = [Source(k, v, k_heads, v_heads, kv_len, bounds, key_bias, section)]
     if k_prior is not None:
-        sources.append(Source(k_prior, v_prior, k_prior.shape[0] // items, bounds_prior, key_bias_prior, section))
-    query = Query(q, group, q.shape[0] // (items * group), kv_heads, bias, sink, scale, softcap, chunk)
+        prior_len = k_prior.shape[0] // items
+        sources.append(Source(k_prior, v_prior, 1, 1, prior_len, bounds_prior, key_bias_prior, section))
+    q_len = q.shape[0] * q_heads // (items * group)
+    query = Query(q, q_heads, out_heads, group, q_len, kv_heads, bias, sink, scale, softcap, chunk)
     return _attention(query, sources, items, tiles, pairs, block, mean_rows, with_lse)
 
 
@@ -114,6 +130,10 @@ def sliding_window_fwd(
     items: int = 1,
     group: int = 1,
     kv_heads: int = 1,
+    q_heads: int = 1,
+    k_heads: int = 1,
+    v_heads: int = 1,
+    out_heads: int = 1,
     scale: float = 1.0,
     softcap: float | None = None,
     seq_tile_size: int = 2048,
@@ -126,8 +146,10 @@ def sliding_window_fwd(
     Of those keys a tile takes the ones in its window alone; all other arguments are those of `flash_fwd`.
     """
     assert seq_tile_size == 2048 or seq_tile_size == 512, "seq_tile_size must be 2048 or 512"
-    sources = [Source(k, v, k.shape[0] // items, bounds, key_bias, section)]
-    query = Query(q, group, q.shape[0] // (items * group), kv_heads, None, sink, scale, softcap, seq_tile_size)
+    kv_len = k.shape[0] * k_heads // items
+    sources = [Source(k, v, k_heads, v_heads, kv_len, bounds, key_bias, section)]
+    q_len = q.shape[0] * q_heads // (items * group)
+    query = Query(q, q_heads, out_heads, group, q_len, kv_heads, None, sink, scale, softcap, seq_tile_size)
     return _attention(query, sources, items, tiles, pairs, block, mean_rows, False)
 
 
@@ -191,8 +213,10 @@ def _attention(
     if nl.program_ndim() > 0:
         cores = nl.num_programs(0)
         core = nl.program_id(0)
-    count = query.q.shape[0]
-    out = nl.ndarray((count, sources[0].v.shape[1]), dtype=query.q.dtype, buffer=nl.shared_hbm)
+    count = items * query.group * query.q_len
+    v_dim = sources[0].v.shape[1] // sources[0].v_heads
+    width = query.out_heads * v_dim
+    out = nl.ndarray((count // query.out_heads, width), dtype=query.q.dtype, buffer=nl.shared_hbm)
     lse = None
     if with_lse:
         lse = nl.ndarray((count, 1), dtype=nl.float32, buffer=nl.shared_hbm)
@@ -222,9 +246,15 @@ def _item(
         sinks.append(_load_sink(query, item % query.kv_heads * query.group + g))
     mean = None
     if mean_rows:
-        mean = mean_of_values(sources[0].v, item * sources[0].kv_len, sources[0].kv_len)
+        s = sources[0]
+        mean = mean_of_values(s.v, item // s.v_heads * s.kv_len, s.kv_len, _column(s.v, item, s.v_heads), s.v_heads)
     for first in range(0, len(tiles), block):
         _block(item, query, sources, bounds, tiles, first, min(first + block, len(tiles)), core, sinks, mean, out, lse)
+
+
+def _column(tensor: Any, head: int, heads: int) -> Any:
+    """Where a head begins in the rows of a tensor with so many side by side."""
+    return head % heads * (tensor.shape[1] // heads)
 
 
 def _load_sink(query: Query, head: int) -> Any:
@@ -300,9 +330,11 @@ def _cut(run: Any, start: int, stop: int) -> Run:
 
 def _load(item: int, query: Query, source: Source, start: int, stop: int) -> Any:
     """The keys and values [start, stop), for each query head of the group: they differ in the key bias alone."""
-    offset = item * source.kv_len + start
-    k_t = load_transposed(source.k, offset, stop - start)
-    values = load_values(source.v, offset, stop - start)
+    k, v = source.k, source.v
+    k_row = item // source.k_heads * source.kv_len + start
+    v_row = item // source.v_heads * source.kv_len + start
+    k_t = load_transposed(k, k_row, stop - start, _column(k, item, source.k_heads), source.k_heads)
+    values = load_values(v, v_row, stop - start, _column(v, item, source.v_heads), source.v_heads)
     ones = None
     row = None
     if source.key_bias is not None:
@@ -340,7 +372,9 @@ def _see(
     column = (row + ROWS - 1) // ROWS * 2
     q_tiles = []
     for g in range(query.group):
-        q_t = load_transposed(query.q, (item * query.group + g) * query.q_len + row, rows)
+        head = item * query.group + g
+        start = head // query.q_heads * query.q_len + row
+        q_t = load_transposed(query.q, start, rows, _column(query.q, head, query.q_heads), query.q_heads)
         q_tiles.append(Rows(q_t, bounds[:, column : column + 1], bounds[:, column + 1 : column + 2]))
     for a in range(run.first, run.stop, query.chunk):
         part = _cut(run, a, min(a + query.chunk, run.stop))
@@ -373,11 +407,15 @@ def _load_bias(item: int, g: int, query: Query, row: int, run: Run) -> Any:
 def _store(item: int, g: int, query: Query, row: int, state: Any, sink: Any, mean: Any, out: Any, lse: Any) -> None:
     """Finish a tile of one head. A state of None has seen nothing."""
     rows = min(ROWS, query.q_len)
-    start = (item * query.group + g) * query.q_len + row
+    head = item * query.group + g
+    v_dim = out.shape[1] // query.out_heads
     if state is None:
-        state = _nothing(rows, out.shape[1], query)
-    nisa.dma_copy(dst=out[start : start + rows, :], src=normalised(state, sink, mean, out.dtype))
+        state = _nothing(rows, v_dim, query)
+    start = head // query.out_heads * query.q_len + row
+    column = _column(out, head, query.out_heads)
+    nisa.dma_copy(dst=out[start : start + rows, column : column + v_dim], src=normalised(state, sink, mean, out.dtype))
     if lse is not None:
+        start = head * query.q_len + row
         nisa.dma_copy(dst=lse[start : start + rows, :], src=log_sum_exp(state))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.nki import plan
 from neuron_attn_rewrite.kernels.nki.plan import Intervals
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, Orders, plain_shape, turned
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
@@ -25,6 +26,8 @@ LOWEST_BIAS = -5.0e29
 biases are all as low as that sees its keys."""
 KEY_BYTES = 80 * 1024
 """SBUF bytes of a partition for keys and values."""
+ACCEPTED = Accepted(*(((PLAIN, "BSHD"),) * 4))
+"""Heads behind each other, or side by side in a row."""
 STATE_BYTES = 32 * 1024
 """SBUF bytes of a partition for tiles that wait while sections of keys pass by."""
 
@@ -63,6 +66,8 @@ class Source:
     """It is all that hides a key of this source from a row, but for `padding` and a bias."""
     padding: Tensor | None = None
     """Bool [1 | batch, kv_len], True where a key is seen."""
+    orders: tuple[str, str] = (PLAIN, PLAIN)
+    """How key and value lie: two of `ACCEPTED`."""
 
 
 def flash_fwd(
@@ -74,13 +79,18 @@ def flash_fwd(
     strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name,
     lnc: int = 1,
     target: str = "gen3",
+    orders: Orders = AS_GIVEN,
 ) -> Launch:
     """The launch of `neuron_attn::flash_fwd` (operands, terms and strategy as there, all of them checked).
+
+    `orders` is how operands and result lie.
 
     Raises:
         InputError: what no kernel here computes, or not on that target: "gen2", "gen3" or "gen4".
     """
-    q_len, kv_len = query.shape[2], key.shape[2]
+    here = ACCEPTED.nearest(orders)
+    query, key, value = orders.to(here, query, key, value)
+    q_len, kv_len = plain_shape(query, here.query)[2], plain_shape(key, here.key)[2]
     planned = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper)
     intervals = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
     exact = True
@@ -89,8 +99,9 @@ def flash_fwd(
         intervals = plan.meet(intervals, Intervals(lo, hi).within(kv_len))
         exact = is_static(terms.bounds)
         planned = intervals if exact else planned
-    source = Source("", key, value, intervals, planned, exact, terms.key_padding)
-    whole = launch(query, [source], terms, lnc=lnc, target=target)
+    source = Source("", key, value, intervals, planned, exact, terms.key_padding, (here.key, here.value))
+    inner = launch(query, [source], terms, lnc=lnc, target=target, order=here.query, result=here.result)
+    whole = replace(inner, finish=lambda out: turned(inner.finish(out), here.result, orders.result))
     if strategy != FlashAttentionStrategy.SLIDING_WINDOW_KERNEL.name or terms.bias is not None:
         return whole
     static = {name: value for name, value in whole.static.items() if name != "chunk"}
@@ -98,14 +109,25 @@ def flash_fwd(
     return replace(whole, kernel="sliding_window_fwd", static={**static, "seq_tile_size": seq_tile_size})
 
 
-def launch(query: Tensor, sources: list[Source], terms: Terms, *, lnc: int, target: str) -> Launch:
+def launch(
+    query: Tensor,
+    sources: list[Source],
+    terms: Terms,
+    *,
+    lnc: int,
+    target: str,
+    order: str = PLAIN,
+    result: str = PLAIN,
+) -> Launch:
     """The launch of the kernel for rows that see keys of one source or two; of `terms` all but the masks count.
+
+    `order` and `result` say how the query and the result lie: two of `ACCEPTED`.
 
     Raises:
         InputError: as `flash_fwd`.
     """
-    batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len, v_dim = sources[0].value.shape[1:]
+    batch, heads, q_len, _ = plain_shape(query, order)
+    _, kv_heads, kv_len, v_dim = plain_shape(sources[0].value, sources[0].orders[1])
     refuse(query, sources[0].value)
     if target == "gen2" and lnc == 2:
         raise InputError("gen2 has no pairs of cores: its kernels take lnc=1.")
@@ -114,7 +136,9 @@ def launch(query: Tensor, sources: list[Source], terms: Terms, *, lnc: int, targ
     fold = group > 1 and group * q_len <= plan.ROWS
     bias, row_bias = _biases(terms, scale, kv_len, fold)
     sink = None if terms.sink is None else terms.sink.float()[:, None].expand(heads, min(plan.ROWS, q_len))
-    if fold:  # the rows of a group of heads are one tile
+    inside = result
+    if fold:  # the rows of a group of heads are one tile, and lie behind each other
+        query, order, inside = turned(query, order, PLAIN), PLAIN, PLAIN
         bias = _folded_bias(bias, group, q_len)
         sink = None if sink is None else sink.reshape(kv_heads, group * q_len)
         sources = [
@@ -124,32 +148,36 @@ def launch(query: Tensor, sources: list[Source], terms: Terms, *, lnc: int, targ
     runs = [plan.runs(s.planned, s.exact) for s in sources]
     if target == "gen2" and any(not plan.is_full(run) for part in runs for run in part):
         raise InputError("the NKI kernel of gen2 takes no causal, window or bounds mask: it has no range_select.")
-    tensors: dict[str, Tensor | None] = {"q": _rows(query), "bias": bias, "sink": sink}
+    tensors: dict[str, Tensor | None] = {"q": _rows(query, order), "bias": bias, "sink": sink}
     static = {
         **_tiles(plan.tile_starts(rows), runs),
         **sizes(query, sources, group, len(runs[0]), bias is not None),
         "items": batch * kv_heads,
         "group": group,
         "kv_heads": kv_heads,
+        "q_heads": _side_by_side(order, heads),
+        "k_heads": _side_by_side(sources[0].orders[0], kv_heads),
+        "v_heads": _side_by_side(sources[0].orders[1], kv_heads),
+        "out_heads": _side_by_side(inside, heads),
         "scale": scale,
         "softcap": terms.softcap,
         "mean_rows": terms.empty_rows == "mean" and _may_be_empty(sources, terms),
     }
     for s in sources:
         tensors |= {
-            f"k{s.suffix}": _rows(s.key),
-            f"v{s.suffix}": _rows(s.value),
+            f"k{s.suffix}": _rows(s.key, s.orders[0]),
+            f"v{s.suffix}": _rows(s.value, s.orders[1]),
             f"bounds{s.suffix}": plan.bounds_tensor(s.intervals),
             f"key_bias{s.suffix}": _key_bias(s.padding, row_bias),
         }
-    shape = (batch, heads, q_len, v_dim)
+    shape = (batch, heads, q_len, v_dim) if inside == PLAIN else (batch, q_len, heads, v_dim)
     return Launch(
         module="neuron_attn_rewrite.kernels.nki.flash",
         kernel="flash_fwd",
         tensors={name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
         static=static,
         lnc=lnc,
-        finish=lambda out: out.reshape(shape),
+        finish=lambda out: turned(out.reshape(shape), inside, result),
     )
 
 
@@ -175,9 +203,14 @@ def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-query, -scale) if scale < 0 else (query, scale)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The rows of all heads under each other."""
-    return tensor.reshape(-1, tensor.shape[3])
+def _rows(tensor: Tensor, order: str) -> Tensor:
+    """The rows of all heads under each other, or side by side."""
+    return tensor.reshape(-1, tensor.shape[3] if order == PLAIN else tensor.shape[2] * tensor.shape[3])
+
+
+def _side_by_side(order: str, heads: int) -> int:
+    """How many heads a row holds."""
+    return 1 if order == PLAIN else heads
 
 
 def _folded(intervals: Intervals, group: int) -> Intervals:
@@ -248,5 +281,5 @@ def sizes(query: Tensor, sources: list[Source], group: int, tiles: int, bias: bo
     keys = section(query, value)
     chunk = 8192 if query.element_size() == 2 and not bias else 4096
     waiting = max(STATE_BYTES // (group * (4 * value.shape[3] + 8)), 1)
-    all_at_once = len(sources) == 1 and value.shape[2] <= keys
+    all_at_once = len(sources) == 1 and plain_shape(value, sources[0].orders[1])[2] <= keys
     return {"section": keys, "chunk": chunk, "block": tiles if all_at_once else waiting}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from neuron_attn_rewrite.errors import KernelError
+from neuron_attn_rewrite.kernels.nki import prepare
+from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter
 from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_ATTN_BWD, FLASH_FWD
 from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_BWD, ATTENTION_CTE, ATTENTION_TKG
@@ -41,6 +43,11 @@ def require(name: str) -> Adapter:
             'Install the SDK that ships it, or rewrite with RewriteConfig(kernels=("flash_fwd",)).'
         )
     return adapter
+
+
+def accepted(name: str) -> Accepted:
+    """How operands may lie for a kernel: ours, or an adapter's."""
+    return ADAPTERS[name].accepts if name in ADAPTERS else prepare.ACCEPTED
 
 
 def installed() -> tuple[str, ...]:

@@ -9,8 +9,24 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
+from neuron_attn_rewrite.kernels.orders import ACCEPTS_PLAIN, AS_GIVEN, Accepted, Orders, turned
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
+
 Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
 """(kernel, physical cores) to something that takes the kernel's arguments."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What is said of a call beside its operands, and changes no number."""
+
+    lnc: int = 1
+    """Physical cores."""
+    strategy: str = FlashAttentionStrategy.UNSHARDED_KERNEL.name
+    orders: Orders = AS_GIVEN
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class Adapter:
     """What `call` does, with the adapter itself before the operands."""
     forward: Adapter | None = None
     """Of a backward kernel: the one whose output and log-sum-exp it starts from."""
+    accepts: Accepted = ACCEPTS_PLAIN
+    """How operands and result may lie, as the kernel takes them."""
     kernel: Any = None
     """What `resolve` has found."""
     parameters: frozenset[str] = frozenset()
@@ -43,12 +61,19 @@ class Adapter:
                     return replace(self, kernel=kernel, parameters=parameters, forward=forward)
         return None
 
-    def call(self, *operands: Any) -> Any:
-        """Compute one op by the kernel: the op's tensors, then its terms, then the physical cores to run on.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
+        """Compute `flash_fwd` by the kernel, from operands and to a result in the orders of `how`.
 
-        Tensors as in `torch.ops.neuron_attn`: [batch, heads, length, dim]. What the kernel can't compute has been
+        What does not lie as the kernel takes it is turned, at once and once. What the kernel can't compute has been
         refused before, by its clauses in `strategy.legality`; here nothing is checked again.
         """
+        here = self.accepts.nearest(how.orders)
+        operands = how.orders.to(here, query, key, value)
+        out: Tensor = self.run(self, *operands, terms, replace(how, orders=here))
+        return turned(out, here.result, how.orders.result).contiguous()
+
+    def call(self, *operands: Any) -> Any:
+        """Compute another op: its tensors as in `torch.ops.neuron_attn`, then its terms, then the physical cores."""
         return self.run(self, *operands)
 
     def launched_by(self, launch: Launch) -> Adapter:

@@ -12,38 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, flash_config, isa_jit, own_grid
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, flash_config, isa_jit, own_grid
 from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, repeated, scaled
 
 FULL, CAUSAL = "AttentionMMSoftmaxMMWithoutSwap", "CausalAttentionMMSoftmaxMMWithoutSwap"
 
 
-def _attention_isa(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+def _attention_isa(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """query, key and output as [batch * heads, dim, length], value as [batch * heads, length, dim], one head each."""
-    batch, heads, q_len, dim = query.shape
-    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
+    batch, heads, dim, q_len = query.shape
+    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[3])
     out = torch.zeros(batch * heads, dim, q_len, dtype=query.dtype, device=query.device)
     adapter(
-        lnc,
-        q=folded(scaled(query, terms.scale)).mT.contiguous(),
-        k=folded(repeated(key, heads)).mT.contiguous(),
-        v=folded(repeated(value, heads)),
+        how.lnc,
+        q=folded(scaled(query, terms.scale)).contiguous(),
+        k=folded(repeated(key, heads)).contiguous(),
+        v=folded(repeated(value, heads)).contiguous(),
         scale=1.0,
         out=out,
         kernel_name=CAUSAL if mask.kind == "causal" else FULL,
     )
-    return out.reshape(batch, heads, dim, q_len).mT.contiguous()
+    return out.reshape(batch, heads, dim, q_len)
 
 
-def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """query and key as [batch, heads, dim, length], value and output as [batch, heads, length, dim]."""
-    q_len, kv_len = query.shape[2], key.shape[2]
+    q_len, kv_len = query.shape[3], key.shape[3]
     mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, kv_len)
     arguments: dict[str, Any] = {} if terms.bias is None else {"logit_bias": terms.bias}
-    out: Tensor = adapter.kernel[query.shape[0], _heads(key, lnc)](
-        q=query.mT.contiguous(),
-        k=key.mT.contiguous(),
+    out: Tensor = adapter.kernel[query.shape[0], _heads(key, how.lnc)](
+        q=query.contiguous(),
+        k=key.contiguous(),
         v=value.contiguous(),
         seed=None,
         softmax_scale=terms.scale,
@@ -105,6 +106,7 @@ ATTENTION_ISA = Adapter(
     needs=frozenset("q k v scale out kernel_name".split()),
     launch=isa_jit,
     run=_attention_isa,
+    accepts=Accepted(("BHDS",), ("BHDS",), ("BHSD",), ("BHDS",)),
 )
 FLASH_FWD = Adapter(
     name="neuronxcc_flash_fwd",
@@ -112,6 +114,7 @@ FLASH_FWD = Adapter(
     needs=frozenset("q k v seed logit_bias softmax_scale use_causal_mask sliding_window mixed_precision".split()),
     launch=own_grid,
     run=_flash_fwd,
+    accepts=Accepted(("BHDS",), ("BHDS",)),
 )
 FLASH_ATTN_BWD = Adapter(
     name="flash_attn_bwd",

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
-from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, nki_jit
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
 from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, multiple, padded, row_bounds, scaled
 
 QUERY_GROUP = 128
@@ -26,8 +27,12 @@ MOST_HIDDEN = -3e38
 """The least bias that the kernel may add: its own fill is the least float32."""
 
 
-def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
-    """query, key and output as [batch * heads, length, dim], grouped heads as they are, scale folded into the query."""
+def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
+    """query, key and output as [batch * heads, length, dim], or the other way round by the kernel's flags; grouped
+    heads as they are, scale folded into the query.
+    """
+    orders = how.orders
+    query, key, value = orders.to(AS_GIVEN, query, key, value)
     batch, heads, q_len, _ = query.shape
     kv_len, v_dim = value.shape[2:]
     mask = mask_of(terms.band_lower, terms.band_upper, terms.bounds is not None, q_len, kv_len)
@@ -42,9 +47,9 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     arguments: dict[str, Any] = {
         "scale": 1.0,
         "causal_mask": mask.kind in ("causal", "prior"),
-        "tp_q": True,
-        "tp_k": True,
-        "tp_out": False,
+        "tp_q": orders.query == PLAIN,
+        "tp_k": orders.key == PLAIN,
+        "tp_out": orders.result != PLAIN,
     }
     if mask.kind == "rows" or terms.bias is not None:
         query = padded(query, 2, multiple(q_len, QUERY_GROUP))
@@ -54,9 +59,13 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     if mask.window is not None:
         arguments["sliding_window"] = mask.window
     if mask.kind == "prior":
-        prior = folded(key[:, :, : mask.offset]), folded(value[:, :, : mask.offset])
         used = torch.full((1,), mask.offset, dtype=torch.int32, device=query.device)
-        arguments |= {"k_prior": prior[0], "v_prior": prior[1], "prior_used_len": used}
+        k_prior = turned(key[:, :, : mask.offset], PLAIN, orders.key)
+        arguments |= {
+            "k_prior": folded(k_prior).contiguous(),
+            "v_prior": folded(value[:, :, : mask.offset]),
+            "prior_used_len": used,
+        }
         # Keys behind the band's end are seen by no row.
         key, value = (t[:, :, mask.offset : mask.offset + q_len] for t in (key, value))
     if terms.sink is not None:
@@ -65,8 +74,11 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         # The kernel computes scale * (q k^T + bias), and its scale is 1 here.
         full = terms.bias.to(torch.float32).clamp_min(MOST_HIDDEN).expand(batch, heads, q_len, kv_len)
         arguments["position_bias"] = folded(padded(full, 2, rows))
-    out: Tensor = adapter(lnc, q=folded(query), k=folded(key), v=folded(value), **arguments)
-    return out.reshape(batch, heads, rows, dim)[:, :, :q_len, :v_dim].contiguous()
+    query, key, value = AS_GIVEN.to(orders, query, key, value)
+    tensors = {"q": folded(query).contiguous(), "k": folded(key).contiguous(), "v": folded(value)}
+    out: Tensor = adapter(how.lnc, **tensors, **arguments)
+    out = turned(out.reshape(batch, heads, *out.shape[1:]), orders.result, PLAIN)
+    return turned(out[:, :, :q_len, :v_dim], PLAIN, orders.result)
 
 
 def _bounds(
@@ -82,12 +94,12 @@ def _bounds(
     return {"bound_min": first.contiguous(), "bound_max": end.contiguous()}
 
 
-def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """The query heads of a kv head as one batch element, the last keys as the active ones, any mask as 0 and 1."""
     batch, heads, rows, dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     items, group = batch * kv_heads, heads // kv_heads
-    keys = multiple(kv_len, KEY_TILE * lnc)
+    keys = multiple(kv_len, KEY_TILE * how.lnc)
     query = scaled(query, terms.scale).reshape(items, group, rows, dim)
     active, earlier = slice(kv_len - rows, kv_len), kv_len - rows
     seen = visible(terms, rows, kv_len, query.device).expand(batch, kv_heads, rows, kv_len)
@@ -96,7 +108,7 @@ def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     mask = torch.cat([hidden, seen[..., active].to(torch.uint8)], -1).reshape(items, 1, rows, keys)
     arguments = {} if terms.sink is None else {"sink": terms.sink.float()[:, None]}
     out: Tensor = adapter(
-        lnc,
+        how.lnc,
         q=query.permute(3, 0, 1, 2).reshape(dim, -1).contiguous(),
         k_active=folded(key[:, :, active]).permute(2, 0, 1).reshape(dim, -1).contiguous(),
         v_active=folded(value[:, :, active])[:, None].contiguous(),
@@ -105,7 +117,7 @@ def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         mask=mask.expand(items, group, rows, keys).permute(3, 0, 1, 2).contiguous(),
         **arguments,
     )
-    return out.mT.reshape(batch, heads, rows, dim).contiguous()
+    return out.reshape(batch, heads, dim, rows)
 
 
 def _attention_bwd(
@@ -161,6 +173,7 @@ ATTENTION_CTE = Adapter(
     ),
     launch=nki_jit,
     run=_attention_cte,
+    accepts=Accepted((PLAIN, "BHDS"), (PLAIN, "BHDS"), (PLAIN,), (PLAIN, "BHDS")),
 )
 ATTENTION_TKG = Adapter(
     name="attention_tkg",
@@ -168,6 +181,7 @@ ATTENTION_TKG = Adapter(
     needs=frozenset("q k_active v_active k_prior v_prior mask sink".split()),
     launch=nki_jit,
     run=_attention_tkg,
+    accepts=Accepted(result=("BHDS",)),
 )
 ATTENTION_BWD = Adapter(
     name="attention_bwd",

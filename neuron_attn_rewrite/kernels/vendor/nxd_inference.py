@@ -9,26 +9,28 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, flash_config, own_grid
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, flash_config, own_grid
 from neuron_attn_rewrite.kernels.vendor.layouts import mask_of, padded, repeated, scaled
 
 
-def _sliding_window(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, lnc: int) -> Tensor:
+def _sliding_window(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """As the first `flash_fwd`, but its left window does not count the token itself, and heads are repeated."""
-    batch, heads, q_len, _ = query.shape
-    window = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2]).window
+    batch, heads, _, q_len = query.shape
+    kv_len = key.shape[3]
+    window = mask_of(terms.band_lower, terms.band_upper, False, q_len, kv_len).window
     assert window is not None
     key, value = repeated(key, heads), repeated(value, heads)
     out: Tensor = adapter.kernel[batch, heads](
-        q=query.mT.contiguous(),
-        k=key.mT.contiguous(),
+        q=query.contiguous(),
+        k=key.contiguous(),
         v=value.contiguous(),
         softmax_scale=terms.scale,
         use_causal_mask=True,
         window_size=(window - 1, -1),
         mixed_precision=True,
-        config=flash_config(adapter, key.shape[2]),
+        config=flash_config(adapter, kv_len),
     )
     return out
 
@@ -39,6 +41,7 @@ SLIDING_WINDOW = Adapter(
     needs=frozenset("q k v softmax_scale use_causal_mask window_size mixed_precision config".split()),
     launch=own_grid,
     run=_sliding_window,
+    accepts=Accepted(("BHDS",), ("BHDS",)),
 )
 
 
