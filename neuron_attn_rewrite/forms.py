@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import sympy  # type: ignore[import-untyped]
 
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.masks.prove import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, merged, plan, split
@@ -31,6 +32,8 @@ class Form:
     problem: AttentionProblem
     reasons: tuple[Reason, ...] = ()
     """The bridges that led to it."""
+    orders: Orders = AS_GIVEN
+    """How the kernel's operands and its result lie; the site's targets are in these orders."""
 
 
 def forms(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> tuple[Form, ...]:

@@ -17,6 +17,7 @@ from torch import fx
 
 from neuron_attn_rewrite.forms import Form
 from neuron_attn_rewrite.graph import PERMUTES, changed_in_place, dtype, eliminate_dead_code, fake_mode, op_name, shape
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
@@ -91,7 +92,7 @@ def graft(module: fx.GraphModule, plans: Sequence[Plan]) -> list[Graft]:
     for plan in sorted(plans, key=lambda plan: position[plan.site.output]):
         assert isinstance(plan.proof, Proof) and plan.form
         emitter.added = []
-        result = emitter.kernel_call(plan.form.site, plan.form.proof, plan.decision)
+        result = emitter.kernel_call(plan.form, plan.decision)
         grafts.append(Graft(plan, plan.proof, result, tuple(emitter.added)))
     return grafts
 
@@ -127,8 +128,9 @@ class _Emitter:
         self._changed = changed_in_place(self.graph)
         self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
-    def kernel_call(self, site: AttentionSite, proof: Proof, decision: Decision) -> fx.Node:
+    def kernel_call(self, form: Form, decision: Decision) -> fx.Node:
         """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
+        site, proof = form.site, form.proof
         mask, output = proof.mask, site.output
         self._site = output
         query = self._scaled(site, "query", self._operand(site.query, site.dtype))
@@ -145,6 +147,7 @@ class _Emitter:
             "strategy": decision.strategy.name,
             "lnc": decision.lnc,
             "kernel": decision.kernel,
+            "orders": None if form.orders == AS_GIVEN else str(form.orders),
         }
         result = self._new(
             output.next,

@@ -12,12 +12,14 @@ import torch
 from torch import fx, nn
 
 import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.arrange import arranged
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.exact import inside
-from neuron_attn_rewrite.forms import at_example, forms, size_from_data
+from neuron_attn_rewrite.forms import Form, at_example, forms, size_from_data
 from neuron_attn_rewrite.graph import Writes
+from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
@@ -177,8 +179,19 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
         problems = [form.problem for form in possible]
         best, decision = choose_among(problems, config, site.name)
         form = possible[best]
+    if decision.kernel != NATIVE:
+        form = _arranged(form, decision, prover)
+        site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
+        example = at_example(site, values)
     reasons = (*proof.reasons, *open_sizes, *form.reasons, *decision.reasons)
     return Plan(site, proof, form, replace(decision, reasons=reasons), example)
+
+
+def _arranged(form: Form, decision: Decision, prover: Prover) -> Form:
+    """The form in the orders that spare transposes, unless a step would need a size that nobody gives."""
+    better = arranged(form, vendor.accepted(decision.kernel), prover.evaluator.changed)
+    missing = prover.is_dynamic and missing_size(prover.module, better.site, form.proof)
+    return form if missing else better
 
 
 def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteConfig) -> Reason | None:

@@ -106,14 +106,16 @@ class Evaluator:
 
     module: fx.GraphModule
     leaves: list[Leaf] = field(default_factory=list)
+    changed: frozenset[fx.Node] = frozenset()
+    """What some node writes into."""
     _kinds: dict[fx.Node, Kind] = field(default_factory=dict)
     _values: dict[fx.Node, Any] = field(default_factory=dict)
     _parts: dict[tuple[fx.Node, Region], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        changed = changed_in_place(self.module.graph)
+        self.changed = frozenset(changed_in_place(self.module.graph))
         for node in self.module.graph.nodes:
-            self._kinds[node] = Kind.OPAQUE if node in changed else self._kind(node)
+            self._kinds[node] = Kind.OPAQUE if node in self.changed else self._kind(node)
 
     def constant(self, value: Any) -> float | None:
         """A number: a literal, or the single element of a tensor that depends on constants alone."""

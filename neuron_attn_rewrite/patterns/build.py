@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -78,13 +79,17 @@ def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
             return chain
 
 
-def _operand(chain: list[_Stage], target: Dims) -> Operand | None:
-    """The deepest tensor of the chain that has the layout already, else the deepest one and the steps to the layout."""
+def _operand(chain: list[_Stage], target: Dims, fixed: Collection[fx.Node]) -> Operand | None:
+    """The deepest tensor of the chain that has the layout already, else the deepest one and the steps to the layout.
+
+    What is in `fixed` changes in place, and is not read elsewhere than by the model.
+    """
     last = chain[-1]
+    possible = plan(last.view.dims, target, full=True) is not None
     for stage in reversed(chain):
         if stage.scale == last.scale and stage.view.dims == target:
-            return Operand(stage.view.node, target, target)
-    possible = plan(last.view.dims, target, full=True) is not None
+            origin = (last.view.node, last.view.dims) if possible and last.view.node not in fixed else None
+            return Operand(stage.view.node, target, target, origin=origin)
     return Operand(last.view.node, last.view.dims, target) if possible else None
 
 
@@ -110,9 +115,9 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     v_feature = _features(found.output.dims, found.value.dims, found.scores)
     dims = roles.scores
     operands = (
-        _operand(query, (roles.batch, roles.heads, roles.rows, feature)),
-        _operand(key, (*roles.kv, feature)),
-        _operand(value, (*roles.kv, v_feature)),
+        _operand(query, (roles.batch, roles.heads, roles.rows, feature), evaluator.changed),
+        _operand(key, (*roles.kv, feature), evaluator.changed),
+        _operand(value, (*roles.kv, v_feature), evaluator.changed),
     )
     result = (roles.batch, roles.heads, roles.rows, v_feature)
     of_rows, of_keys = ("query", (*dims[:3], ())), ("value", (*roles.kv, ()))
@@ -173,7 +178,7 @@ def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None
     if view is None:
         return None
     chain = _chain(view, evaluator)
-    return _operand(chain, (heads,)) if chain[-1].scale == 1.0 else None
+    return _operand(chain, (heads,), evaluator.changed) if chain[-1].scale == 1.0 else None
 
 
 def _narrowed(term: Term, evaluator: Evaluator) -> Term:

@@ -21,6 +21,8 @@ class Operand:
     target: Dims
     broadcasts: bool = False
     """Whether a dim of the target over which the tensor does not run stays of size 1."""
+    origin: tuple[fx.Node, Dims] | None = None
+    """The tensor of which `node` is a view, and what its dims run over; None where it can't be read in its place."""
 
     @property
     def layout(self) -> Layout:

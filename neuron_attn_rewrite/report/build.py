@@ -65,7 +65,7 @@ def make_report(
             )
             continue
         graft = made.get(id(plan))
-        named = _operands(plan.site)
+        named = _operands(plan.site) | (_operands(plan.form.site) if plan.form else {})
         if graft is not None and graft.result.name in present:
             roles = _removed(plan.site, before, gone)
             gone -= set(roles)

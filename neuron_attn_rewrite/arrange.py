@@ -1,0 +1,90 @@
+"""In which order the kernel reads its operands and writes its result, so that transposes beside the site vanish.
+
+What lies between an operand and the tensor that it is a view of, and between the result and the last view of it, is an
+arrangement of axes. Each order that the kernel takes is another target of the same algebra: the one that leaves the
+fewest permutes is taken, and where the model's own transposes then have no reader they are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from neuron_attn_rewrite.forms import Form
+from neuron_attn_rewrite.graph import dtype, op_name
+from neuron_attn_rewrite.kernels.orders import ORDERS, PLAIN, Accepted, Orders
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, permute, plan
+from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
+from neuron_attn_rewrite.patterns.views import CASTS, after
+
+WORST = 99
+"""Permutes of what can't be laid out."""
+
+
+def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
+    """The form with the orders that leave the fewest permutes, for a kernel that takes those in `accepted`.
+
+    Args:
+        form: as found.
+        accepted: the orders that need no permute inside of the call.
+        fixed: tensors that change in place: nothing is moved across them.
+    """
+    site = form.site
+    query, of_query = _operand(site.query, accepted.query)
+    key, of_key = _operand(site.key, accepted.key)
+    value, of_value = _operand(site.value, accepted.value)
+    node, dims, of_result = _result(site, accepted.result, fixed)
+    orders = Orders(of_query, of_key, of_value, of_result)
+    on = {"query": of_query, "value": of_value, "output": of_result}
+    factors = tuple(
+        replace(factor, operand=replace(factor.operand, target=permute(factor.operand.target, ORDERS[on[factor.on]])))
+        for factor in site.factors
+    )
+    result = permute(site.result, ORDERS[of_result])
+    moved = replace(site, query=query, key=key, value=value, factors=factors, output=node, output_dims=dims)
+    return replace(form, site=replace(moved, result=result), orders=orders)
+
+
+def permutes(layout: Layout | None) -> int:
+    """How many steps of a layout move data about."""
+    return WORST if layout is None else sum(step.op == "permute" for step in layout)
+
+
+def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str]:
+    """The source and order with the fewest permutes, the model's own included; as it is where none is better."""
+    sources = [(operand.node, operand.dims, 0)]
+    if operand.origin is not None:
+        origin, dims = operand.origin
+        # With another reader the model's transpose stays, and costs this one nothing.
+        own = permutes(plan(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
+        sources = [(operand.node, operand.dims, own), (origin, dims, 0)]
+    choices = [
+        (own + permutes(plan(dims, permute(operand.target, ORDERS[order]), full=True)) + (order not in accepted), s, o)
+        for s, (_, dims, own) in enumerate(sources)
+        for o, order in enumerate(ORDERS)
+    ]
+    _, s, o = min(choices)
+    order = list(ORDERS)[o]
+    node, dims, _ = sources[s]
+    return Operand(node, dims, permute(operand.target, ORDERS[order])), order
+
+
+def _result(site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims, str]:
+    """The node that the result takes over from, its dims, and the order with the fewest permutes up to there."""
+    node, dims = site.output, site.output_dims
+    while len(node.users) == 1:
+        (user,) = node.users
+        following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None
+        if following is None or dtype(user) != dtype(node):
+            break
+        node, dims = user, following
+    plain = permutes(plan(site.result, site.output_dims)) + permutes(plan(site.output_dims, dims))
+    choices = [
+        (permutes(plan(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
+        for o, order in enumerate(ORDERS)
+    ]
+    least, o = min(choices)
+    if least >= plain + (PLAIN not in accepted):
+        return site.output, site.output_dims, PLAIN
+    return node, dims, list(ORDERS)[o]
