@@ -294,6 +294,8 @@ class _Functionalisation:
         self.base: dict[fx.Node, fx.Node] = {}
         self.present: dict[fx.Node, fx.Node] = {}
         self.stale: set[fx.Node] = set()
+        self.kept: set[fx.Node] = set()
+        """Tensors with a write that stays: then all that follow do, its result among what they write into."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -308,6 +310,9 @@ class _Functionalisation:
                     self.base[node] = originals
                 elif self._write(node, originals):
                     self.graph.erase_node(node)
+                else:
+                    self.kept.add(self._path(originals)[-1])
+                    self.base[node] = originals
 
     def _now(self, node: fx.Node) -> fx.Node:
         """The present value; a view of something that has changed since is taken again."""
@@ -328,7 +333,7 @@ class _Functionalisation:
         path = self._path(target)
         functional = _functional(write)
         known = all(view.target in SCATTERS for view in path[:-1])
-        if functional is None or path[-1].op != "call_function" or not known:
+        if functional is None or path[-1].op != "call_function" or path[-1] in self.kept or not known:
             return False
         value = self._call(functional, write.args, write.kwargs, like=write)
         self.present[write] = self.present[target] = value

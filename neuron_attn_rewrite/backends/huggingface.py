@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteError
+from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.spec import Band, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
@@ -221,8 +222,9 @@ def _attention(
         strategy=decision.strategy.name,
         lnc=decision.lnc,
         kernel=decision.kernel,
+        orders=str(Orders(result="BSHD")),
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out, None
 
 
 def _unsupported(mask: Tensor | None, kv_len: int, dropout: float, options: dict[str, Any]) -> str:

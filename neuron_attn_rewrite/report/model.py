@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.graph import PERMUTES
 from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
@@ -36,6 +37,11 @@ class NodeReport:
     @property
     def is_operand(self) -> bool:
         return self.role in ("query", "key", "value", "operand")
+
+    @property
+    def is_transpose(self) -> bool:
+        """Whether it moves axes about, and does nothing else."""
+        return any(part in PERMUTES for part in self.op.split("."))
 
     @property
     def op(self) -> str:
@@ -93,6 +99,12 @@ class SiteReport:
     def added_nodes(self) -> tuple[str, ...]:
         """Names of the nodes that are new."""
         return tuple(n.name for n in self.after if n.role == "added")
+
+    @property
+    def transposes_saved(self) -> int:
+        """How many fewer nodes move axes about than before: the kernel reads and writes where the data lies."""
+        before = sum(n.is_transpose for n in self.before if n.role in ("removed", "mask"))
+        return before - sum(n.is_transpose for n in self.after if n.role == "added")
 
     @property
     def score_bytes(self) -> int:

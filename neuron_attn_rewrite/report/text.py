@@ -63,7 +63,9 @@ def _lines(group: Group) -> Iterator[Line]:
         yield (*_entry("" if i else "why", str(reason)), (f"  [{reason.code}]", "dim"))
     if site.is_replaced:
         removed, added = (sum(len(getattr(s, f)) for s in group.sites) for f in ("removed_nodes", "added_nodes"))
-        yield _entry("nodes", f"{removed} removed, {added} added")
+        saved = sum(s.transposes_saved for s in group.sites)
+        fewer = f", {saved} transposes fewer" if saved > 0 else ""
+        yield _entry("nodes", f"{removed} removed, {added} added{fewer}")
     if group.max_error is not None:
         yield _entry("error", f"{group.max_error:.1e} of the largest output, at most")
 
