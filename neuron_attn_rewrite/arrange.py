@@ -72,13 +72,7 @@ def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str]
 
 def _result(site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims, str]:
     """The node that the result takes over from, its dims, and the order with the fewest permutes up to there."""
-    node, dims = site.output, site.output_dims
-    while len(node.users) == 1:
-        (user,) = node.users
-        following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None
-        if following is None or dtype(user) != dtype(node):
-            break
-        node, dims = user, following
+    node, dims = _last_view(site, fixed)
     plain = permutes(plan(site.result, site.output_dims)) + permutes(plan(site.output_dims, dims))
     choices = [
         (permutes(plan(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
@@ -88,3 +82,17 @@ def _result(site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.
     if least >= plain + (PLAIN not in accepted):
         return site.output, site.output_dims, PLAIN
     return node, dims, list(ORDERS)[o]
+
+
+def _last_view(site: AttentionSite, fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims]:
+    """The last of the views of the output of which each is all that reads the one before it, and its dims."""
+    node, dims = site.output, site.output_dims
+    if fixed & ({operand.node for operand in site.operands} | {term.node for term in site.terms}):
+        return node, dims  # the call must not come later
+    while len(node.users) == 1:
+        (user,) = node.users
+        following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None
+        if following is None or dtype(user) != dtype(node):
+            break
+        node, dims = user, following
+    return node, dims

@@ -149,7 +149,8 @@ def test_the_flags_of_attention_cte(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transposes(graph: fx.Graph) -> int:
-    return sum(op_name(node) in PERMUTES for node in graph.nodes)
+    """Of tensors with heads: rotary embeddings have some of their own."""
+    return sum(op_name(node) in PERMUTES and node.meta["val"].dim() == 4 for node in graph.nodes)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,9 @@ def test_nothing_is_read_across_a_write() -> None:
             cache: Any = self.cache
             key = heads(cache).contiguous() + 0
             cache.copy_(x)
-            out = joined(scaled_dot_product_attention(heads(x), key, heads(cache)))
+            out = scaled_dot_product_attention(heads(x), key, heads(cache))
             cache.mul_(2)
-            return out
+            return joined(out)
 
     model = Cache()
     rewritten = rewrite(model, (torch.randn(2, 10, 32),), config=ALWAYS)
@@ -289,7 +290,4 @@ def test_transposes_of_the_lowered_graph_are_gone(name: str, left: int) -> None:
     family = FAMILY[name]
     model, call = family.build("sdpa"), family.call("ones")
     rewritten = rewrite_for_trace(model, call, ALWAYS)
-    of_heads = [
-        line for line in lowered_hlo(rewritten, tuple(call.values())).splitlines() if "dimensions={0,2,1,3}" in line
-    ]
-    assert len(of_heads) == left
+    assert lowered_hlo(rewritten, tuple(call.values())).count("dimensions={0,2,1,3}") == left
