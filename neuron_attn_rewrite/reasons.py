@@ -125,6 +125,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The scores are joined with something that is not one sink logit a head.",
             _LEFT + "Kernels take sinks as one number for each head, in one column beside the keys.",
         ),
+        "key-blocks": Entry(
+            "find",
+            "One softmax runs over the scores of several products side by side.",
+            _LEFT + "Join the keys, and the values, so that there is one product before the softmax and one behind it.",
+        ),
         "one-key": Entry(
             "find",
             "There is one key, so that the softmax is 1 and the output is the value.",

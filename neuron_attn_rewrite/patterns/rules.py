@@ -21,7 +21,7 @@ class Blocked(Exception):
 
     def __init__(self, node: fx.Node, why: Reason = NO_RULE) -> None:
         self.node = node
-        self.reason = why.behind(f"not understood at {node.name} ({op_name(node) or node.op}): ")
+        self.reason = why.behind(f"at {node.name} ({op_name(node) or node.op}): ")
         super().__init__(self.reason)
 
 

@@ -193,6 +193,9 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     rank = len(scores.dims)
     on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
     first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.factors
+    if on_keys and shape(sink)[dim] != 1 and all(_ends_in_product(walk, scores, part) for part in parts):
+        words = "one softmax over several products side by side, such as those with global and with local keys"
+        raise Blocked(node, Reason("key-blocks", words))
     if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
         raise Blocked(node, Reason("sink-shape", "not one column of sinks beside the keys"))
     dims = list(scores.dims)
@@ -201,3 +204,13 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     axes = list(scores.axes)
     axes[scores.key_dim] = dims[dim % rank]
     return replace(scores.to(inner, tuple(dims), trail="sink"), axes=tuple(axes), sink=(sink, sink_dims))
+
+
+def _ends_in_product(walk: Walk, scores: Scores, part: fx.Node) -> bool:
+    """Whether a part of joined scores is itself made from a product."""
+    dims = tuple(axis_dim(next(walk.fresh_axes), size) for size in shape(part))
+    try:
+        walk.peel(replace(scores, node=part, dims=dims, axes=dims))
+    except Blocked:
+        return False
+    return True

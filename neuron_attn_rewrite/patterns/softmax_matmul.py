@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import module_path, op_name, shape, tensor
+from neuron_attn_rewrite.graph import is_tensor, module_path, op_name, shape, tensor
 from neuron_attn_rewrite.patterns.axes import atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
@@ -87,7 +87,13 @@ weights that end there are not summed over keys."""
 
 
 def _is_router(node: fx.Node) -> bool:
-    return op_name(node) in MIXES
+    """Whether scores come from there by steps that read one tensor each."""
+    while op_name(node) not in MIXES:
+        given = [n for n in node.all_input_nodes if is_tensor(n)]
+        if len(given) != 1 or as_product(given[0]) is not None:
+            return False
+        node = given[0]
+    return True
 
 
 def _meets_product(softmax: fx.Node) -> bool:

@@ -239,7 +239,7 @@ KEEP = {
     ),
     "a sink in front": Keep(
         lambda q, k, v, b: torch.softmax(torch.cat([b, scores(q, k)], -1), -1)[..., 1:] @ v,
-        "not understood",
+        "not one column",
         with_bias(B, H, S, 1),
     ),
 }

@@ -172,7 +172,7 @@ KEEP = {
     "a weight for each query and key": Keep(
         lambda q, k, v, m: (torch.softmax(q @ k.mT * 0.25, -1) * m) @ v, "differs by query and key", with_bias(S, S)
     ),
-    "divides by the weights": Keep(lambda q, k, v: (0.5 / torch.softmax(q @ k.mT * 0.25, -1)) @ v, "not understood"),
+    "divides by the weights": Keep(lambda q, k, v: (0.5 / torch.softmax(q @ k.mT * 0.25, -1)) @ v, "no rule knows it"),
 }
 
 

@@ -120,7 +120,7 @@ KEEP = {
     ),
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
-    "one softmax over two blocks of keys": Keep(two_blocks, "not one column of sinks"),
+    "one softmax over two blocks of keys": Keep(two_blocks, "several products side by side"),
     "one key": Keep(lambda q, k, v: torch.softmax(q @ k[:, :, :1].mT, -1) @ v[:, :, :1], "only one key"),
     "one key and one query": Keep(
         lambda q, k, v: torch.softmax(q[:, :, :1] @ k[:, :, :1].mT, -1) @ v[:, :, :1], "only one key"
