@@ -21,7 +21,7 @@ from neuron_attn_rewrite.patterns.weights import Weights, follow
 from neuron_attn_rewrite.reasons import Reason
 
 MOST_FOLLOWED = 24
-"""Nodes after a softmax among which a product is looked for."""
+"""Nodes before or after a softmax among which a product is looked for."""
 
 
 def find_softmax_matmul(
@@ -87,13 +87,18 @@ weights that end there are not summed over keys."""
 
 
 def _is_router(node: fx.Node) -> bool:
-    """Whether scores come from there by steps that read one tensor each."""
-    while op_name(node) not in MIXES:
-        given = [n for n in node.all_input_nodes if is_tensor(n)]
-        if len(given) != 1 or as_product(given[0]) is not None:
+    """Whether scores that come from there are made without a product: the gate of a router or of a pooling."""
+    seen, stack = {node}, [node]
+    while stack and len(seen) < MOST_FOLLOWED:
+        node = stack.pop()
+        if op_name(node) in MIXES:
+            continue
+        given = [n for n in node.all_input_nodes if is_tensor(n) and n not in seen]
+        if any(as_product(n) is not None for n in given):
             return False
-        node = given[0]
-    return True
+        seen.update(given)
+        stack += given
+    return not stack
 
 
 def _meets_product(softmax: fx.Node) -> bool:

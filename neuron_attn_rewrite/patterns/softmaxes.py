@@ -89,7 +89,7 @@ def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | 
 
 def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """Weights of which some are set to zero: (weights before, bool mask, the value of the mask that means zero)."""
-    if op_name(node) == "masked_fill" and node.args[2] == 0 and isinstance(node.args[1], fx.Node):
+    if op_name(node) == "masked_fill" and _is_zero(node.args[2]) and isinstance(node.args[1], fx.Node):
         return views.source(node), node.args[1], True
     if op_name(node) == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
         for kept, other, where in ((node.args[1], node.args[2], False), (node.args[2], node.args[1], True)):

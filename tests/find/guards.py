@@ -59,6 +59,13 @@ MATCH = {
         with_padding,
         "key_padding(attention_mask)",
     ),
+    "the same mask once more, with a zero in a tensor (CPM-Ant)": Match(
+        lambda q, k, v, m: (
+            torch.softmax(hidden(q, k, m), -1).masked_fill(~m[:, None, None], torch.scalar_tensor(0.0)) @ v
+        ),
+        bool_padding,
+        PADDED,
+    ),
     "the same mask times the weights": Match(
         lambda q, k, v, m: (torch.softmax(hidden(q, k, m, -1e9), -1) * m[:, None, None]) @ v, bool_padding, PADDED
     ),
@@ -93,6 +100,13 @@ KEEP = {
     "the mask the wrong way round": Keep(
         lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1).masked_fill(m[:, None, None], 0.0) @ v,
         "without normalising again",
+        bool_padding,
+    ),
+    "the same mask once more, with a one in a tensor": Keep(
+        lambda q, k, v, m: (
+            torch.softmax(hidden(q, k, m), -1).masked_fill(~m[:, None, None], torch.scalar_tensor(1.0)) @ v
+        ),
+        "no rule knows it",
         bool_padding,
     ),
     "NaN becomes one": Keep(

@@ -27,6 +27,9 @@ def cases() -> Iterator[object]:
 NO_ATTENTION = {
     "a router": lambda x, w: torch.topk(torch.softmax(F.linear(x, w), -1), 2).values,
     "a router through a logarithm": lambda x, w: torch.softmax(F.logsigmoid(F.linear(x, w)), -1) @ w,
+    "a pooling whose gate is written piece by piece": lambda x, w: (
+        torch.softmax(torch.slice_scatter(F.linear(x, w) + w[:1, :1], F.linear(x, w)[:4] * 2, 0, 4, 8), 0) @ w
+    ),
     "a softmax and a product": lambda x, w: torch.softmax(x, -1) + x @ w.mT @ w,
     "a router whose choice is used in a product": lambda x, w: (
         torch.topk(torch.softmax(F.linear(x, w), -1), 2).values @ w[:2]
