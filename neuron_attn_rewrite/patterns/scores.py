@@ -193,7 +193,11 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     rank = len(scores.dims)
     on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
     first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.factors
-    if on_keys and shape(sink)[dim] != 1 and all(_ends_in_product(walk, scores, part) for part in parts):
+    if (
+        on_keys
+        and shape(sink)[dim] != 1
+        and all(isinstance(p, fx.Node) and _ends_in_product(walk, scores, p) for p in parts)
+    ):
         words = "one softmax over several products side by side, such as those with global and with local keys"
         raise Blocked(node, Reason("key-blocks", words))
     if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
