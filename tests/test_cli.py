@@ -282,12 +282,22 @@ def test_what_has_no_values_is_never_read_by_a_proof() -> None:
     assert isinstance(everywhere.visible, nn.Parameter)
 
 
-@pytest.mark.parametrize(("name", "attentions"), [("vit", 2), ("whisper", 6), ("t5", 6), ("clip", 4), ("gemma2", 2)])
+@pytest.mark.parametrize(
+    ("name", "attentions"),
+    [("vit", 2), ("whisper", 6), ("t5", 6), ("clip", 4), ("gemma2", 2), ("gemma3", 2)],
+)
 def test_inputs_by_convention(name: str, attentions: int) -> None:
     loaded = load(Asked(name, seq_len=32, dtype="fp32", batch=2))
     report = rewrite(loaded.model, (), loaded.kwargs, config=RewriteConfig(policy="always", verify=False)).report
     assert len(report.sites) == attentions, report
     assert {site.batch for site in report.sites} <= {2}
+
+
+def test_tiny_heads_of_a_latent_fit() -> None:
+    dense = [("first_k_dense_replace", "2")]  # experts can't be captured as one graph with every transformers
+    loaded = load(Asked("deepseek_v3", seq_len=32, dtype="fp32", changes=dense))
+    report = rewrite(loaded.model, (), loaded.kwargs, config=RewriteConfig(policy="always", verify=False)).report
+    assert [site.head_dim for site in report.sites] == [32, 32]
 
 
 # The doctor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -15,23 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from neuron_attn_rewrite.cli.shrink import COUNTS, VOCABULARY, WIDTHS, no_extras, shrink
 from neuron_attn_rewrite.errors import InputError, RewriteError
-
-SIZES = (
-    (64, "hidden_size d_model n_embd dim embed_dim hidden_dim word_embed_proj_dim embedding_size projection_size"),
-    (2, "num_hidden_layers n_layer n_layers encoder_layers decoder_layers num_layers num_decoder_layers"),
-    (4, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
-    (2, "num_key_value_heads num_kv_heads"),
-    (16, "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim"),
-    (96, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size"),
-    (32, "moe_intermediate_size q_lora_rank kv_lora_rank"),
-    (4, "num_experts num_local_experts n_routed_experts"),
-    (2, "num_experts_per_tok"),
-    (1, "n_group topk_group first_k_dense_replace"),
-    (256, "vocab_size"),
-)
-TINY: Mapping[str, int] = {name: size for size, names in SIZES for name in names.split()}
-"""The fields of a config that make a model tiny. What decides its masks (windows, image sizes) stays."""
 
 FULL: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -43,9 +29,11 @@ FULL: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
-    }
+    },
+    "gemma3": {"vision_config.image_size": 896, "vision_config.patch_size": 14},
 }
-"""The full size of a model type where transformers' default config is of another model: llama is Llama 3 70B."""
+"""The full size of a model type where transformers' default config is of another model, or of none: llama is Llama 3
+70B; the image of Gemma 3 has more patches than tokens."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -93,12 +81,13 @@ def load(asked: Asked) -> Loaded:
     size = asked.size or ("tiny" if _is_type(asked.model) else "full")
     if size == "full" and _is_type(asked.model):
         for name, value in FULL.get(asked.model, {}).items():
-            setattr(config, name, value)
+            *parts, field = name.split(".")
+            setattr(functools.reduce(getattr, parts, config), field, value)
     if size == "tiny":
-        shrink(config)
+        config = _tiny(config, asked.model)
     _change(config, asked.changes)
     _make_room(config, asked.seq_len, size == "tiny")
-    config.use_cache = False
+    no_extras(config)
     weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
     model = _build(config, asked, weights)
     return Loaded(model, (), inputs(model, asked))
@@ -166,22 +155,12 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def shrink(config: Any) -> None:
-    """Make a config and its parts tiny. One with stages of several widths stays as it is."""
-    if isinstance(getattr(config, "depths", None), (list, tuple)):
-        return
-    for name, value in list(vars(config).items()):
-        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            shrink(value)
-        elif name in TINY and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, name, min(value, TINY[name]))
-        elif name.endswith("token_id") and isinstance(value, int):
-            setattr(config, name, min(value, TINY["vocab_size"] - 1))
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, (list, tuple)):
-        distinct = list(dict.fromkeys(kinds))
-        config.num_hidden_layers = max(TINY["num_hidden_layers"], len(distinct))
-        config.layer_types = (distinct * TINY["num_hidden_layers"])[: config.num_hidden_layers]
+def _tiny(config: Any, model: str) -> Any:
+    """What decides a model's masks (windows, image sizes) stays."""
+    try:
+        return shrink(config, COUNTS + WIDTHS)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"the config of {model} can't be made tiny: {_first_line(error)}: use --size full.") from error
 
 
 def _change(config: Any, changes: Sequence[tuple[str, str]]) -> None:
@@ -300,7 +279,7 @@ def inputs(model: Any, asked: Asked) -> dict[str, Any]:
     takes = inspect.signature(model.forward).parameters
     text = getattr(config, "text_config", config)
     vision = getattr(config, "vision_config", config)
-    words = getattr(text, "vocab_size", None) or TINY["vocab_size"]
+    words = getattr(text, "vocab_size", None) or VOCABULARY
     ids = torch.randint(3, max(4, words - 8), (batch, asked.seq_len))
     ones = torch.ones(batch, asked.seq_len, dtype=torch.int64)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -310,7 +289,9 @@ def inputs(model: Any, asked: Asked) -> dict[str, Any]:
         given["input_ids"] = ids
         if asked.mask and "attention_mask" in takes:
             given["attention_mask"] = ones
-    if main == "pixel_values" or (hasattr(config, "vision_config") and hasattr(config, "text_config")):
+    two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    in_text = any(getattr(config, f"image_token_{name}", None) is not None for name in ("id", "index"))
+    if main == "pixel_values" or (two_towers and not in_text):  # images that stand in a text may be left out
         size = getattr(vision, "image_size", None) or 224
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         given["pixel_values"] = torch.randn(batch, getattr(vision, "num_channels", 3), height, width, dtype=dtype)

@@ -1,0 +1,180 @@
+"""A small config of the same architecture, for any config of transformers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+VOCABULARY, LAYERS, HEADS, WIDTH = 256, 2, 4, 64
+HEAD = WIDTH // HEADS
+
+MOST_KINDS = 4
+"""A list with more values than these, one for each layer, does not tell kinds of layers."""
+
+Sizes = tuple[tuple[int, str], ...]
+Given = Callable[[Any], Mapping[str, Any]]
+
+COUNTS: Sizes = (
+    (LAYERS, r"(.*_)?num_(\w+_)?layers|num_(blocks|block_repeats)|(.*_)?layers|n_layers?|(.*_)?depth|resampler_depth"),
+    (4, r"(.*_)?num_(local_)?experts|n_routed_experts|moe_num_experts|mm_tokens_per_image"),
+    (2, r"(.*_)?num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|attn_layer_period|hybrid_layer_period"),
+    (1, r"n_group|topk_group|num_shared_experts|n_shared_experts|first_k_dense_replace|attn_layer_offset"),
+    (32, r"moe_(\w+_)?intermediate_size|expert_ffn_hidden_size|shared_(expert_)?intermediate_size"),
+    (VOCABULARY, r"(.*_)?vocab_size\w*|(.*_)?codebook_size"),
+)
+"""How many of each: the layers, experts and words."""
+
+WIDTHS: Sizes = (
+    (HEADS, r"(.*_)?num_(attention_|encoder_attention_|decoder_attention_)?heads|n_heads?|(.*_)?attention_heads"),
+    (HEADS // 2, r"(.*_)?num_(key_value_heads|kv_heads|query_groups)|multi_query_group_num|n_head_kv"),
+    (WIDTH, r"(.*_)?(hidden_size|hidden_dim|embed_dim)|d_model|n_embd|dim|emb_dim|width|model_dim|embedding_size"),
+    (WIDTH, r"projection_(dim|size)|lru_width|upsample_groups"),
+    (HEAD, r"(.*_)?head_dim|d_kv|kv_channels|qk_(nope|rope)_head_dim|rotary_dim|mamba_d_head"),
+    (32, r"(q|kv)_lora_rank|index_head_dim"),
+    (96, r"intermediate_size|.*ffn_(dim|hidden_size|intermediate_size)|d_ff|d_inner|n_inner|dim_feedforward|mlp_dim"),
+    (8, r"mamba_n(um)?_heads"),
+)
+"""How wide. The first pattern that a field's whole name matches gives the most that it may be."""
+
+
+def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
+    """A new config of the same class, small, and so are its parts. One with stages of several widths keeps them.
+
+    It is made by its class from smaller arguments, so that whatever the class derives from them fits. Of the layers
+    those stay that are of different kinds, two at least.
+
+    Args:
+        config: any config of transformers. It stays as it is.
+        sizes: the most that an integer may be, by the pattern of its name.
+        given: what else the class is given, by the config.
+    """
+    if _is_list(getattr(config, "depths", None)):
+        sizes = tuple(row for row in sizes if row not in WIDTHS)
+    names = arguments(type(config))
+    inner = [name for name, value in vars(config).items() if _is_config(value)]
+    old = {name: _field(config, name) for name in dict.fromkeys([*names, *inner]) if _has(config, name)}
+    old = {name.removeprefix("_"): value for name, value in old.items()}  # _out_features has a public name
+    count = old.get("num_hidden_layers")
+    kept = _layers(old, count)
+
+    def small(fields: Mapping[str, Any]) -> dict[str, Any]:
+        made = {name: _smaller(name, value, sizes, given) for name, value in fields.items()}
+        return made | _of_latents(fields, made)
+
+    new = small(old)
+    if kept:
+        new |= {name: type(v)(v[i] for i in kept) for name, v in old.items() if _is_list(v) and len(v) == count}
+        new["num_hidden_layers"] = len(kept)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = new.get(name)
+        if isinstance(rope, dict) and _is_list(rope.get("mrope_section")):
+            total = round(sum(rope["mrope_section"]) * _head_dim(new) / _head_dim(old))
+            new[name] = {**rope, "mrope_section": _portions(rope["mrope_section"], total)}
+    if by_layer := getattr(config, "is_heterogeneous", False) and config.to_dict().get("per_layer_config"):
+        changes = {int(i): change for i, change in by_layer.items()}
+        whole = {i: small({**old, **change}) for i, change in changes.items() if i in kept}
+        new["per_layer_config"] = {
+            kept.index(i): {name: made[name] for name in changes[i]} for i, made in whole.items()
+        }
+    made = type(config)(**{**new, **given(config)})
+    for name in set(arguments(_base(type(config)))) - set(names):
+        if name in vars(config):
+            setattr(made, name, _smaller(name, vars(config)[name], sizes, given))
+    return made
+
+
+def no_extras(config: Any) -> Any:
+    """The same config without a cache or more outputs than one, in itself and its parts."""
+    for part in filter(_is_config, list(vars(config).values())):
+        no_extras(part)
+    for name in ("use_cache", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    return config
+
+
+def _smaller(name: str, value: Any, sizes: Sizes, given: Given) -> Any:
+    if _is_config(value):
+        part = shrink(value, sizes, given)
+        if hasattr(part, "__dataclass_fields__"):
+            return part
+        return {name: v for name, v in part.to_dict().items() if name in ("model_type", *arguments(type(part)))}
+    if _is_list(value) and name == "depths":
+        return type(value)(min(depth, LAYERS) for depth in value)
+    if name in ("out_features", "out_indices") and _is_list(value) and len(value) == 1:
+        return None  # the last stage, which its class takes where none is named
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if name.endswith(("token_id", "token_index", "_idx")) and value >= VOCABULARY:
+        return VOCABULARY - 1 - sum(map(ord, name)) % 32  # different tokens stay different
+    return next((min(small, value) for small, pattern in sizes if value > 0 and re.fullmatch(pattern, name)), value)
+
+
+def _of_latents(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from other fields where keys and values come from one latent, which all heads share."""
+    made = {}
+    if new.get("kv_lora_rank") and new.get("num_key_value_heads"):
+        made["num_key_value_heads"] = new["num_attention_heads"]
+    for name in ("head_dim", "qk_head_dim"):
+        if old.get(name) and old[name] == sum(old.get(part) or 0 for part in LATENT_PARTS):
+            made[name] = sum(new[part] for part in LATENT_PARTS)
+    return made
+
+
+LATENT_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
+
+
+def _has(config: Any, name: str) -> bool:
+    return name in vars(config) or hasattr(config, name)
+
+
+def _field(config: Any, name: str) -> Any:
+    """Its own value even where layers have others, and reading it by its name is an error."""
+    return vars(config)[name] if name in vars(config) else getattr(config, name)
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "model_type") and hasattr(value, "to_dict")
+
+
+def _base(kind: type) -> type:
+    """The class of all configs."""
+    return next(base for base in reversed(kind.__mro__) if hasattr(base, "model_type"))
+
+
+def arguments(kind: type) -> list[str]:
+    """What the class, or those that it extends, can be made from."""
+    base = _base(kind)
+    classes = [kind] if hasattr(kind, "__dataclass_fields__") else [c for c in kind.__mro__ if issubclass(c, base)][:-1]
+    named = [name for c in classes or [kind] for name, p in inspect.signature(c).parameters.items() if p.kind in KINDS]
+    return list(dict.fromkeys(named))
+
+
+KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _head_dim(fields: Mapping[str, Any]) -> float:
+    given = fields.get("head_dim")
+    return float(given or fields["hidden_size"] / fields["num_attention_heads"])
+
+
+def _layers(old: Mapping[str, Any], count: Any) -> list[int]:
+    """The first layer of each kind, two layers at least. None where no list tells the kinds."""
+    lists = [v for v in old.values() if _is_list(v) and len(v) == count]
+    kinds = [v for v in lists if all(isinstance(kind, (str, int)) for kind in v) and len(set(v)) <= MOST_KINDS]
+    first = {kind: i for i, kind in reversed(list(enumerate(zip(*kinds, strict=True))))}
+    others = [i for i in range(count or 0) if i not in first.values()]
+    return sorted([*first.values(), *others[: max(0, LAYERS - len(first))]]) if lists else []
+
+
+def _portions(parts: Iterable[int], total: int) -> list[int]:
+    """Integers in about the same proportions that have this sum."""
+    parts = list(parts)
+    smaller = [max(1, part * total // sum(parts)) for part in parts[:-1]]
+    return [*smaller, total - sum(smaller)]
