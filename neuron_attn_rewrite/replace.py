@@ -301,7 +301,7 @@ class _Emitter:
             for n, d, s in input_sizes(self.graph)
             if isinstance(s, torch.SymInt) and str(s.node.expr) == expression
         )
-        return self._insert(self._body, aten.sym_size.int, node, dim)
+        return node if dim is None else self._insert(self._body, aten.sym_size.int, node, dim)
 
     def _number(self, target: Any, node: fx.Node, number: fx.Node | int) -> fx.Node:
         """A product or sum of sizes, at the top of the graph."""

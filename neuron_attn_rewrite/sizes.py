@@ -66,14 +66,15 @@ def expression_of(number: int) -> sympy.Expr:
 
 
 def has_symbols(graph: fx.Graph) -> bool:
-    """Whether some input has a size that is a symbol."""
+    """Whether some input is, or has, a size that is a symbol."""
     return any(isinstance(size, torch.SymInt) for _, _, size in input_sizes(graph))
 
 
-def input_sizes(graph: fx.Graph) -> list[tuple[fx.Node, int, int | torch.SymInt]]:
-    """Each dim of each input: the placeholder, the dim, its size."""
+def input_sizes(graph: fx.Graph) -> list[tuple[fx.Node, int | None, int | torch.SymInt]]:
+    """Each size that comes with the inputs: the placeholder, the dim, its size. A number has no dim."""
     inputs = [(n, n.meta.get("val")) for n in graph.find_nodes(op="placeholder")]
-    return [(n, d, s) for n, v in inputs if isinstance(v, torch.Tensor) for d, s in enumerate(v.shape)]
+    numbers = [(n, None, v) for n, v in inputs if isinstance(v, torch.SymInt)]
+    return [*numbers, *((n, d, s) for n, v in inputs if isinstance(v, torch.Tensor) for d, s in enumerate(v.shape))]
 
 
 def examples(graph: fx.Graph) -> dict[sympy.Symbol, int]:

@@ -245,6 +245,24 @@ def test_sizes_that_become_symbols(name: str, implementation: str) -> None:
     assert all("key_padding" in str(site.mask) for site in reports.report.sites)
 
 
+def test_a_size_that_is_an_input_itself() -> None:
+    """How many keys are read is a number that the caller gives, and a symbol from the second call on."""
+
+    class Filled(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, filled: int) -> Tensor:
+            k = k[:, :, :filled]
+            shown = torch.arange(filled) <= filled - q.shape[2] + torch.arange(q.shape[2])[:, None]
+            return F.scaled_dot_product_attention(q, k, k, attn_mask=shown)
+
+    model = Filled()
+    function = compiled(model, "eager")
+    q, k = 3 * torch.randn(1, 2, 4, 8), 3 * torch.randn(1, 2, 24, 8)
+    with torch.no_grad(), collect_reports() as reports:
+        for filled in (8, 11, 19):
+            assert relative_error(function(q, k, filled), model(q, k, filled)) < 2e-5
+    assert len(reports.graphs) == 2 and counts(reports) == (2, 2), str(reports)
+
+
 def test_symbols_from_the_first_call_in_training() -> None:
     model = Stack().train()
     function = compiled(model, dynamic=True)
