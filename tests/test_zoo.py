@@ -1,4 +1,4 @@
-"""The zoo's own parts: the count that does without the finder, and the verdict."""
+"""The zoo's own parts: the count that does without the finder, the verdict, and what it builds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.count import CountAttentions
+from benchmarks.zoo import tiny
+from benchmarks.zoo.count import CountAttentions, count
 from benchmarks.zoo.examine import difference
 from benchmarks.zoo.table import shares, verdict
 
@@ -94,3 +95,23 @@ def test_verdict() -> None:
         "replaced": 2,
         "wrong": 1,
     }
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "siglip", "seggpt", "perceiver"])
+def test_ready_models_run_and_hold_attentions(name: str) -> None:
+    """By a rule for heads of a latent, one for two towers, one for fields and inputs of a single architecture."""
+    model, inputs = tiny.ready(name, "eager")
+    assert count(model, inputs) >= 2
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+    for padded in tiny.paddings(model, inputs).values():
+        model(**padded)
+
+
+def test_what_cannot_be_built_says_why() -> None:
+    with pytest.raises(tiny.NotBuilt, match="Error"):
+        tiny.ready("musicgen", "eager")  # the class of its base model is that of its decoder, the config is not
+
+
+def test_a_backbone_of_another_library_becomes_a_small_one() -> None:
+    config = tiny.tiny("detr", *tiny.RUNGS[0])
+    assert config.backbone_config.model_type == "resnet" and list(config.backbone_config.depths) == [1, 1, 1, 1]

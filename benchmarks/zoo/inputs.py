@@ -32,10 +32,11 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
     if "decoder_input_ids" in known:
         required.append("decoder_input_ids")
     leads = [n for n in dict.fromkeys([main, *MAIN]) if n in known]
-    extras = [n for n in known if n not in MAIN and n not in required]
+    extras = [n for n in known if n not in MAIN and n not in required and n != "attention_mask"]
     sets = [
         *([lead, *required] for lead in leads),
         *([lead, *required, "pixel_values"] for lead in leads if "pixel_values" in known),
+        *([lead, *required, "attention_mask"] for lead in leads),
         *([lead, *required, *extras] for lead in leads),
         [*required, *leads, *extras],
         required,
@@ -66,6 +67,8 @@ def named(config: Any, name: str) -> Iterator[Tensor]:
     patch = getattr(vision, "patch_size", 8)
     if name in ("input_ids", "decoder_input_ids", "qformer_input_ids"):
         yield ids if name != "decoder_input_ids" else ids.flip(1)
+    elif name == "attention_mask":
+        yield torch.ones(BATCH, LENGTH, dtype=torch.int64)
     elif name in ("pixel_values", "prompt_pixel_values"):
         height, width = size
         yield torch.randn(BATCH, channels, height, width)

@@ -15,13 +15,20 @@ IMAGE = VOCABULARY - 6
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 
 MADE_OF: Mapping[str, Mapping[str, Any]] = {
+    "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
     "vision-text-dual-encoder": {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "bert"}},
 }
 """Parts without which a config can't be made."""
 
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
-    "clap_audio_model": {"num_mel_bins": 64, "spec_size": 256, "patch_embeds_hidden_size": 32, "window_size": 8},
+    "clap_audio_model": {
+        "num_mel_bins": 64,
+        "spec_size": 256,
+        "patch_embeds_hidden_size": 32,
+        "window_size": 8,
+        "hidden_size": 256,
+    },
     "blip-2": {"image_token_index": IMAGE, "image_token_id": IMAGE, "num_query_tokens": 16},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "blt_local_decoder": {"hidden_size_global": 64},
@@ -30,12 +37,11 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
-    "dbrx_attention": {"rope_theta": 1e4},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
     "emu3": {"vocabulary_map": {"<image>": IMAGE}},
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "fun_asr_nano_adaptor": {"intermediate_size": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -52,7 +58,13 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
     "lw_detr": {"projector_scale_factors": [1.0], "num_queries": 16},
-    "lw_detr_vit": {"image_size": 64, "pretrain_image_size": 64, "num_windows": 4, "out_indices": [1, 2]},
+    "lw_detr_vit": {
+        "image_size": 64,
+        "pretrain_image_size": 64,
+        "num_windows": 4,
+        "out_features": ["stage1", "stage2"],
+        "out_indices": [1, 2],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mask2former": {"feature_size": 64, "mask_feature_size": 64},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2]},
@@ -60,13 +72,46 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 16},
     "oneformer": {"conv_dim": 64, "mask_dim": 64},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_blocks": 1, "num_self_attends_per_block": 2},
-    "qwen3_asr_encoder": {"n_window": 16},
     "rf_detr": {"num_queries": 16},
     "seggpt": {"image_size": [64, 32], "merge_index": 0, "intermediate_hidden_state_indices": [0, 1]},
     "transfo-xl": {"cutoffs": [64, 128, 192], "proj_share_all_but_first": True},
     "xlnet": {"d_head": 16, "n_head": 4, "d_model": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba2": {"use_mem_rope": False, "attention_head_dim": 32, "use_mamba_kernels": False},
+    "deta": {"two_stage": False, "with_box_refine": False},
+    "kosmos-2": {"latent_query_num": 8},
+    "sam2_hiera_det_model": {
+        "hidden_size": 16,
+        "embed_dim_per_stage": [16, 32, 64, 128],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "global_attention_blocks": [3],
+        "image_size": [128, 128],
+        "window_size_per_stage": [8, 4, 4, 2],
+    },
+    "sam2_vision_model": {
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    },
+    "sam2_prompt_encoder": {"image_size": 128, "patch_size": 16},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "tvp": {"max_img_size": 64, "visual_prompt_size": 8},
+    "step3p5": {"sliding_window": 16},
+    "emu3_vqgan": {"base_channels": 32},
+    "phi4_multimodal": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0] * 8,
+        }
+    },
 }
 """Fields of a config, wherever it stands."""
 
@@ -122,8 +167,8 @@ INPUTS: Mapping[str, Callable[[], dict[str, Tensor]]] = {
     "perceiver": lambda: {"inputs": randn(2, 64, 64)},
     "pocket_tts_audio_tokenizer_decoder": lambda: {"latents": randn(2, 64, 32)},
     "qwen3_asr_encoder": lambda: {
-        "input_features": randn(2, 16, 128),
-        "input_features_mask": torch.ones(2, 128, dtype=torch.int64),
+        "input_features": randn(2, 16, 200),
+        "input_features_mask": torch.ones(2, 200, dtype=torch.int64),
     },
     "sam3": lambda: {"pixel_values": randn(2, 3, 32, 32), "input_ids": words(32)},
     "siglip2": lambda: {
@@ -146,5 +191,36 @@ INPUTS: Mapping[str, Callable[[], dict[str, Tensor]]] = {
     "owlv2": lambda: {"input_ids": words(16), "pixel_values": randn(2, 3, 32, 32)},
     "owlvit": lambda: {"input_ids": words(16), "pixel_values": randn(2, 3, 32, 32)},
     "vilt": lambda: {"input_ids": words(32), "pixel_values": randn(2, 3, 32, 32)},
+    "depth_pro": lambda: {"pixel_values": randn(2, 3, 128, 128)},
+    "omdet-turbo": lambda: {
+        "pixel_values": randn(2, 3, 64, 64),
+        "classes_input_ids": words(8).repeat(2, 1),
+        "classes_attention_mask": torch.ones(4, 8, dtype=torch.int64),
+        "tasks_input_ids": words(8),
+        "tasks_attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        "classes_structure": torch.tensor([2, 2]),
+    },
+    "video_llama_3_vision": lambda: {
+        "pixel_values": randn(32, 192),
+        "grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "merge_sizes": torch.tensor([2, 2]),
+    },
+    "pp_ocrv5_mobile_rec": lambda: {"pixel_values": randn(2, 3, 48, 160)},
+    "pp_ocrv5_server_rec": lambda: {"pixel_values": randn(2, 3, 48, 160)},
+    "minicpm_ocr_vision": lambda: {"pixel_values": randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])},
+    "minicpmv4_7_vision": lambda: {"pixel_values": randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])},
+    "inkling2_vision": lambda: {"pixel_values": randn(32, 192), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)},
+    "kimi_k25_vision": lambda: {"pixel_values": randn(32, 3, 8, 8), "grid_thw": torch.tensor([[1, 4, 4]] * 2)},
+    "muse_glimmer_vision": lambda: {"pixel_values": randn(32, 384), "grid_thw": torch.tensor([[1, 4, 4]] * 2)},
+    "muse_spark_vision": lambda: {"pixel_values": randn(32, 384), "grid_thw": torch.tensor([[1, 4, 4]] * 2)},
+    "graphormer": lambda: {
+        "input_nodes": words(16).unsqueeze(-1),
+        "input_edges": torch.randint(1, 9, (2, 16, 16, 5, 1)),
+        "attn_bias": torch.zeros(2, 17, 17),
+        "in_degree": torch.randint(1, 9, (2, 16)),
+        "out_degree": torch.randint(1, 9, (2, 16)),
+        "spatial_pos": torch.randint(1, 9, (2, 16, 16)),
+        "attn_edge_type": torch.randint(1, 9, (2, 16, 16, 1)),
+    },
 }
 """All inputs of a model."""

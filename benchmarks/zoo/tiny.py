@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -183,7 +184,8 @@ def build(model_type: str, implementation: str, sizes: Sizes, unset: bool) -> nn
     make = model_class(CONFIG_MAPPING[model_type])._from_config  # type: ignore[attr-defined]
     # The default is not named: a part that does not support it then takes its own default.
     chosen = {} if implementation == supports(model_type)[0] else {"attn_implementation": implementation}
-    with torch.device("meta"):
+    size = 0
+    with torch.device("meta"), contextlib.suppress(NotImplementedError):  # a value read while it is built
         size = sum(p.numel() for p in make(config, **chosen).parameters())
     if size > MOST_PARAMETERS:
         raise NotBuilt(f"{size / 1e6:.0f} million parameters")

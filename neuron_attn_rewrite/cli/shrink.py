@@ -30,7 +30,7 @@ WIDTHS: Sizes = (
     (HEADS, r"(.*_)?num_(attention_|encoder_attention_|decoder_attention_)?heads|n_heads?|(.*_)?attention_heads"),
     (HEADS // 2, r"(.*_)?num_(key_value_heads|kv_heads|query_groups)|multi_query_group_num|n_head_kv"),
     (WIDTH, r"(.*_)?(hidden_size|hidden_dim|embed_dim)|d_model|n_embd|dim|emb_dim|width|model_dim|embedding_size"),
-    (WIDTH, r"projection_(dim|size)|lru_width|upsample_groups"),
+    (WIDTH, r"projection_(dim|size)|word_embed_proj_dim|lru_width|upsample_groups"),
     (HEAD, r"(.*_)?head_dim|d_kv|kv_channels|qk_(nope|rope)_head_dim|rotary_dim|mamba_d_head"),
     (32, r"(q|kv)_lora_rank|index_head_dim"),
     (96, r"intermediate_size|.*ffn_(dim|hidden_size|intermediate_size)|d_ff|d_inner|n_inner|dim_feedforward|mlp_dim"),
@@ -105,7 +105,9 @@ def _smaller(name: str, value: Any, sizes: Sizes, given: Given) -> Any:
         return type(value)(min(depth, LAYERS) for depth in value)
     if name in ("out_features", "out_indices") and _is_list(value) and len(value) == 1:
         return None  # the last stage, which its class takes where none is named
-    if not isinstance(value, int) or isinstance(value, bool):
+    if _is_list(value) and value and all(type(v) is int for v in value):
+        return type(value)(_smaller(name, v, sizes, given) for v in value)
+    if type(value) is not int:
         return value
     if name.endswith(("token_id", "token_index", "_idx")) and value >= VOCABULARY:
         return VOCABULARY - 1 - sum(map(ord, name)) % 32  # different tokens stay different
