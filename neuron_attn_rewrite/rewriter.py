@@ -56,7 +56,7 @@ def rewrite(
 
     Raises:
         InputError: the example inputs are missing or don't fit.
-        CaptureError: the model can't be captured as one graph.
+        CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs.
         RewriteError: `config.require` is not met.
     """
     config = config or RewriteConfig()
@@ -87,9 +87,9 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
     model = getattr(model, "_orig_mod", model)
     try:
         captured = capture(model, args, kwargs)
+        return rewrite_graph(captured.module, captured.inputs, config)
     except CaptureError:
         return explain_graphs(model, args, kwargs, config)
-    return rewrite_graph(captured.module, captured.inputs, config)
 
 
 def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:

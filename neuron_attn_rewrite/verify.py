@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from neuron_attn_rewrite.capture import first_line
+from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.exact import in_float64, inside
 from neuron_attn_rewrite.graph import changed_in_place
 from neuron_attn_rewrite.masks.prove import Padding
@@ -27,6 +29,9 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
 
     Rows for which the caller or the model leaves the output undefined don't count. The module's buffers, the inputs
     and the random state are as before afterwards.
+
+    Raises:
+        CaptureError: the graph does not run on the inputs.
     """
     errors: dict[Graft, float] = {}
     by_result = {g.result: g for g in grafts}
@@ -78,7 +83,17 @@ def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) 
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
     with _unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        runner.run(*given)
+        try:
+            runner.run(*given)
+        except RewriteError:
+            raise
+        except Exception as error:  # whatever the model's own operators raise
+            raise CaptureError(
+                f"the captured graph does not run on the example inputs: {type(error).__name__}: {first_line(error)}\n"
+                "Call the model itself with them. If that fails too, pass other example inputs; if it runs, what was "
+                "captured is not what the model does, and nothing made from it would run: rewrite the part of the "
+                "model (a submodule) that holds its attention, or use torch.compile's backend: docs/backends.md."
+            ) from error
 
 
 def _vectors(graft: Graft) -> list[fx.Node]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_attn_rewrite import CaptureError, InputError
+from neuron_attn_rewrite import CaptureError, InputError, rewrite
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.graph import mutates, op_name
 from tests.helpers import Function
@@ -139,6 +140,28 @@ def test_what_no_tracer_takes_is_one_clear_error() -> None:
     model = Function(lambda x: x * 2 if x.sum() > 0 else x)
     with pytest.raises(CaptureError, match=r"(?s)could not be captured.*torch\.export:.*Dynamo.*Try:"):
         capture(model, (torch.ones(3),))
+
+
+@torch.library.custom_op("test_capture::fragile", mutates_args=())
+def fragile(x: Tensor) -> Tensor:
+    raise RuntimeError("no such thing")
+
+
+@fragile.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_is_captured_and_does_not_run_is_one_clear_error() -> None:
+    model = Function(lambda x: F.scaled_dot_product_attention(x, x, fragile(x)))
+    with pytest.raises(CaptureError, match=r"(?s)does not run on the example inputs: RuntimeError: no such.*submodule"):
+        rewrite(model, (torch.ones(1, 2, 8, 4),))
+
+
+def test_sizes_that_a_model_makes_numbers_of() -> None:
+    model, length = Function(lambda x: x * torch.ones(int(x.shape[0]) // 2 * 2)), torch.export.Dim("length", max=8)
+    with pytest.raises(CaptureError, match=r"(?s)could not be captured.*Try: capture without dynamic_shapes"):
+        capture(model, (torch.ones(4),), dynamic_shapes={"x": {0: length}})
 
 
 class Named(nn.Module):
