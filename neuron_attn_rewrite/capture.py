@@ -146,14 +146,15 @@ def _export(
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
     sizes = (
-        "capture without dynamic_shapes, or leave fewer sizes open: this model makes a number of some of them (the same "
-        'model with attn_implementation="sdpa" may not); '
+        "leave fewer sizes open in dynamic_shapes, as the model makes numbers of some (it may not with "
+        'attn_implementation="sdpa"); '
     )
+    tries = "" if dynamic_shapes is None else sizes
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  "
         + "\n  ".join(causes)
-        + f"\nTry: {'' if dynamic_shapes is None else sizes}rewrite the part of the model (a submodule) that holds its attention; remove what branches on "
-        "tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
+        + f"\nTry: {tries}rewrite the part of the model (a submodule) that holds its attention; remove what branches "
+        "on tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
         "Without a single graph there are torch.compile's backend and transformers' attn_implementation: "
         "docs/backends.md."
     ) from first
