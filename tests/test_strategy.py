@@ -13,7 +13,7 @@ import torch
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, DeviceError
 from neuron_attn_rewrite.kernels import vendor
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
@@ -479,6 +479,11 @@ def strided(rank: int, degree: int, q_len: int) -> MaskSpec:
         ),
         (strided(1, 4, 512), {"cp_degree": 4, "cp_rank": 2, "strided_context_parallel": True}, None),
         (strided(2, 4, 512), {"cp_degree": 4, "cp_rank": 2}, None),
+        (
+            strided(2, 4, 512) & MaskSpec((Limited("key <= position"),)),
+            {"cp_degree": 4, "cp_rank": 2, "strided_context_parallel": True},
+            None,
+        ),
     ],
 )
 def test_context_parallel_takes_the_rows_of_its_rank_alone(

@@ -18,6 +18,7 @@ from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
 from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
 from neuron_attn_rewrite.kernels.vendor.adapter import How
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
 from tests.test_cached import Batch, fields
@@ -97,6 +98,32 @@ def test_attention_cte_takes_grouped_heads_as_they_are(monkeypatch: pytest.Monke
     ((_, arguments),) = kernel.calls
     assert (arguments["q"].shape, arguments["k"].shape) == ((8, 512, 32), (4, 512, 32))
     assert arguments["causal_mask"] is True and "bound_min" not in arguments and "k_prior" not in arguments
+
+
+def of_a_rank(rank: int, degree: int, q_len: int, heads: int = 4) -> tuple[dict[str, int], dict[str, Any]]:
+    """What one rank of strided context parallel attention computes."""
+    ends = torch.arange(q_len) * degree + rank + 1
+    bounds = torch.stack([torch.zeros_like(ends), ends], 1)[None]
+    return {"q_len": q_len, "kv_len": q_len * degree, "heads": heads}, {"scale": 0.3, "bounds": bounds}
+
+
+@pytest.mark.parametrize(("rank", "degree"), [(0, 2), (3, 4), (2, 4)])
+@pytest.mark.parametrize("more", [{}, {"sink": torch.randn(4)}, {"key_padding": torch.arange(400)[None] % 7 < 5}])
+def test_strided_rows_of_a_rank(rank: int, degree: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch, stand_ins.attention_cte_2_29)["attention_cte"]
+    sizes, options = of_a_rank(rank, degree, 400 // degree)
+    torch.manual_seed(0)
+    query, key, value = operands(**sizes)
+    terms = ops.check(query, key, value, **options, **more)
+    adapter = vendor.find("attention_cte")
+    assert adapter is not None
+    for strategy in (FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL, FlashAttentionStrategy.SHARDED_KERNEL):
+        actual = adapter.attend(query, key, value, terms, How(2, strategy.name))
+        expected = reference.attention(query, key, value, terms)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    (_, strided), (_, bounded) = kernel.calls
+    assert (strided["global_cp_deg"], int(strided["cp_offset"])) == (degree, rank) and "bound_min" not in strided
+    assert "global_cp_deg" not in bounded
 
 
 DECODE_PADDING = torch.arange(300) < torch.tensor([[300], [170]])
@@ -308,6 +335,13 @@ def test_the_kernel_itself_on_the_simulator(name: str, lnc: int, monkeypatch: py
             found.attend(query, key, value, terms, How(lnc)),
             reference.attention(query, key, value, terms),
         )
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
+    if name == "attention_cte":
+        sizes, options = of_a_rank(1, 2, 256, heads=2)
+        query, key, value = (t.bfloat16() for t in operands(**{"batch": 1, "kv_heads": 1} | sizes))
+        terms = ops.check(query, key, value, **options)
+        how = How(lnc, FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name)
+        actual, expected = found.attend(query, key, value, terms, how), reference.attention(query, key, value, terms)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
 
 

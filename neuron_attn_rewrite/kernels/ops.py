@@ -21,9 +21,10 @@ Query row i of batch element b sees key j iff all of these hold that are given:
 `softcap` replaces scores s by `softcap * tanh(s / softcap)`; `sink`, float [num_heads], is the logit of one more
 column, whose probability is thrown away. A row that sees no key gives zeros, or with `empty_rows="mean"` the mean
 of all values of its kv head. `strategy`, `lnc` and `kernel` (ours, or one of the SDK's by its name in
-`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number. `orders` says how query, key, value and
-the result lie, each in an order of `kernels.orders.ORDERS`: "BSHD,BSHD,BSHD,BSHD" has all of them as [batch, length,
-heads, dim].
+`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number; STRIDED_CONTEXT_PARALLEL_KERNEL promises
+that the mask is bounds alone, and row i ends with key `i * (kv_len // q_len) + rank`. `orders` says how query, key,
+value and the result lie, each in an order of `kernels.orders.ORDERS`: "BSHD,BSHD,BSHD,BSHD" has all of them as
+[batch, length, heads, dim].
 
 Arguments that do not fit raise `InputError`.
 """

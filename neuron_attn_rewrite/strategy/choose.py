@@ -11,6 +11,7 @@ import torch
 
 from neuron_attn_rewrite.config import TOLERANCES, RewriteConfig
 from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.masks.spec import Limited
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
@@ -26,6 +27,8 @@ UNTRIED = 1.25
 """Our own kernel has run on a simulator only: the SDK's is taken unless ours is predicted to be faster by more."""
 
 NONE, UNSHARDED, SHARDED, CONTEXT_PARALLEL, STRIDED_CONTEXT_PARALLEL, SLIDING_WINDOW = FlashAttentionStrategy
+MOST_RANKS = 32
+"""The largest cp_degree that attention_cte takes."""
 CORES = {UNSHARDED: 1, SHARDED: 2}
 """Physical cores that one call runs on, where the strategy says it."""
 
@@ -75,7 +78,9 @@ def _is_rank(problem: AttentionProblem, degree: int, rows_are_its: bool) -> bool
 
 
 def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
-    """Row i is token `i * degree + rank`, and sees itself and what is before it."""
+    """Row i is token `i * degree + rank`, and sees itself and what is before it, whatever the inputs are."""
+    if degree > MOST_RANKS or any(isinstance(claim, Limited) for claim in problem.mask.claims):
+        return False
     ends = torch.arange(problem.q_len) * degree + rank + 1
     rows = problem.mask.rows(problem.q_len, problem.kv_len)
     return bool((rows[:, 0] == 0).all() and (rows[:, 1] == ends).all())

@@ -16,7 +16,9 @@ from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
 from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, multiple, padded, row_bounds, scaled
+from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
+STRIDED = FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name
 QUERY_GROUP = 128
 """Bounds and bias come in groups of this many query rows."""
 KEY_TILE = 128
@@ -51,10 +53,13 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         "tp_k": orders.key == PLAIN,
         "tp_out": orders.result != PLAIN,
     }
-    if mask.kind == "rows" or terms.bias is not None:
+    strided = how.strategy == STRIDED and terms.bias is None
+    if strided:
+        arguments |= _of_a_rank(terms, q_len, kv_len)
+    elif mask.kind == "rows" or terms.bias is not None:
         query = padded(query, 2, multiple(q_len, QUERY_GROUP))
     rows = query.shape[2]
-    if mask.kind == "rows":
+    if mask.kind == "rows" and not strided:
         arguments |= _bounds(adapter, row_bounds(terms, q_len, kv_len, query.device), batch, heads, q_len, rows)
     if mask.window is not None:
         arguments["sliding_window"] = mask.window
@@ -79,6 +84,20 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     out: Tensor = adapter(how.lnc, **tensors, **arguments)
     out = turned(out.reshape(batch, heads, *out.shape[1:]), orders.result, PLAIN)
     return turned(out[:, :, :q_len, :v_dim], PLAIN, orders.result)
+
+
+def _of_a_rank(terms: Terms, q_len: int, kv_len: int) -> dict[str, Any]:
+    """Every `global_cp_deg`-th row, from the rank on, of causal attention: unlike bounds it skips tiles.
+
+    That the bounds are these has been proven, or the strategy would be another one: the first row tells the rank.
+    """
+    assert terms.bounds is not None
+    return {
+        "causal_mask": True,
+        "global_cp_deg": kv_len // q_len,
+        "cp_strided_q_slicing": True,
+        "cp_offset": (terms.bounds[:1, :1, 1] - 1).to(torch.int32),
+    }
 
 
 def _bounds(
