@@ -188,10 +188,12 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
 
 
 def _arranged(form: Form, decision: Decision, prover: Prover) -> Form:
-    """The form in the orders that spare transposes, unless a step would need a size that nobody gives."""
-    better = arranged(form, vendor.accepted(decision.kernel), prover.evaluator.changed)
-    missing = prover.is_dynamic and missing_size(prover.module, better.site, form.proof)
-    return form if missing else better
+    """The form in the orders that spare transposes. Where sizes are symbols all stays as the model has it: a step of
+    ours would read a size of one input where the model reads it of another, and tie the two when it is exported again.
+    """
+    if prover.is_dynamic:
+        return form
+    return arranged(form, vendor.accepted(decision.kernel), prover.evaluator.changed)
 
 
 def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteConfig) -> Reason | None:

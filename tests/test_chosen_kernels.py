@@ -12,25 +12,28 @@ from hypothesis import strategies as st
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.kernels import ops, reference, vendor
 from neuron_attn_rewrite.kernels.vendor.adapter import How
-from neuron_attn_rewrite.masks.spec import Band, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
 from neuron_attn_rewrite.strategy.clauses import mask
 from tests import stand_ins
 
-LENGTHS = (1, 5, 100, 200)
+LENGTHS = (5, 100, 200)
 LOOSE = {torch.float32: 0.016}
 """The SDK's kernels round float32 to bfloat16; the stand-ins do not, so that a wrong number shows."""
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
-    """A problem and the keyword arguments of the op that stand for its mask and terms."""
+def problems(draw: st.DrawFn, kind: str) -> tuple[AttentionProblem, dict[str, Any]]:
+    """A problem and the keyword arguments of the op that stand for its mask and terms: "plain" for the kernels that
+    take little, "decode" for those of token generation, "wide" for those that take nearly everything.
+    """
+    plain = kind == "plain"
     batch, kv_heads, group = draw(st.sampled_from(((1, 2, 2), (2, 1, 2), (1, 1, 1))))
-    plain = draw(st.booleans())
-    heads, q_len = kv_heads * group, draw(st.sampled_from((512, 512, 3)) if plain else st.sampled_from(LENGTHS))
-    kv_len = draw(st.sampled_from((512, 512, 1024) if plain else (q_len, q_len + 128, 300)))
-    head_dim = draw(st.sampled_from((8, 16)))
+    lengths = {"plain": (512, 512, 3), "decode": (1, 5), "wide": LENGTHS}[kind]
+    heads, q_len = kv_heads * group, draw(st.sampled_from(lengths))
+    others = {"plain": (512, 512, 1024), "decode": (300, 512), "wide": (q_len, q_len + 128, 300)}[kind]
+    kv_len, head_dim = draw(st.sampled_from(others)), draw(st.sampled_from((8, 16)))
     free = st.sampled_from([None, 0, kv_len - q_len, kv_len - q_len, draw(st.integers(-3, kv_len))])
     upper = draw(st.sampled_from((None, 0, 0)) if plain else free)
     window = draw(st.sampled_from((None, 5, 300) if plain else (None, None, 1, 5, 300)))
@@ -40,7 +43,11 @@ def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
     if (lower, upper) != (None, None):
         claims.append(Band(lower, upper))
         options |= {"band_lower": lower, "band_upper": upper}
-    if not plain and draw(st.integers(0, 2)) == 0:
+    if not plain and draw(st.integers(0, 4)) == 0:
+        size = draw(st.sampled_from((50, 128, 256)))
+        claims.append(Chunked(size))
+        options["bounds"] = Chunked(size).rows(q_len, kv_len)[None]
+    elif not plain and draw(st.integers(0, 2)) == 0:
         rows = tuple((i * kv_len // q_len // 2, kv_len - i % 3) for i in range(q_len))
         claims.append(Intervals(rows))
         options["bounds"] = torch.tensor([rows])
@@ -48,13 +55,16 @@ def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
         claims.append(KeyPadding("mask"))
         options["key_padding"] = torch.rand(batch, kv_len) > 0.3
     bias_shape = None
-    if not plain and draw(st.integers(0, 2)) == 0:
+    if plain and q_len > 3 and window is None and draw(st.integers(0, 2)) == 0:
+        bias_shape = (1, 1, q_len, kv_len)
+    elif kind == "wide" and draw(st.booleans()):
         bias_shape = (
             draw(st.sampled_from((1, batch))),
             draw(st.sampled_from((1, heads))),
             draw(st.sampled_from((1, q_len))),
             kv_len,
         )
+    if bias_shape:
         options["bias"] = torch.randn(bias_shape)
     sink = not plain and draw(st.booleans())
     if sink:
@@ -69,7 +79,7 @@ def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
         q_len=q_len,
         kv_len=kv_len,
         head_dim=head_dim,
-        v_head_dim=head_dim if plain else draw(st.sampled_from((head_dim, 24))),
+        v_head_dim=draw(st.sampled_from((head_dim, 24))) if kind == "wide" else head_dim,
         dtype=torch.float32,
         scale=options["scale"],
         mask=mask,
@@ -80,15 +90,34 @@ def problems(draw: st.DrawFn) -> tuple[AttentionProblem, dict[str, Any]]:
     return problem, options
 
 
+def features_of(problem: AttentionProblem) -> set[str]:
+    claims = problem.mask.claims
+    found = {
+        "grouped": problem.num_heads != problem.num_kv_heads,
+        "chunks": any(isinstance(claim, Chunked) for claim in claims),
+        "padding": any(isinstance(claim, KeyPadding) for claim in claims),
+        "window": mask(problem).window is not None,
+        "bias": problem.bias_shape is not None,
+        "sink": problem.sink,
+        "other v_head_dim": problem.head_dim != problem.v_head_dim,
+    }
+    return {name for name, there in found.items() if there}
+
+
+TAKEN = {
+    "attention_cte": {"grouped", "chunks", "padding", "window", "bias", "sink", "other v_head_dim"},
+    "attention_tkg": {"grouped", "chunks", "padding", "window", "sink"},
+    "attention_isa_kernel": {"grouped"},
+    "neuronxcc_flash_fwd": {"grouped", "window", "bias"},
+    "sliding_window_flash_fwd": {"grouped", "window"},
+}
 PLACES = (("trn2", "2.31"), ("trn2", "2.29"), ("trn1", "2.28"))
 
 
 def test_what_is_chosen_is_right() -> None:
     kinds: set[tuple[str, str, bool]] = set()
+    features: dict[str, set[str]] = {name: set() for name in vendor.ADAPTERS}
 
-    @seed(0)
-    @settings(max_examples=40, deadline=None, database=None)
-    @given(problems())
     def check(drawn: tuple[AttentionProblem, dict[str, Any]]) -> None:
         problem, options = drawn
         for target, sdk in PLACES:
@@ -103,12 +132,17 @@ def test_what_is_chosen_is_right() -> None:
                 assert decision.kernel in able if able else decision.kernel == NATIVE
                 for kernel in able:
                     kinds.add((kernel, mask(problem).kind, mask(problem).window is not None))
+                    features[kernel] |= features_of(problem)
                     _check(kernel, problem, options, decision.lnc)
 
-    check()
+    for kind in ("plain", "decode", "wide"):
+        of_kind = given(problems(kind))(check)
+        seed(0)(settings(max_examples=15, deadline=None, database=None)(of_kind))()
     cte = [(kind, window) for name, kind, window in kinds if name == "attention_cte"]
     assert set(cte) >= {("full", False), ("causal", False), ("causal", True), ("prior", False), ("rows", False)}
     assert {name for name, _, _ in kinds} == set(vendor.ADAPTERS)
+    # Everything that a kernel takes was drawn for it, and nothing that it doesn't.
+    assert features == TAKEN
 
 
 def _check(kernel: str, p: AttentionProblem, options: dict[str, Any], lnc: int) -> None:

@@ -359,14 +359,45 @@ def test_each_clause_of_each_kernel(
         assert reason is not None and reason.startswith(f"{kernel}: ") and words in reason
 
 
+# Kernel, targets, first and last release of the SDK, and a problem that it can compute.
+SHIPPED: list[tuple[str, set[str], str, str, dict[str, Any]]] = [
+    ("attention_cte", {"trn2", "trn3"}, "2.27", "2.32", {}),
+    ("attention_tkg", {"trn2", "trn3"}, "2.28", "2.32", ONE),
+    ("attention_isa_kernel", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {}),
+    ("neuronxcc_flash_fwd", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {}),
+    ("sliding_window_flash_fwd", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {"mask": WINDOW}),
+    ("attention_bwd", {"trn2", "trn3"}, "2.29", "2.32", {}),
+    ("flash_attn_bwd", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {}),
+]
+OF_PLACES = {"kernel-target", "kernel-sdk"}
+"""Codes of the clauses that ask for a target or a release alone; ours asks the first of a mask."""
+
+
+@pytest.mark.parametrize(("kernel", "targets", "since", "until", "example"), SHIPPED)
+def test_where_each_kernel_runs(
+    kernel: str, targets: set[str], since: str, until: str, example: dict[str, Any]
+) -> None:
+    places = [(target, sdk) for target in cost.HARDWARE for sdk in (*ALL, "2.30", "2.31")]
+    found = {p for p in places if illegal(kernel, problem(**example), Setting(p[0], 1, p[1])) is None}
+    assert found == {(target, sdk) for target, sdk in places if target in targets and since <= sdk <= until}
+
+
 @pytest.mark.parametrize("kernel", [*KERNELS, *BACKWARD])
-def test_each_clause_is_tested(kernel: str) -> None:
-    broken = set()
-    for name, setting, _, bad, words in BORDERS:
+def test_each_clause_is_tested_on_both_sides(kernel: str) -> None:
+    """By a problem that breaks it and no clause before, in a place where the one beside it breaks none."""
+    clauses = (KERNELS | BACKWARD)[kernel].clauses
+    broken, bordered = set(), set()
+    for name, setting, good, bad, words in BORDERS:
         if name == kernel and words:
             where, p = Setting(**setting), problem(**bad)
-            broken.add(next(c for c in (KERNELS | BACKWARD)[name].clauses if not c.holds(p, where)))
-    assert broken == set((KERNELS | BACKWARD)[kernel].clauses)
+            clause = next(c for c in clauses if not c.holds(p, where))
+            broken.add(clause)
+            if illegal(kernel, problem(**good), where) is None:
+                bordered.add(clause)
+    assert broken == set(clauses)
+    left = {clause.code for clause in clauses if clause not in bordered}
+    known = OF_PLACES if kernel in {name for name, *_ in SHIPPED} else {"kernel-undocumented"}
+    assert left <= known
 
 
 def test_a_kernel_without_an_adapter_is_never_chosen() -> None:

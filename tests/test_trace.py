@@ -23,6 +23,8 @@ from neuron_attn_rewrite import InputError, RewriteConfig, TraceCheck, TraceErro
 from neuron_attn_rewrite.backends import activations, trace
 from neuron_attn_rewrite.kernels import launch, reference
 from neuron_attn_rewrite.kernels.ops import check
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
+from neuron_attn_rewrite.kernels.vendor.adapter import How
 from tests.helpers import ALWAYS, relative_error
 from tests.models import FAMILIES
 
@@ -162,7 +164,8 @@ def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(arguments)
         return reference.attention(query, key, value, terms)
 
-    def prepared(q: Tensor, k: Tensor, v: Tensor, given: Any, *, lnc: int, target: str) -> Any:
+    def prepared(q: Tensor, k: Tensor, v: Tensor, given: Any, *, lnc: int, target: str, orders: Orders) -> Any:
+        assert orders == AS_GIVEN
         calls.append((given, lnc, target))
         return SimpleNamespace(
             module="stand_in_flash", kernel="flash_fwd", tensors={"q": q}, static={"lo": 1}, lnc=lnc, finish=lambda x: x
@@ -179,7 +182,7 @@ def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> N
         wrapped.append((given, lnc))
         return launched
 
-    out = launch.launch(query, key, value, terms, "flash_fwd", 2, launcher)
+    out = launch.launch(query, key, value, terms, "flash_fwd", How(2), launcher)
     assert relative_error(out, reference.attention(query, key, value, terms)) == 0
     assert wrapped == [(kernel, 2)] and calls == [(terms, 2, "gen4"), {"q": query, "lo": 1}]
 
@@ -206,8 +209,8 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
     """As TorchNeuron's `wrap_nki` needs it, with an op in place of its node. Autograd is ours."""
     from torch._dynamo.backends.common import aot_autograd
 
-    def fake_launch(query: Tensor, key: Tensor, value: Tensor, terms: Any, kernel: str, lnc: int, launcher: Any) -> Any:
-        return launcher("flash", lnc)(query=query, key=key, value=value, scale=terms.scale)
+    def fake_launch(query: Tensor, key: Tensor, value: Tensor, terms: Any, kernel: str, how: How, launcher: Any) -> Any:
+        return launcher("flash", how.lnc)(query=query, key=key, value=value, scale=terms.scale)
 
     class Wrapped:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:

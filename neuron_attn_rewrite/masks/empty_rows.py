@@ -63,7 +63,8 @@ def _hidden_scores(effects: Sequence[Effect], site: AttentionSite) -> set[float]
 
     Every step is monotonic, so that what both ends of the range of scores lead to, all scores between them do.
     """
-    kind = reduce(torch.promote_types, (site.dtype, dtype(site.anchor), *map(_kind, site.terms)), torch.float32)
+    softmax = site.anchor if is_tensor(site.anchor) else site.output  # an operator may give more than one tensor
+    kind = reduce(torch.promote_types, (site.dtype, dtype(softmax), *map(_kind, site.terms)), torch.float32)
     ends = torch.tensor([-ABSORBS, ABSORBS], dtype=kind)
     which = torch.arange(1, 2 ** sum(effect.hides for effect in effects))[:, None]
     scores = ends.expand(len(which), 2)
