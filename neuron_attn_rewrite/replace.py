@@ -18,7 +18,7 @@ from torch import fx
 from neuron_attn_rewrite.forms import Form
 from neuron_attn_rewrite.graph import PERMUTES, changed_in_place, dtype, eliminate_dead_code, fake_mode, op_name, shape
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
-from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Size
+from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
@@ -65,7 +65,7 @@ def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> s
     numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
     needed = [str(e) for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
     computed = computed_sizes(module.graph)
-    limits = [of.name for limit in proof.limits for of, _ in limit.end.terms if isinstance(of, Size)]
+    limits = [of.name for limit in proof.limits for of in limit.end.variables() if isinstance(of, Size)]
     needed += [name for name in limits if name not in computed]
     return next((name for name in needed if name not in given), None)
 
@@ -253,6 +253,8 @@ class _Emitter:
             elif isinstance(of, Index):
                 node = self._join(aten.arange.default, before, self._size(site.q_len), **self._whole(site))
                 node = self._on(node, aten.unsqueeze.default, 0)
+            elif isinstance(of, Floor):
+                node = self._on(self._end(of.of, site), aten.floor_divide.Scalar, of.by)
             else:
                 assert isinstance(of, Size)
                 node = self._join(aten.full.default, before, [1, 1], self._named(of.name), **self._whole(site))

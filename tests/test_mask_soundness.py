@@ -37,6 +37,28 @@ def key() -> Tensor:
     return torch.arange(LENGTH)[None, :]
 
 
+def _chunk(at: Tensor, mask: Tensor) -> Tensor:
+    """Chunks of two positions that begin behind the left padding."""
+    padding = (mask.cumsum(1) == 0).sum(1)[:, None, None, None]
+    return (at[None, None] - padding) // 2
+
+
+def _span(mask: Tensor) -> Tensor:
+    """Which run of ones a position belongs to, -1 for none."""
+    starts = (mask != 0) & (F.pad(mask, (1, 0))[:, :-1] == 0)
+    return torch.where(mask != 0, starts.int().cumsum(1) - 1, -1)
+
+
+def _same_part(parts: Tensor) -> Tensor:
+    return (parts[:, None] == parts)[None, None]
+
+
+def _put(mask: Tensor) -> Tensor:
+    """The mask with its first key shown."""
+    first = torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.int64)
+    return torch.index_put(mask.bool(), first, torch.tensor(True))
+
+
 # Programs: nested tuples (operator, *operands). A bool program gives [BATCH | 1, 1, LENGTH | 1, LENGTH | 1].
 
 LEAVES: dict[str, Any] = {
@@ -65,12 +87,24 @@ LEAVES: dict[str, Any] = {
     "window": lambda m, n: (key() > row() - 2)[None, None],
     "tril": lambda m, n: torch.ones(LENGTH, LENGTH).tril().bool()[None, None],
     "chunks": lambda m, n: (key() // 2 == row() // 2)[None, None],
+    "chunks behind padding": lambda m, n: _chunk(key(), m) == _chunk(row(), m),
+    "segments of a sum": lambda m, n: m.cumsum(1)[:, None, None, :] == m.cumsum(1)[:, None, :, None],
+    "spans": lambda m, n: _span(m)[:, None, None, :] == _span(m)[:, None, :, None],
+    "blocks": lambda m, n: _same_part(torch.arange(2).repeat_interleave(2)),
+    "buckets": lambda m, n: _same_part(torch.bucketize(torch.arange(LENGTH), torch.tensor([1, 3]))),
+    "rolled": lambda m, n: m.roll(1, 1)[:, None, None, :].bool(),
+    "upper triangle": lambda m, n: torch.ones(LENGTH, LENGTH).triu(-1).bool()[None, None],
+    "scattered": lambda m, n: torch.zeros(LENGTH, LENGTH).scatter(1, row(), 1.0).bool()[None, None],
+    "put": lambda m, n: _put(m)[:, None, None, :],
+    "remainders": lambda m, n: (key() % 2 == row() % 2)[None, None],
     "prefix": lambda m, n: (key() < 2)[None, None],
     "last key": lambda m, n: (key() == LENGTH - 1)[None, None],
     "holes": lambda m, n: (key() != 1)[None, None],
     "true": lambda m, n: torch.ones(1, 1, 1, LENGTH, dtype=torch.bool),
     "false": lambda m, n: torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.bool),
 }
+NEED_NUMBERS = ("both", "either", "cumulated", "positions", "chunks behind", "sum", "spans")
+"""What can't be computed of a bool mask."""
 UNARY: dict[str, Any] = {
     "not": torch.logical_not,
     "inverse": lambda a: (1 - a.int()) == 1,
@@ -213,7 +247,7 @@ def assert_same_everywhere(model: Any, every: tuple[Tensor, ...]) -> RewrittenMo
 def test_every_claim_holds_for_all_inputs(
     attention: str, programs: Any, addend: str, fill: float, dtype: torch.dtype
 ) -> None:
-    if dtype == torch.bool and any(name in str(programs) for name in ("both", "either", "cumulated", "positions")):
+    if dtype == torch.bool and any(name in str(programs) for name in NEED_NUMBERS):
         dtype = torch.int64
     cells = all_values(BATCH * LENGTH).reshape(-1, BATCH, LENGTH)
     # The other mask takes every value too, though not every pair of both.
@@ -247,9 +281,30 @@ NUMBERS: dict[str, Any] = {
         ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, None, :])
         == ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, :, None])
     ),
+    "packed by positions": lambda p, c, n: (
+        (
+            ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, None, :])
+            == ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, :, None])
+        )
+        & (p[:, None, None, :] <= p[:, None, :, None])
+    ),
+    "segments of a sum": lambda p, c, n: p.cumsum(1)[:, None, None, :] == p.cumsum(1)[:, None, :, None],
+    "chunks from a position on": lambda p, c, n: (key() // 2 == c[:, None] // 2)[None, None],
+    "chunks that move": lambda p, c, n: _at(key(), n) // 3 == _at(row(), n) // 3,
+    "chunks not before": lambda p, c, n: _at(key(), n) // 2 >= _at(row(), n) // 2,
+    "chunks of keys and numbers": lambda p, c, n: (key() + row() - 3) // 2 < n[:, None, None, None],
+    "remainders": lambda p, c, n: (key() % 2 == c[:, None] % 2)[None, None],
+    "a remainder as the end": lambda p, c, n: (key() <= c[:, None] % 3)[None, None],
+    "a product of numbers": lambda p, c, n: key()[None, None] < p[:, None, :, None] * n[:, None, None, None],
+    "the positions' maximum": lambda p, c, n: key()[None, None] <= p.amax(1)[:, None, None, None] - row(),
+    "rolled positions": lambda p, c, n: (key() <= c.roll(1)[:, None])[None, None],
     "causal": lambda p, c, n: (key() <= row())[None, None],
     "prefix or causal": lambda p, c, n: (key() < n[:, None, None, None]) | (key() <= row()),
 }
+
+
+def _at(at: Tensor, lengths: Tensor) -> Tensor:
+    return at[None, None] - lengths[:, None, None, None]
 
 
 @settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "60")), deadline=None)
@@ -281,7 +336,13 @@ def test_every_claim_about_numbers_holds(attention: str, programs: Any, addend: 
         ("left of the length", "key >= - lengths_1[batch] + 4"),
         ("lengths and rows", "key <= lengths_1[batch] + query - 1"),
         ("a real segment", "key_padding(position_ids_1)"),
-        ("later positions", "none"),
+        ("later positions", "key <= pad[query]"),
+        (
+            "chunks from a position on",
+            "key >= 2 * (cache_position_1[query] // 2) & key <= 2 * (cache_position_1[query] // 2) + 1",
+        ),
+        ("a product of numbers", "key <= mul[batch, 0, query, 0] - 1"),
+        ("remainders", "none"),
         ("segments", "none"),
         ("two positions", "none"),
         ("twice the length", "key_padding(lt)"),

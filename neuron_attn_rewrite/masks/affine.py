@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from math import gcd
@@ -45,7 +45,15 @@ class Truth:
     index: tuple[Affine, ...]
 
 
-Variable: TypeAlias = Index | Size | Element | Truth
+@dataclass(frozen=True)
+class Floor:
+    """A sum divided by a positive number, rounded down."""
+
+    of: Affine
+    by: int
+
+
+Variable: TypeAlias = Index | Size | Element | Truth | Floor
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,14 @@ class Affine:
     @property
     def is_constant(self) -> bool:
         return not self.terms
+
+    def variables(self) -> Iterator[Variable]:
+        """Everything on which it depends, also inside of a `Floor`."""
+        for of, _ in self.terms:
+            if isinstance(of, Floor):
+                yield from of.of.variables()
+            else:
+                yield of
 
     def coefficient(self, variable: Variable) -> int:
         return next((c for v, c in self.terms if v == variable), 0)

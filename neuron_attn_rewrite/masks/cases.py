@@ -19,10 +19,22 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph import tensor
-from neuron_attn_rewrite.masks.affine import Affine, Guard, Index, Size, Truth, Variable, impossible, negated, variable
+from neuron_attn_rewrite.masks.affine import (
+    Affine,
+    Floor,
+    Guard,
+    Index,
+    Size,
+    Truth,
+    Variable,
+    impossible,
+    negated,
+    variable,
+)
 from neuron_attn_rewrite.sizes import LARGEST, expression_of, input_sizes, limits_of
 
 MOST_CASES = 64
+INDICES = (torch.int64, torch.int32)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 At: TypeAlias = tuple[Affine, ...]
 Value: TypeAlias = "Affine | float"
@@ -89,6 +101,9 @@ class Facts:
             return variable(of), -variable(of) + 1
         if isinstance(of, Index):
             return variable(of), of.size - 1 - variable(of)
+        if isinstance(of, Floor):
+            rest = of.of - variable(of) * of.by
+            return rest, -rest + (of.by - 1)
         return self._ranges.get(of, ())
 
     def impossible(self, inequalities: Iterable[Affine]) -> bool:

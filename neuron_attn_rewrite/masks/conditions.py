@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from neuron_attn_rewrite.graph import tensor
-from neuron_attn_rewrite.masks.affine import Affine, Element, Index, Truth, variable
+from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Truth, variable
 from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown
 from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims
@@ -32,7 +32,7 @@ class Limit:
     @property
     def is_runtime(self) -> bool:
         """Whether it depends on an input."""
-        return any(isinstance(of, Element) for of, _ in self.end.terms)
+        return any(isinstance(of, Element) for of in self.end.variables())
 
     def __str__(self) -> str:
         return f"key {'>=' if self.is_lower else '<='} {_text(self.end)}"
@@ -103,7 +103,7 @@ def _shared(seen: list[Case], hidden: list[Case], evaluator: Elements) -> list[A
     """Inequalities that hold exactly where a key is seen; None if there are none of the cases' own."""
     if not seen:
         return None
-    candidates = {g for case in seen for g in case.guard}
+    candidates = {_solved(g) for case in seen for g in case.guard}
     shared = [g for g in candidates if all(evaluator.always(g, case.guard) for case in seen)]
     if any(not evaluator.impossible([*case.guard, *shared]) for case in hidden):
         return None
@@ -112,6 +112,19 @@ def _shared(seen: list[Case], hidden: list[Case], evaluator: Elements) -> list[A
         if evaluator.always(inequality, others):
             shared = others
     return shared
+
+
+def _solved(inequality: Affine) -> Affine:
+    """The same, where it compares the floor of a sum with the key with something: as one of the sum itself."""
+    for of, slope in inequality.terms:
+        if isinstance(of, Floor) and abs(slope) == 1 and any(_is_key(v) for v in of.of.variables()):
+            rest = inequality.without(of) * of.by
+            return of.of + rest if slope > 0 else rest - of.of + (of.by - 1)
+    return inequality
+
+
+def _is_key(of: object) -> bool:
+    return isinstance(of, Index) and of.axis == KEY
 
 
 def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: Elements) -> Conditions | None:
@@ -142,6 +155,8 @@ def _is_known(of: object) -> bool:
     """Whether a kernel's bounds can be computed from it: a size, the query, or an element for each row or batch."""
     if isinstance(of, Index):
         return of.axis == QUERY
+    if isinstance(of, Floor):
+        return all(map(_is_known, of.of.variables()))
     if not isinstance(of, Element):
         return not isinstance(of, Truth)
     axes = [_axis(i) for i in of.index]
@@ -181,6 +196,9 @@ def _text(end: Affine) -> str:
             return ("batch", "head", "query", "key")[of.axis]
         if isinstance(of, Element):
             return f"{of.node.name}[{', '.join(_text(i) for i in of.index)}]"
+        if isinstance(of, Floor):
+            text = _text(of.of)
+            return f"({text if ' ' not in text else f'({text})'} // {of.by})"
         return str(getattr(of, "name", of))
 
     parts = [f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c)} * '}{name(v)}" for v, c in _ordered(end)]

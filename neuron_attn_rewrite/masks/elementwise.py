@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph import dtype, is_tensor, op_name, tensor
-from neuron_attn_rewrite.masks.affine import Affine, Element, Guard, variable
+from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Guard, variable
 from neuron_attn_rewrite.masks.cases import MOST_CASES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, truth
 
 CASTS = ("to", "_to_copy", "type_as")
@@ -61,9 +61,10 @@ def elementwise(e: Elements, node: fx.Node, at: At) -> Cases:
 
 def _is_contract(e: Elements, element: Element) -> bool:
     """By the contract of integer inputs with `mask` in their name, they hold only 0 and 1."""
-    if "mask" in element.node.name:
+    holds = element.node.op == "placeholder" and "mask" in element.node.name
+    if holds:
         e.assumed.add(element.node)
-    return "mask" in element.node.name
+    return holds
 
 
 def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[fx.Node, Value]) -> list[Case]:
@@ -91,6 +92,11 @@ def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[
         flag, yes, no = (args[0], args[1], args[2]) if name == "where" else (args[1], args[2], args[0])
         picked = no if flag == Affine() else yes
         return [Case(guard, picked if isinstance(picked, Affine) else exact(torch.as_tensor(picked).to(dtype(node))))]
+    if name in ("floor_divide", "remainder") or (name == "div" and node.kwargs.get("rounding_mode") == "floor"):
+        left, right = (_integer(e, a) for a in args[:2])
+        if right.is_constant and right.constant > 0:
+            floor = variable(Floor(left, right.constant))
+            return [Case(guard, left - floor * right.constant if name == "remainder" else floor)]
     if name == "neg":
         return [Case(guard, -_integer(e, args[0]))]
     if name == "mul":

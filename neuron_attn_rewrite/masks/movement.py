@@ -10,9 +10,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, permutation, tensor
 from neuron_attn_rewrite.masks.affine import Affine, negated
-from neuron_attn_rewrite.masks.cases import At, Case, Cases, Elements, Unknown, Value, aligned, exact, is_one
+from neuron_attn_rewrite.masks.cases import INDICES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, is_one
 
-INDICES = (torch.int64, torch.int32)
 VIEWS = frozenset("view reshape _unsafe_view flatten unflatten unsqueeze squeeze _reshape_alias".split())
 SAME = frozenset("clone contiguous alias detach lift_fresh_copy lift_fresh".split())
 FILLED = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}

@@ -81,6 +81,7 @@ class Prover:
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
         self.evaluator = Evaluator(module)
         self.symbolic = SymbolicEvaluator(module)
+        self.named = SymbolicEvaluator(module, names_numbers=True)
         self.module, self.config = module, config
         self.writes = Writes(module.graph)
         self.is_dynamic = has_symbols(module.graph)
@@ -151,6 +152,9 @@ class Prover:
         """For symbolic indices, which takes no time; else for every element."""
         sizes = tuple(self.symbolic.size(dim_size(dim)) for dim in dims)
         found = conditions(term, dims, sizes, self.symbolic)
+        if isinstance(found, Unproven):
+            named = conditions(term, dims, sizes, self.named)
+            found = found if isinstance(named, Unproven) else named
         if self.is_dynamic:
             return found if isinstance(found, Unproven) else _claimed(found)
         if isinstance(found, Unproven):

@@ -14,7 +14,18 @@ from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph import changed_in_place, dtype, is_tensor, op_name
 from neuron_attn_rewrite.masks.affine import Affine, Element, negated, variable
-from neuron_attn_rewrite.masks.cases import INTEGERS, MOST_CASES, At, Case, Cases, Elements, Unknown, exact, truth
+from neuron_attn_rewrite.masks.cases import (
+    INDICES,
+    INTEGERS,
+    MOST_CASES,
+    At,
+    Case,
+    Cases,
+    Elements,
+    Unknown,
+    exact,
+    truth,
+)
 from neuron_attn_rewrite.masks.elementwise import COMPARISONS, elementwise
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.movement import MOVEMENTS
@@ -32,6 +43,8 @@ RULES: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
 class SymbolicEvaluator(Elements):
     """Elements of the tensors of one graph at symbolic indices."""
 
+    names_numbers: bool = False
+    """Whether an integer of which no rule says what it is stands for itself: a number that is known at run time."""
     _known: dict[tuple[fx.Node, At], tuple[Cases | Unknown, frozenset[fx.Node]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,10 +70,11 @@ class SymbolicEvaluator(Elements):
         try:
             cases = self._computed(node, at)
         except Unknown:
-            if dtype(node) != torch.bool or node in self._changed:
+            named = dtype(node) == torch.bool or (self.names_numbers and dtype(node) in INDICES)
+            if not named or node in self._changed:
                 raise
             self.assumed.clear()
-            return truth(node, at)
+            return truth(node, at) if dtype(node) == torch.bool else (Case(frozenset(), variable(Element(node, at))),)
         if len(cases) > MOST_CASES:
             raise Unknown(f"{node.name} has too many cases")
         return cases
