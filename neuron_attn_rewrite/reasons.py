@@ -127,7 +127,7 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         ),
         "key-blocks": Entry(
             "find",
-            "One softmax runs over the scores of several products side by side.",
+            "One softmax runs over scores that are put together from several pieces.",
             _LEFT + "Join the keys, and the values, so that there is one product before the softmax and one behind it.",
         ),
         "one-key": Entry(

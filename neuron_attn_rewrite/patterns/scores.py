@@ -210,6 +210,12 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     return replace(scores.to(inner, tuple(dims), trail="sink"), axes=tuple(axes), sink=(sink, sink_dims))
 
 
+@SCORES("slice_scatter", "select_scatter")
+def _pieces(walk: Walk, scores: Scores) -> Scores:
+    """Longformer writes the diagonals of a band into one tensor."""
+    raise Blocked(scores.node, Reason("key-blocks", "the scores are written together piece by piece, as a band is"))
+
+
 def _ends_in_product(walk: Walk, scores: Scores, part: fx.Node) -> bool:
     """Whether a part of joined scores is itself made from a product."""
     dims = tuple(axis_dim(next(walk.fresh_axes), size) for size in shape(part))

@@ -103,6 +103,12 @@ def _scale(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     return replace(weights.to(user), factors=(*weights.factors, factor))
 
 
+@WEIGHTS("add", "sub")
+def _mixed(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
+    words = "the weights are mixed with another tensor, such as a hard choice in place of them"
+    raise Blocked(user, Reason("unknown-node", words))
+
+
 @WEIGHTS("nan_to_num")
 def _nan_to_zero(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     """A row of -inf scores gives NaN, and this zeros."""

@@ -152,6 +152,9 @@ KEEP = {
     ),
     "weights squared": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -1).square() @ v, "no rule knows it"),
     "logarithm of the weights": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -1).log() @ v, "no rule knows it"),
+    "a hard choice in place of the weights (GroupViT)": Keep(
+        lambda q, k, v: _straight_through(torch.softmax(q @ k.mT * 0.25, -1)) @ v, "hard choice"
+    ),
     "dropout in training": Keep(
         lambda q, k, v: torch.dropout(torch.softmax(q @ k.mT, -1), 0.5, True) @ v, "dropout is active"
     ),
@@ -174,6 +177,10 @@ RIGHT = {
         lambda q, k, v: torch.exp(q @ k.mT * 0.1) * CAUSAL / torch.exp(q @ k.mT * 0.1).sum(-1, keepdim=True) @ v
     ),
 }
+
+
+def _straight_through(p: Tensor) -> Tensor:
+    return torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0) - p.detach() + p
 
 
 def _normalised(e: Tensor) -> Tensor:
