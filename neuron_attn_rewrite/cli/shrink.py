@@ -30,7 +30,7 @@ WIDTHS: Sizes = (
     (HEADS, r"(.*_)?num_(attention_|encoder_attention_|decoder_attention_)?heads|n_heads?|(.*_)?attention_heads"),
     (HEADS // 2, r"(.*_)?num_(key_value_heads|kv_heads|query_groups)|multi_query_group_num|n_head_kv"),
     (WIDTH, r"(.*_)?(hidden_size|hidden_dim|embed_dim)|d_model|n_embd|dim|emb_dim|width|model_dim|embedding_size"),
-    (WIDTH, r"projection_(dim|size)|word_embed_proj_dim|lru_width|upsample_groups"),
+    (WIDTH, r"projection_(dim|size)|condition_dim|word_embed_proj_dim|lru_width|upsample_groups"),
     (HEAD, r"(.*_)?head_dim|d_kv|kv_channels|qk_(nope|rope)_head_dim|rotary_dim|mamba_d_head"),
     (32, r"(q|kv)_lora_rank|index_head_dim"),
     (96, r"intermediate_size|.*ffn_(dim|hidden_size|intermediate_size)|d_ff|d_inner|n_inner|dim_feedforward|mlp_dim"),
@@ -64,6 +64,8 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
         return made | _of_latents(fields, made)
 
     new = small(old)
+    if "depths" not in old and any(_stage(name) > LAYERS for name in new.get("out_features") or ()):
+        new |= {"out_features": None, "out_indices": None}  # stages are layers: the class takes the last
     if kept:
         new |= {name: type(v)(v[i] for i in kept) for name, v in old.items() if _is_list(v) and len(v) == count}
         new["num_hidden_layers"] = len(kept)
@@ -85,6 +87,10 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
     return made
 
 
+def _stage(name: Any) -> int:
+    return int(name.removeprefix("stage")) if re.fullmatch(r"stage\d+", str(name)) else 0
+
+
 def no_extras(config: Any) -> Any:
     """The same config without a cache or more outputs than one, in itself and its parts."""
     for part in filter(_is_config, list(vars(config).values())):
@@ -103,8 +109,6 @@ def _smaller(name: str, value: Any, sizes: Sizes, given: Given) -> Any:
         return {name: v for name, v in part.to_dict().items() if name in ("model_type", *arguments(type(part)))}
     if _is_list(value) and name == "depths":
         return type(value)(min(depth, LAYERS) for depth in value)
-    if name in ("out_features", "out_indices") and _is_list(value) and len(value) == 1:
-        return None  # the last stage, which its class takes where none is named
     if _is_list(value) and value and all(type(v) is int for v in value):
         return type(value)(_smaller(name, v, sizes, given) for v in value)
     if type(value) is not int:
