@@ -53,6 +53,26 @@ def _undocumented(what: str) -> Clause:
     return Clause("kernel-undocumented", f"undocumented: {what}", lambda *_: False)
 
 
+_NARROW = (SIZES, GROUPS, ONE_HEAD_DIM, ROUNDED, SCALE, NO_SOFTCAP)
+"""What every kernel of the SDK demands but attention_cte."""
+_OLD = (targets("trn1", "inf2", "trn2"), shipped("2.26", "2.28"))
+"""Where the kernels of neuronx-cc are, and NxD Inference's own."""
+_TILES = (
+    Clause(
+        "kernel-size",
+        "kv_len {p.kv_len} must be a multiple of 512, q_len {p.q_len} of 128",
+        lambda p, _: p.kv_len % 512 == 0 and p.q_len % 128 == 0,
+    ),
+    Clause(
+        "kernel-size",
+        "num_kv_heads {p.num_kv_heads} must be even on two cores",
+        lambda p, s: p.num_kv_heads % s.cores == 0,
+    ),
+)
+"""What the first `flash_fwd` and its gradients are tiled by."""
+SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0)
+REPEATED = Bridge("keys and values are repeated for each query head", lambda p, _: p.num_heads != p.num_kv_heads)
+
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
         OURS: Kernel(
@@ -143,7 +163,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (
-                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                SCALED,
                 Bridge("key padding becomes one more feature of query and key", lambda p, _: is_padded(p)),
                 Bridge("head_dim and v_head_dim are padded to the larger", lambda p, _: p.head_dim != p.v_head_dim),
                 Bridge("the first keys become a prefix", lambda p, _: mask(p).kind == "prior"),
@@ -162,12 +182,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             (
                 targets("trn2", "trn3"),
                 shipped("2.28", "2.32"),
-                SIZES,
-                GROUPS,
-                ONE_HEAD_DIM,
-                ROUNDED,
-                SCALE,
-                NO_SOFTCAP,
+                *_NARROW,
                 NO_BIAS,
                 NEVER_EMPTY,
                 Clause(
@@ -187,7 +202,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (
-                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                SCALED,
                 Bridge("the mask is written out as 0 and 1", lambda *_: True),
                 Bridge("keys are padded to a multiple of 128 a core", lambda p, s: p.kv_len % (128 * s.cores) > 0),
             ),
@@ -195,14 +210,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "attention_isa_kernel": Kernel(
             (
-                targets("trn1", "inf2", "trn2"),
-                shipped("2.26", "2.28"),
-                SIZES,
-                GROUPS,
-                ONE_HEAD_DIM,
-                ROUNDED,
-                SCALE,
-                NO_SOFTCAP,
+                *_OLD,
+                *_NARROW,
                 NO_BIAS,
                 NO_SINK,
                 NO_PADDING,
@@ -225,34 +234,19 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (
-                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
-                Bridge("keys and values are repeated for each query head", lambda p, _: p.num_heads != p.num_kv_heads),
+                SCALED,
+                REPEATED,
             ),
         ),
         "neuronxcc_flash_fwd": Kernel(
             (
-                targets("trn1", "inf2", "trn2"),
-                shipped("2.26", "2.28"),
-                SIZES,
-                GROUPS,
-                ONE_HEAD_DIM,
-                ROUNDED,
-                SCALE,
+                *_OLD,
+                *_NARROW,
                 NONZERO_SCALE,
-                NO_SOFTCAP,
                 NO_SINK,
                 NO_PADDING,
                 NEVER_EMPTY,
-                Clause(
-                    "kernel-size",
-                    "kv_len {p.kv_len} must be a multiple of 512, q_len {p.q_len} of 128",
-                    lambda p, _: p.kv_len % 512 == 0 and p.q_len % 128 == 0,
-                ),
-                Clause(
-                    "kernel-size",
-                    "num_kv_heads {p.num_kv_heads} must be even on two cores",
-                    lambda p, s: p.num_kv_heads % s.cores == 0,
-                ),
+                *_TILES,
                 Clause(
                     "kernel-mask",
                     "the mask must be none, causal or a causal window from the first key on, and is {p.mask}",
@@ -269,15 +263,9 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         ),
         "sliding_window_flash_fwd": Kernel(
             (
-                targets("trn1", "inf2", "trn2"),
-                shipped("2.26", "2.28"),
-                SIZES,
-                GROUPS,
-                ONE_HEAD_DIM,
-                ROUNDED,
-                SCALE,
+                *_OLD,
+                *_NARROW,
                 NONZERO_SCALE,
-                NO_SOFTCAP,
                 NO_BIAS,
                 NO_SINK,
                 NO_PADDING,
@@ -293,13 +281,23 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     lambda p, _: mask(p).kind == "causal" and (mask(p).window or 0) >= 2,
                 ),
             ),
-            (Bridge("keys and values are repeated for each query head", lambda p, _: p.num_heads != p.num_kv_heads),),
+            (REPEATED,),
         ),
         "prefix_caching_attention_fwd_isa_kernel": Kernel(
-            (_undocumented("which lengths it takes, and what its mask hides of new keys: it is closed"),)
+            (
+                _undocumented(
+                    "which lengths it takes, and in which dtype its mask [batch, prior] of cached keys: its only "
+                    "caller, NxD Inference, gives tensors and no limits, and it is closed"
+                ),
+            )
         ),
         "attention_tkg_fwd_isa_kernel": Kernel(
-            (_undocumented("which lengths it takes, and how it lays out active_mask and k_out: it is closed"),)
+            (
+                _undocumented(
+                    "which lengths it takes, and what it computes where it does not rotate query and key itself: its "
+                    "only caller, NxD Inference, has it do so (fuse_rope), and it is closed"
+                ),
+            )
         ),
         "attention_segmented_cte": Kernel(
             (_undocumented("where it reads the new keys; and it takes one prior length for all requests"),)
@@ -309,12 +307,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
 """What each kernel demands, by the name in `kernels.vendor.ADAPTERS`; some are known, and have no adapter."""
 
 _GRADIENTS = (
-    SIZES,
-    GROUPS,
-    ONE_HEAD_DIM,
-    ROUNDED,
-    SCALE,
-    NO_SOFTCAP,
+    *_NARROW,
     NO_BIAS,
     NO_PADDING,
     NEVER_EMPTY,
@@ -343,29 +336,19 @@ BACKWARD: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (
-                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                SCALED,
                 Bridge("output and log-sum-exp are computed once more by attention_cte", lambda *_: True),
             ),
         ),
         "flash_attn_bwd": Kernel(
             (
-                targets("trn1", "inf2", "trn2"),
-                shipped("2.26", "2.28"),
+                *_OLD,
                 *_GRADIENTS,
                 NO_SINK,
-                Clause(
-                    "kernel-size",
-                    "kv_len {p.kv_len} must be a multiple of 512, q_len {p.q_len} of 128",
-                    lambda p, _: p.kv_len % 512 == 0 and p.q_len % 128 == 0,
-                ),
-                Clause(
-                    "kernel-size",
-                    "num_kv_heads {p.num_kv_heads} must be even on two cores",
-                    lambda p, s: p.num_kv_heads % s.cores == 0,
-                ),
+                *_TILES,
             ),
             (
-                Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0),
+                SCALED,
                 Bridge("output and log-sum-exp are computed once more by flash_fwd", lambda *_: True),
             ),
         ),
