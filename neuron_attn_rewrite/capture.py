@@ -25,6 +25,8 @@ from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.graph import eliminate_dead_code, fake_mode, mutates
 
 aten = torch.ops.aten
+COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
+"""Buffers that may hold the length of a cache."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def _export(
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
-            with plain_transformers(), contextlib.nullcontext() if dynamic_shapes is None else open_masks():
+            masks = contextlib.nullcontext() if dynamic_shapes is None else open_masks()
+            with plain_transformers(), masks, _counters_kept(model):
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
@@ -158,6 +161,19 @@ def _export(
         "Without a single graph there are torch.compile's backend and transformers' attn_implementation: "
         "docs/backends.md."
     ) from first
+
+
+@contextlib.contextmanager
+def _counters_kept(model: nn.Module) -> Iterator[None]:
+    """Put back small buffers of integers: export really runs what writes into one that an object outside holds too."""
+    small = [b for b in model.buffers() if b.dtype in COUNTERS and b.numel() <= MOST_COUNTERS and not b.is_meta]
+    saved = [(buffer, buffer.clone(), buffer._version) for buffer in small]
+    try:
+        yield
+    finally:
+        for buffer, value, version in saved:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class Writes:
         if isinstance(given, fx.Node):
             self._times.setdefault(self._owner.get(given, given), []).append(time)
 
+    @cached_property
     def changed(self) -> set[fx.Node]:
         """Everything whose memory is written, before or after it is computed."""
         return {n for n in self.graph.nodes if self._owner.get(n, n) in self._times} if self._times else set()
@@ -129,7 +131,7 @@ class Writes:
 
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Tensors that some call writes into, with everything that may share memory with them."""
-    return Writes(graph).changed()
+    return Writes(graph).changed
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

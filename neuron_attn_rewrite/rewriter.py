@@ -224,7 +224,7 @@ def _shared(site: AttentionSite, config: RewriteConfig) -> Reason | None:
 
 def _written(site: AttentionSite, writes: Writes) -> Reason | None:
     """Why one kernel call can't read what the attention reads; None if it can."""
-    nodes, _ = inside(site) if writes.changed() else ((), ())
+    nodes, _ = inside(site) if writes.changed else ((), ())
     for reader in nodes:
         for node in reader.all_input_nodes:
             if writes.between(node, reader, site.output):

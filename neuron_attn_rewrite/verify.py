@@ -137,7 +137,7 @@ def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
 def _unchanged(module: fx.GraphModule) -> Iterator[None]:
     """Put back the buffers that the graph writes into."""
     written = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers() if name in written}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in written}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +171,24 @@ def test_a_kernel_reads_what_the_attention_read(run: Callable[[Any, Tensor], Ten
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
     assert len(kernel_calls(rewritten)) == CASES[run], str(rewritten.report)
     assert all(site.reasons[-1].code == "written" for site in rewritten.report.kept)  # type: ignore[attr-defined]
+
+
+class Counted(nn.Module):
+    """Counts its calls in an object that is no module, as a cache of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("length", torch.zeros((), dtype=torch.int64))
+        self.cache = SimpleNamespace(length=self.length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.length.add_(1)
+        return attend(x, x, x)
+
+
+def test_a_rewrite_does_not_count() -> None:
+    model = Counted()
+    rewritten = rewrite(model, (torch.randn(1, 2, LENGTH, 4),), config=RewriteConfig(policy="always"))
+    assert model.length == 0
+    rewritten(torch.randn(1, 2, LENGTH, 4))
+    assert model.length == 1
