@@ -59,6 +59,8 @@ class Scores:
     """Whether a row of -inf scores gives zeros and not NaN."""
     floor: float = -torch.inf
     """A lower limit of all scores, the last thing before the softmax."""
+    division: fx.Node | None = None
+    """Where the weights are not normalised: what divides their product with the value by their sum."""
     trail: tuple[str, ...] = ()
 
     def to(self, node: object, dims: Dims | None = None, trail: str = "") -> Scores:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import fx
 
 from neuron_attn_rewrite.graph import is_tensor, module_path, op_name, shape, tensor
-from neuron_attn_rewrite.patterns.axes import atoms, axis_dim, refine
+from neuron_attn_rewrite.patterns import views
+from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product, as_product
@@ -33,8 +34,9 @@ def find_softmax_matmul(
         scores, first = walk.peel(start)
         weights = Weights(softmax, start.dims, scores, start.node, scores.sink is not None)
         ends = _products(walk, weights)
-        inside = between(first.node, [product.node for _, product in ends], order)
-        readers = tuple(_readers(inside, {product.node for _, product in ends}, softmax, order))
+        last = [start.division or product.node for _, product in ends]
+        inside = between(first.node, last, order)
+        readers = tuple(_readers(inside, set(last), softmax, order))
         return [_build(walk, softmax, start, first, *end, readers) for end in ends]
     except Blocked as blocked:
         if not ends and (_is_router(blocked.node) or not _meets_product(softmax)):
@@ -54,6 +56,8 @@ def _build(
     scores = weights.scores
     query, key = _query_and_key(walk, scores, first)
     value, output = _value_and_output(walk, weights, second)
+    if scores.division is not None:
+        output = _divided(output, scores.division, softmax, scores)
     found = Found(
         pattern=_pattern(scores),
         anchor=softmax,
@@ -209,3 +213,28 @@ def _value_and_output(walk: Walk, weights: Weights, product: Product) -> tuple[V
             by_label[label] = axis_dim(next(walk.fresh_axes), size)
     dims = tuple(() if size == 1 else by_label[label] for size, label in zip(shape(value), v_labels, strict=True))
     return View(value, dims), View(product.node, tuple(by_label.get(label, ()) for label in product.out_labels))
+
+
+def _divided(output: View, division: fx.Node, exponentials: fx.Node, scores: Scores) -> View:
+    """The product with the value, divided by the sum of its own weights over the keys."""
+    blocked = Blocked(division, Reason("axes", "it does not divide by the sum of the weights over the keys"))
+    steps, node = [], division.args[0]
+    while node is not output.node:
+        if not isinstance(node, fx.Node) or not node.args:
+            raise blocked
+        steps.append(node)
+        node = node.args[0]
+    dims: Dims | None = output.dims
+    for step in reversed(steps):
+        dims = None if dims is None else views.after(step, dims)
+    total = division.args[1]
+    if dims is None or not isinstance(total, fx.Node):
+        raise blocked
+    rows = views.broadcast(total, dims)
+    while (moved := views.before(total, rows)) is not None:
+        total, rows = moved
+    kept = len(rows) == len(scores.axes)
+    wanted = [() if i == scores.key_dim else dim for i, dim in enumerate(scores.axes) if kept or i != scores.key_dim]
+    if op_name(total) != "sum" or total.args[0] is not exponentials or list(rows) != wanted:
+        raise blocked
+    return View(division, dims)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, dtype, op_name, shape, tensor
+from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, shape, tensor
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
+from neuron_attn_rewrite.patterns.products import as_product
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
 
 SoftmaxRule: TypeAlias = Callable[[Walk, fx.Node], "Scores | None"]
@@ -47,6 +48,36 @@ def _exp_of_log_softmax(walk: Walk, node: fx.Node) -> Scores | None:
     if reduced is None or _uncast(reduced[0]) is not _uncast(views.source(inner)):
         return None
     return walk.begin(node, inner.args[0], reduced[1], "logsumexp")
+
+
+@SOFTMAXES("exp", "exp2")
+def _normalised_later(walk: Walk, node: fx.Node) -> Scores | None:
+    """`exp(x) @ v / sum(exp(x))`: the product with the value is divided, and not the weights."""
+    for total in node.users:
+        dim = arguments(total).get("dim") if op_name(total) == "sum" else None
+        if not isinstance(dim, (list, tuple)) or len(dim) != 1:
+            continue
+        for division in _divisions(total):
+            product = as_product(_unmoved(views.source(division)))
+            if product is not None and node in (_uncast(product.left), _uncast(product.right)):
+                begun = walk.begin(node, node.args[0], int(dim[0]), "exp, sum behind the product")
+                return replace(begun if op_name(node) == "exp" else begun.scaled(math.log(2)), division=division)
+    return None
+
+
+def _divisions(total: fx.Node) -> Iterator[fx.Node]:
+    """What divides by a tensor, however it is laid out."""
+    for user in total.users:
+        if op_name(user) == "div" and user.args[1] is total and isinstance(user.args[0], fx.Node):
+            yield user
+        elif op_name(user) in views.RESHAPES | views.EXPANDS | PERMUTES or views.keeps_values(user):
+            yield from _divisions(user)
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    while op_name(node) in views.RESHAPES | PERMUTES or views.keeps_values(node):
+        node = views.source(node)
+    return node
 
 
 @SOFTMAXES("div", "mul")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.find.cases import CAUSAL, Keep, Match, Right, S, additive_causal, with_bias
+from tests.find.cases import CAUSAL, Keep, Match, Right, S, additive_causal, cubes, with_bias
 
 
 def attention(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -75,6 +75,18 @@ def mask_times_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True) @ v
 
 
+def divided_later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As flash attention is written: the product with the value is divided by the sum of its weights."""
+    x = q @ k.mT * 0.25 + additive_causal()
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return e @ v / e.sum(-1, keepdim=True).expand(*q.shape[:3], 1)
+
+
+def divided_after_views(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT * 0.25)
+    return (e @ v).transpose(1, 2) / e.sum(-1).transpose(1, 2)[..., None]
+
+
 def normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = torch.softmax(q @ k.mT * 0.25, -1).masked_fill(~CAUSAL, 0.0)
     return p / p.sum(-1, keepdim=True) @ v
@@ -102,6 +114,8 @@ MATCH = {
     }.items()
 } | {
     "a mask times the exponentials": Match(mask_times_exp, mask="causal(offset=0)", scale=0.25),
+    "divided behind the second product": Match(divided_later, mask="causal(offset=0)", scale=0.25),
+    "divided behind the second product, transposed": Match(divided_after_views, scale=0.25),
     "a mask on the weights, normalised again": Match(normalised_again, mask="causal(offset=0)", scale=0.25),
     "row mean before the operator": Match(
         lambda q, k, v: torch.softmax(_minus_mean(q @ k.mT * 0.25), -1) @ v, scale=0.25
@@ -161,6 +175,18 @@ KEEP = {
 }
 
 RIGHT = {
+    "divided behind the product by a sum over the queries": Right(
+        lambda q, k, v: _divided(torch.exp(q @ k.mT * 0.1), v, lambda e: e.sum(-2).unsqueeze(-1))
+    ),
+    "divided behind the product by the sums of other rows": Right(
+        lambda q, k, v: _divided(torch.exp(q @ k.mT * 0.1), v, lambda e: e.sum(-1, keepdim=True).flip(2))
+    ),
+    "divided behind the product by the sums of other weights": Right(
+        lambda q, k, v: _divided(torch.exp(q @ k.mT * 0.1), v, lambda e: (e * e).sum(-1, keepdim=True))
+    ),
+    "divided behind the product by the sums of other heads": Right(
+        lambda q, k, v: _divided(torch.exp(q @ k.mT * 0.1), v, lambda e: e.sum(-1, keepdim=True).transpose(0, 1)), cubes
+    ),
     "a sum of something else": Right(lambda q, k, v: _sum_of_something_else(q @ k.mT * 0.1) @ v),
     "an epsilon that matters": Right(lambda q, k, v: _epsilon_that_matters(q @ k.mT * 0.25) @ v),
     "an epsilon without a maximum": Right(lambda q, k, v: _plain_epsilon(q @ k.mT * 0.25 - 30) @ v),
@@ -177,6 +203,10 @@ RIGHT = {
         lambda q, k, v: torch.exp(q @ k.mT * 0.1) * CAUSAL / torch.exp(q @ k.mT * 0.1).sum(-1, keepdim=True) @ v
     ),
 }
+
+
+def _divided(e: Tensor, v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    return e @ v / total(e)
 
 
 def _straight_through(p: Tensor) -> Tensor:
