@@ -31,13 +31,19 @@ COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat graph and the example inputs that it was made with.
+    """A flat graph and the example call that it was made with.
 
-    The inputs are None where only shapes were known, or where a tensor is on the meta device: nothing can be run.
+    The call is None where only shapes were known, or where a tensor is on the meta device: nothing can be run.
     """
 
     module: fx.GraphModule
-    inputs: tuple[Any, ...] | None
+    call: tuple[tuple[Any, ...], Mapping[str, Any]] | None
+    """Positional inputs, and those by keyword in the order of the signature."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...] | None:
+        """A value for each placeholder."""
+        return None if self.call is None else tuple(pytree.tree_leaves(self.call))
 
 
 def capture(
@@ -83,10 +89,9 @@ def capture(
     module = normalise(module)
     for part in module.modules():
         part.training = training
-    inputs = pytree.tree_leaves((args, kwargs))
-    tensors = [*inputs, *module.parameters(), *module.buffers()]
+    tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
-    return Captured(module, tuple(inputs) if has_values else None)
+    return Captured(module, (args, kwargs) if has_values else None)
 
 
 def _is_aten(module: fx.GraphModule) -> bool:

@@ -139,18 +139,23 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether the call draws random numbers: not an attention or dropout whose dropout is off."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    values = arguments(node)
+    return not (values.get("dropout_p", values.get("p")) == 0 or values.get("train") is False)
+
+
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Drop what nothing reads. An attention or dropout whose dropout is off draws no random number, and may go."""
+    """Drop what nothing reads and what has no effect."""
 
     def has_effect(node: fx.Node) -> bool:
         if not isinstance(node.target, torch._ops.OpOverload):
             return node.op not in ("call_function", "get_attr") or node.target in SWITCHES
-        if mutates(node):
-            return True
-        draws = torch.Tag.nondeterministic_seeded in node.target.tags
-        values = arguments(node) if draws else {}
-        inactive = values.get("dropout_p", values.get("p")) == 0 or values.get("train") is False
-        return draws and not inactive
+        return mutates(node) or draws(node)
 
     graph.eliminate_dead_code(has_effect)
 

@@ -33,7 +33,7 @@ from neuron_attn_rewrite.sizes import examples, expression_of
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
 from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.verify import measure, measure_exactly
+from neuron_attn_rewrite.verify import capture_error, measure, measure_exactly
 
 
 def rewrite(
@@ -61,7 +61,8 @@ def rewrite(
     """
     config = config or RewriteConfig()
     captured = capture(model, args, kwargs, dynamic_shapes)
-    report = rewrite_graph(captured.module, captured.inputs, config)
+    drift = capture_error(model, captured) if config.verify else None
+    report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
     for text in (*report.warnings, *unmatched(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return RewrittenModule.wrap(captured.module, report)

@@ -1,4 +1,4 @@
-"""Old against new, site by site, on the example inputs.
+"""Old against new on the example inputs: each site, and the captured graph as a whole.
 
 Both stand in the graph while it runs once, so every kernel call gets exactly what the attention beside it got, and
 one site's error can't hide in another's.
@@ -12,12 +12,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture import first_line
+from neuron_attn_rewrite.capture import Captured, first_line
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.exact import in_float64, inside
-from neuron_attn_rewrite.graph import changed_in_place
+from neuron_attn_rewrite.graph import changed_in_place, draws
 from neuron_attn_rewrite.masks.prove import Padding
 from neuron_attn_rewrite.patterns.axes import run_layout
 from neuron_attn_rewrite.problem import EmptyRows
@@ -75,6 +76,36 @@ def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Seq
     return errors
 
 
+def capture_error(model: Any, captured: Captured) -> float | None:
+    """How far a captured graph is from the model on the example call, relative to the largest of each output.
+
+    None where running both does not tell: the model is a graph already, the graph draws random numbers or writes into
+    buffers or inputs, an input can't be copied, or the outputs are other tensors.
+    """
+    graph = captured.module.graph
+    if captured.call is None or not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return None
+    if any(draws(node) for node in graph.nodes) or changed_in_place(graph):
+        return None
+    if not all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in captured.inputs or ()):
+        return None
+    old, new = _outputs(model, captured.call), _outputs(captured.module, captured.call)
+    if [t.shape for t in old] != [t.shape for t in new]:
+        return None
+    return max((_difference(a, b, ~a.isnan()) for a, b in zip(old, new, strict=True)), default=None)
+
+
+def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Tensor]:
+    """The floating-point tensors that a call gives. None where it fails: the graph fails too, and `measure` says so."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
+    with torch.no_grad():
+        try:
+            found = pytree.tree_leaves(run(*args, **kwargs))
+        except Exception:
+            return []
+    return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
+
+
 def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Run on the inputs, of which those that are written are copied: a compiled graph's inputs are its weights too."""
     written = changed_in_place(module.graph)
@@ -105,8 +136,8 @@ def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
     if defined is not None:
         keep = defined.expand(old.shape) & ~old.isnan()
         old, new = old.where(keep, 0), new.where(keep, 0)
-    scale = old.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    difference = float((old - new).abs().max() / scale)
+    scale = old.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if old.numel() else 1.0
+    difference = float((old - new).abs().max() / scale) if old.numel() else 0.0
     return difference if difference == difference else torch.inf
 
 

@@ -323,3 +323,34 @@ def test_integer_queries_are_refused() -> None:
     q = torch.ones(1, 1, 4, 8, dtype=torch.int64)
     with pytest.raises(InputError, match="query"):
         torch.ops.neuron_attn.flash_fwd(q, q, q, scale=1.0)
+
+
+class TwoPaths(nn.Module):
+    """Drops the mask while it is traced, as some models do where it is all ones; `other` is what it then gives."""
+
+    def __init__(self, other: float) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(x, x, x)
+        return out * self.other if torch.compiler.is_exporting() else out
+
+
+@pytest.mark.parametrize(("other", "says"), [(1.0, False), (0.5, True)])
+def test_a_capture_that_is_not_the_model_is_a_warning(other: float, says: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = rewrite(TwoPaths(other).eval(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report
+    assert report.capture_error == pytest.approx(1 - other, abs=1e-6)
+    assert any("is not the model" in str(w.message) for w in caught) == says
+    assert ("is not the model" in str(report)) == says
+
+
+class Draws(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x) + torch.rand_like(x)
+
+
+def test_a_capture_that_draws_numbers_is_not_compared() -> None:
+    assert rewrite(Draws(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error is None

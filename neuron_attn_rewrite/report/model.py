@@ -132,6 +132,10 @@ class SiteReport:
         return float((end - first).sum()) / (self.q_len * self.kv_len)
 
 
+ANOTHER = 0.05
+"""`capture_error` that rounding does not explain, through all layers of a model and in half precision."""
+
+
 @dataclass(frozen=True)
 class RewriteReport:
     """Every attention of a model, and what became of it."""
@@ -146,6 +150,9 @@ class RewriteReport:
     """Tensor inputs that the captured graph does not read: whatever is passed there changes nothing."""
     made_with: str = ""
     """Versions of this package and of torch."""
+    capture_error: float | None = None
+    """How far the captured graph, before anything was replaced, is from the model on the example inputs, relative to
+    the largest magnitude of each output. None where they were not compared: see `verify.capture_error`."""
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -169,7 +176,22 @@ class RewriteReport:
             "If it matters, capture with an example that uses it, such as a padded attention_mask."
             for name in self.unused_inputs
         )
-        return back + unused
+        return back + unused + self._drift
+
+    @property
+    def _drift(self) -> tuple[str, ...]:
+        if not self.captured_another:
+            return ()
+        return (
+            "the captured graph is not the model: on the example inputs, before anything was replaced, outputs differ "
+            f"by {self.capture_error:.0%} of their largest magnitude. Some models take another path while they are "
+            "traced, most often where a mask is all ones: capture with an example that has padding, and compare.",
+        )
+
+    @property
+    def captured_another(self) -> bool:
+        """Whether the captured graph computes something else than the model, by more than rounding explains."""
+        return self.capture_error is not None and self.capture_error > ANOTHER
 
     def __str__(self) -> str:
         return self.to_text(color=False)
