@@ -85,6 +85,8 @@ def test_verdict() -> None:
     bad = {"counted": 3, "sites": [site, kept], "error": {"ones": torch.inf}}
     assert verdict(good) == ""
     assert verdict({**good, "capture error": {"ones": 0.5}}) == "captured as another function, ones 5e-01"
+    assert verdict({**good, "error": {"ones": 3e-2}, "rounding": {"ones": 2e-2}}).startswith("ill-conditioned, ones")
+    assert verdict({**good, "error": {"ones": 3e-2}, "rounding": {"ones": 2e-3}}) == "WRONG ones 3e-02"
     assert verdict({**good, "nan": ["right"]}) == "the model itself gives NaN, right"
     assert verdict(bad) == "WRONG ones inf; 3 counted, 2 found; 1 kept: its weights are also read by cat"
     assert shares([{"captures": {"a": good, "b": bad}}]) == {

@@ -126,8 +126,25 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
         return {**result, "random": True}
     new = {padding: outputs(rewritten, call) for padding, call in ordered.items()}
     result["error"] = {p: difference(new[p], native[p]) for p in calls}
+    far = [p for p, error in result["error"].items() if not error <= TOLERANCE]
+    result["rounding"] = {p: rounding(rewritten, ordered[p]) for p in far}
     result["blind"] = blind(rewritten, next((ordered[p] for p in ("right",) if p in calls), example))
     return result
+
+
+def rounding(module: nn.Module, call: Call) -> float:
+    """How far the outputs move when every weight is rounded anew, by one unit in its last place up or down."""
+    before = outputs(module, call)
+    weights = [p for p in module.parameters() if p.is_floating_point()]
+    saved = [p.detach().clone() for p in weights]
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in weights:
+            p.copy_(torch.nextafter(p, torch.where(torch.rand_like(p) < 0.5, -torch.inf, torch.inf).to(p.dtype)))
+        moved = outputs(module, call)
+        for p, value in zip(weights, saved, strict=True):
+            p.copy_(value)
+    return difference(moved, before)
 
 
 def examine_graphs(model: nn.Module, calls: Mapping[str, Call], old: Mapping[str, Outputs]) -> dict[str, Any]:

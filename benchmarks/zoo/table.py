@@ -22,8 +22,9 @@ def captures(lines: Iterable[Line]) -> list[tuple[Line, str, Line]]:
 
 
 def wrong(capture: Line) -> dict[str, float]:
-    """The paddings with a wrong output, and its error."""
-    return {p: e for p, e in capture.get("error", {}).items() if not e <= TOLERANCE}
+    """The paddings with a wrong output, and its error: more than the tolerance, and than other roundings make."""
+    rounding = capture.get("rounding", {})
+    return {p: e for p, e in capture.get("error", {}).items() if not e <= max(TOLERANCE, 3 * rounding.get(p, 0.0))}
 
 
 def differing(capture: Line) -> dict[str, float]:
@@ -41,6 +42,11 @@ def verdict(capture: Line) -> str:
     said = [f"WRONG {p} {e:.0e}" for p, e in wrong(capture).items()]
     said += [f"captured as another function, {p} {e:.0e}" for p, e in differing(capture).items()]
     said += [f"the model itself gives NaN, {p}" for p in capture.get("nan", ())]
+    said += [
+        f"ill-conditioned, {p}: error {capture['error'][p]:.0e}, and {moved:.0e} by the weights' last bits"
+        for p, moved in capture.get("rounding", {}).items()
+        if p not in wrong(capture)
+    ]
     if len(capture["sites"]) != used(capture):
         said.append(f"{used(capture)} counted, {len(capture['sites'])} found")
     kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
