@@ -14,6 +14,8 @@ Line = dict[str, Any]
 
 APART = {"weights-used": "weights or log-sum-exp used elsewhere", "one-key": "a single key"}
 """Attentions that no kernel can take over, by the code of the reason that keeps them."""
+UNDERSTOOD = ("data-sizes",)
+"""Reasons that keep an attention after it was brought into the normal form."""
 
 
 def captures(lines: Iterable[Line]) -> list[tuple[Line, str, Line]]:
@@ -60,10 +62,12 @@ def shares(lines: Iterable[Line]) -> dict[str, float]:
     listed = sum(s["code"] in APART for s in sites)
     counted = sum(map(used, worked))
     missing = sum(max(0, used(c) - len(c["sites"])) for c in worked)
+    puzzling = [sum(not s["understood"] and s["code"] not in (*APART, *UNDERSTOOD) for s in c["sites"]) for c in worked]
+    surplus = [max(0, len(c["sites"]) - used(c)) for c in worked]  # look-alikes, kept and explained
     return {
         "counted": counted,
         "explained": counted - missing,
-        "found": counted - missing - sum(not s["understood"] and s["code"] not in APART for s in sites),
+        "found": counted - missing - sum(max(0, n - more) for n, more in zip(puzzling, surplus, strict=True)),
         "apart": listed,
         "replaced": sum(s["replaced"] for s in sites),
         "wrong": sum(bool(wrong(c)) for c in worked),

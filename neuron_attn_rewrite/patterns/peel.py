@@ -13,9 +13,10 @@ from math import prod
 from typing import TypeAlias
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import is_tensor, op_name, shape
+from neuron_attn_rewrite.graph import draws, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Table
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
@@ -115,6 +116,21 @@ class Walk:
         """A number, or the element of a tensor that holds one number and depends on constants alone."""
         return self.evaluator.constant(value)
 
+    def made_alike(self, a: object, b: object) -> bool:
+        """Whether two arguments are made by the same operators from the same inputs, and so have the same value."""
+        if a is b:
+            return True
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+            return type(a) is type(b) and a == b
+        if {a, b} & self.evaluator.changed or a.op != b.op or a.op not in ("call_function", "get_attr"):
+            return False
+        if a.op == "get_attr":
+            return a.target == b.target or _equal(self.evaluator.value(a), self.evaluator.value(b))
+        if a.target != b.target or draws(a):
+            return False
+        (given, like), (other, unlike) = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
+        return like == unlike and all(map(self.made_alike, given, other))
+
     def tables(self, *nodes: fx.Node) -> tuple[Table, ...] | None:
         """The nodes' values for all inputs, element by element; None if one is not known, or too large to compare."""
         if any(prod(shape(node)) > MOST_COMPARED for node in nodes):
@@ -167,3 +183,10 @@ def scaled_by_number(evaluator: Evaluator, node: fx.Node) -> tuple[fx.Node, floa
             assert isinstance(tensor, fx.Node)
             return tensor, 1 / number if name == "div" else number
     return None
+
+
+def _equal(one: object, two: object) -> bool:
+    """Whether two stored values are known, and the same."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.is_meta or one.numel() > MOST_COMPARED:
+        return False
+    return one.dtype == two.dtype and not two.is_meta and torch.equal(one, two)

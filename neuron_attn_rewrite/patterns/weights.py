@@ -203,8 +203,8 @@ def _zeroed_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None
 
 
 def _same_mask(walk: Walk, a: fx.Node, b: fx.Node, negated: bool) -> bool:
-    """Whether two bool tensors are equal for all inputs, by evaluation."""
-    if a is b:
+    """Whether two bool tensors are equal for all inputs: made alike, or by evaluation."""
+    if walk.made_alike(a, b):
         return not negated
     tables = walk.tables(a, b)
     if tables is None or {table.lo.dtype for table in tables} != {torch.bool}:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,9 @@ MATCH = {
         bool_padding,
         PADDED,
     ),
+    "the same mask once more, made twice from what is no mask": Match(
+        lambda q, k, v: _made_twice(q, k, v, lambda x: x == torch.tensor(False)), mask="key_padding(gt)"
+    ),
     "the same mask times the weights": Match(
         lambda q, k, v, m: (torch.softmax(hidden(q, k, m, -1e9), -1) * m[:, None, None]) @ v, bool_padding, PADDED
     ),
@@ -73,6 +78,16 @@ MATCH = {
         lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1) @ v, bool_padding, PADDED
     ),
 }
+
+
+def chosen(q: Tensor) -> Tensor:
+    """Some keys, by the value of an activation."""
+    return (q[:, :1, :, 0] > 0)[:, :, None]
+
+
+def _made_twice(q: Tensor, k: Tensor, v: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
+    p = torch.softmax((q @ k.mT * 0.25).masked_fill(chosen(q) == torch.tensor(False), -torch.inf), -1)
+    return p.masked_fill(again(chosen(q)), 0.0) @ v
 
 
 def _where_nan(p: Tensor) -> Tensor:
@@ -96,6 +111,12 @@ KEEP = {
         lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).masked_fill(m[:, None, None].roll(1, -1), 0.0) @ v,
         "without normalising again",
         bool_padding,
+    ),
+    "another mask made from what is no mask": Keep(
+        lambda q, k, v: _made_twice(q, k, v, lambda x: x == torch.tensor(True)), "without normalising again"
+    ),
+    "the same operators on another tensor": Keep(
+        lambda q, k, v: _made_twice(q, k, v, lambda _: chosen(k) == torch.tensor(False)), "without normalising again"
     ),
     "the mask the wrong way round": Keep(
         lambda q, k, v, m: torch.softmax(hidden(q, k, m, -1e9), -1).masked_fill(m[:, None, None], 0.0) @ v,
