@@ -86,6 +86,30 @@ def counts(reports: CompileReport) -> tuple[int, int]:
     return len(reports.report.replaced), len(reports.report.sites)
 
 
+class ByModule(nn.Module):
+    """Its graph holds no softmax by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class ByHand(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.mT * 0.25
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return weights / weights.sum(-1, keepdim=True) @ x
+
+
+@pytest.mark.parametrize("model", [ByModule(), ByHand()])
+def test_no_softmax_by_name(model: nn.Module) -> None:
+    model.train()  # in eval mode the module takes its fused path
+    assert counts(run(model, compiled(model), (torch.randn(2, 10, 32),))) == (1, 1)
+
+
 class Keeps:
     """An inner backend that shows what it got."""
 

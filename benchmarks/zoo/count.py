@@ -7,11 +7,12 @@ features or chooses (a linear layer, a convolution, a norm, top-k).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,8 +60,28 @@ class CountAttentions(TorchDispatchMode):
         return result
 
 
-def count(model: torch.nn.Module, inputs: dict[str, Tensor]) -> int:
+def count(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Attentions in one forward pass."""
     with torch.no_grad(), CountAttentions() as counter:
         model(**inputs)
     return counter.total
+
+
+def count_in_graphs(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Attentions in the graphs that torch.compile makes of one forward pass. Python runs what is in none."""
+    total = 0
+
+    def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            nonlocal total
+            with CountAttentions() as counter:
+                result = module(*args)
+            total += counter.total
+            return result
+
+        return run
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(**inputs)
+    return total

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.zoo import tiny
-from benchmarks.zoo.count import count
+from benchmarks.zoo.count import count, count_in_graphs
 from neuron_attn_rewrite import CaptureError, RewriteConfig, RewrittenModule
 from neuron_attn_rewrite.backends.compile import backend, collect_reports
 from neuron_attn_rewrite.capture import capture
@@ -149,17 +149,20 @@ def rounding(module: nn.Module, call: Call) -> float:
 
 def examine_graphs(model: nn.Module, calls: Mapping[str, Call], old: Mapping[str, Outputs]) -> dict[str, Any]:
     """The same for a model that torch.compile breaks into several graphs."""
+    example = next(iter(calls.values()))
+    outside = count(model, example) - count_in_graphs(model, example)
     torch.compiler.reset()
     options = {"inner": "eager", "policy": "always", "verify": False}
     compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
     with collect_reports() as collected:
-        new = {next(iter(calls)): outputs(compiled, next(iter(calls.values())))}
+        new = {next(iter(calls)): outputs(compiled, example)}
         graphs = list(collected.graphs)
         # One graph may serve several layers: each of its calls counts.
         sites = [site_line(site) for graph in graphs for _ in range(graph.calls) for site in graph.report.sites]
     new |= {padding: outputs(compiled, call) for padding, call in calls.items() if padding not in new}
     return {
         "graphs": len(graphs),
+        "outside": outside,
         "nodes": sum(graph.report.nodes_before for graph in graphs),
         "sites": sites,
         "error": {p: difference(new[p], old[p]) for p in calls},

@@ -35,8 +35,8 @@ def differing(capture: Line) -> dict[str, float]:
 
 
 def used(capture: Line) -> int:
-    """Attentions counted whose result is read."""
-    return int(capture["counted"] - capture.get("unused", 0))
+    """Attentions counted whose result is read, and that are in a graph at all."""
+    return int(capture["counted"] - capture.get("unused", 0) - capture.get("outside", 0))
 
 
 def verdict(capture: Line) -> str:
@@ -49,6 +49,7 @@ def verdict(capture: Line) -> str:
         for p, moved in capture.get("rounding", {}).items()
         if p not in wrong(capture)
     ]
+    said += [f"torch.compile leaves {capture['outside']} to Python"] if capture.get("outside") else []
     if len(capture["sites"]) != used(capture):
         said.append(f"{used(capture)} counted, {len(capture['sites'])} found")
     kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
@@ -97,6 +98,7 @@ def summary(lines: list[Line]) -> str:
         "captures as one graph": len(timed),
         "... in several graphs, by torch.compile": len(worked) - len(timed),
         "... that failed": unseen,
+        "attentions that torch.compile leaves to Python": sum(c.get("outside", 0) for c in worked),
         "attentions counted while the models run": n["counted"],
         "explained in the report": share(n["explained"], n["counted"]),
         "found and understood": share(n["found"], n["counted"]),

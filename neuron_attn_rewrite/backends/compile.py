@@ -21,6 +21,7 @@ from neuron_attn_rewrite.backends.dynamo import (
     attentions,
     checkpointed,
     declare_constants,
+    may_hold_attention,
     to_aten,
     tracing_as,
     transplant,
@@ -252,7 +253,7 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
 
 
 def _holds_attention(module: fx.GraphModule) -> bool:
-    return any(attentions(part.graph) for part in module.modules() if isinstance(part, fx.GraphModule))
+    return any(may_hold_attention(part.graph) for part in module.modules() if isinstance(part, fx.GraphModule))
 
 
 def _values(inputs: Sequence[Any]) -> list[Any] | None:

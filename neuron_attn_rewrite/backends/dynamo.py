@@ -210,6 +210,16 @@ def checkpointed(module: fx.GraphModule) -> list[fx.GraphModule]:
     return [body for name in names if isinstance(body := _attribute(module, name), fx.GraphModule)]
 
 
+NAMES = re.compile("softmax|scaled_dot_product|multi_?head_attention|flex_attention|transformer_encoder_layer")
+EXP = re.compile(r"\bexp\b")
+
+
 def attentions(graph: fx.Graph) -> Sequence[fx.Node]:
     """The calls of a torch-level graph that look like attention by their names, for a graph that is not analysed."""
-    return [n for n in graph.nodes if n.op != "placeholder" and re.search("softmax|scaled_dot_product", str(n.target))]
+    return [n for n in graph.nodes if n.op != "placeholder" and NAMES.search(str(n.target))]
+
+
+def may_hold_attention(graph: fx.Graph) -> bool:
+    """Whether it is worth the time to look: an attention by name, or an exp, of which a softmax can be made."""
+    names = [str(n.target) for n in graph.nodes if n.op != "placeholder"]
+    return any(NAMES.search(name) or EXP.search(name) for name in names)
