@@ -37,6 +37,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "cvt": {"depth": [1, 2, 3]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
     "emu3": {"vocabulary_map": {"<image>": IMAGE}},
