@@ -123,6 +123,7 @@ def table(lines: list[Line]) -> str:
         said = {p: c["failed"] if "failed" in c else verdict(c) for p, c in line.get("captures", {}).items()}
         for what in dict.fromkeys([line.get("failed", ""), *said.values()]):
             if what:
+                what = re.sub(r"'/\S*", "'...", what)  # no paths of this machine
                 left.setdefault((line["model"], what), []).append(line["attention"])
     rows = [f"| {model} | {', '.join(dict.fromkeys(how))} | {what} |" for (model, what), how in left.items()]
     return "\n".join([summary(lines), "", "| model | attention | what is left |\n|---|---|---|", *rows, ""])
