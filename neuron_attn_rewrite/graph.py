@@ -117,9 +117,9 @@ class Writes:
             self._times.setdefault(self._owner.get(given, given), []).append(time)
 
     @cached_property
-    def changed(self) -> set[fx.Node]:
+    def changed(self) -> frozenset[fx.Node]:
         """Everything whose memory is written, before or after it is computed."""
-        return {n for n in self.graph.nodes if self._owner.get(n, n) in self._times} if self._times else set()
+        return frozenset(n for n in self.graph.nodes if self._times and self._owner.get(n, n) in self._times)
 
     def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:
         """Whether the memory of `node` is written after the reader has read it, and before `end`."""
@@ -129,7 +129,7 @@ class Writes:
         return any(self._order[reader] < time < self._order[end] for time in times)
 
 
-def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
     """Tensors that some call writes into, with everything that may share memory with them."""
     return Writes(graph).changed
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.forms import Form
-from neuron_attn_rewrite.graph import PERMUTES, changed_in_place, dtype, eliminate_dead_code, fake_mode, op_name, shape
+from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
@@ -84,9 +84,15 @@ def computed_sizes(graph: fx.Graph) -> dict[str, fx.Node]:
     return found
 
 
-def graft(module: fx.GraphModule, plans: Sequence[Plan]) -> list[Graft]:
-    """Add one kernel call for each plan. Nothing that exists is changed."""
-    emitter = _Emitter(module)
+def graft(module: fx.GraphModule, plans: Sequence[Plan], changed: frozenset[fx.Node]) -> list[Graft]:
+    """Add one kernel call for each plan. Nothing that exists is changed.
+
+    Args:
+        module: the graph.
+        plans: what is to be replaced.
+        changed: the tensors that the graph writes into, `graph.Writes.changed`.
+    """
+    emitter = _Emitter(module, changed)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     grafts = []
     for plan in sorted(plans, key=lambda plan: position[plan.site.output]):
@@ -120,12 +126,12 @@ def _allow_any_strides(node: fx.Node) -> None:
 class _Emitter:
     """Adds nodes; the same operator on the same tensors is added once."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, changed: frozenset[fx.Node]) -> None:
         self.module, self.graph = module, module.graph
+        self._changed = changed
         self.added: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._mode = fake_mode(self.graph)
-        self._changed = changed_in_place(self.graph)
         self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def kernel_call(self, form: Form, decision: Decision) -> fx.Node:

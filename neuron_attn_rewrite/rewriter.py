@@ -107,7 +107,8 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     prover = Prover(module, config)
     plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
     before = snapshot(module.graph)
-    grafts = graft(module, [p for p in plans if isinstance(p, Plan) and p.decision.kernel != NATIVE])
+    chosen = [plan for plan in plans if isinstance(plan, Plan) and plan.decision.kernel != NATIVE]
+    grafts = graft(module, chosen, prover.writes.changed)
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.coarsest)])
     report = make_report(module.graph, before, plans, grafts, errors, config)

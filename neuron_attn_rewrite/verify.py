@@ -113,7 +113,7 @@ def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) 
         value.clone() if isinstance(value, Tensor) and node in written else value
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
-    with _unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _unchanged(module, written), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             runner.run(*given)
         except RewriteError:
@@ -165,10 +165,10 @@ def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
 
 
 @contextmanager
-def _unchanged(module: fx.GraphModule) -> Iterator[None]:
+def _unchanged(module: fx.GraphModule, written: frozenset[fx.Node]) -> Iterator[None]:
     """Put back the buffers that the graph writes into."""
-    written = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in written}
+    names = {str(n.target) for n in written if n.op == "get_attr"}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
     try:
         yield
     finally:

@@ -79,11 +79,11 @@ class Prover:
     """Proves the masks of the sites of one graph; sites that share a mask share the work."""
 
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
-        self.evaluator = Evaluator(module)
-        self.symbolic = SymbolicEvaluator(module)
-        self.named = SymbolicEvaluator(module, names_numbers=True)
         self.module, self.config = module, config
         self.writes = Writes(module.graph)
+        self.evaluator = Evaluator(module, self.writes.changed)
+        self.symbolic = SymbolicEvaluator(module, changed=self.writes.changed)
+        self.named = SymbolicEvaluator(module, changed=self.writes.changed, names_numbers=True)
         self.is_dynamic = has_symbols(module.graph)
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph import changed_in_place, dtype, is_tensor, op_name
+from neuron_attn_rewrite.graph import dtype, is_tensor, op_name
 from neuron_attn_rewrite.masks.affine import Affine, Element, negated, variable
 from neuron_attn_rewrite.masks.cases import (
     INDICES,
@@ -43,13 +43,11 @@ RULES: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
 class SymbolicEvaluator(Elements):
     """Elements of the tensors of one graph at symbolic indices."""
 
+    changed: frozenset[fx.Node] = field(kw_only=True)
+    """What some node writes into: `graph.Writes.changed`."""
     names_numbers: bool = False
     """Whether an integer of which no rule says what it is stands for itself: a number that is known at run time."""
     _known: dict[tuple[fx.Node, At], tuple[Cases | Unknown, frozenset[fx.Node]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._changed = changed_in_place(self.module.graph)
 
     def cases(self, node: fx.Node, at: At) -> Cases:
         key = node, at
@@ -71,7 +69,7 @@ class SymbolicEvaluator(Elements):
             cases = self._computed(node, at)
         except Unknown:
             named = dtype(node) == torch.bool or (self.names_numbers and dtype(node) in INDICES)
-            if not named or node in self._changed:
+            if not named or node in self.changed:
                 raise
             self.assumed.clear()
             return truth(node, at) if dtype(node) == torch.bool else (Case(frozenset(), variable(Element(node, at))),)
@@ -81,7 +79,7 @@ class SymbolicEvaluator(Elements):
 
     def _computed(self, node: fx.Node, at: At) -> Cases:
         name = op_name(node)
-        if node in self._changed or name in RANDOM:
+        if node in self.changed or name in RANDOM:
             raise Unknown(f"{node.name} changes")
         if node.op == "placeholder":
             if dtype(node) in INTEGERS and dtype(node) != torch.bool:

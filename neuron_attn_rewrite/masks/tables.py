@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import changed_in_place, op_name, tensor
+from neuron_attn_rewrite.graph import op_name, tensor
 from neuron_attn_rewrite.masks.regions import Region, restrict
 
 MOST_CELLS = 2**24
@@ -105,15 +105,14 @@ class Evaluator:
     """Values of the nodes of one graph, computed on demand and kept."""
 
     module: fx.GraphModule
+    changed: frozenset[fx.Node]
+    """What some node writes into: `graph.Writes.changed`."""
     leaves: list[Leaf] = field(default_factory=list)
-    changed: frozenset[fx.Node] = frozenset()
-    """What some node writes into."""
     _kinds: dict[fx.Node, Kind] = field(default_factory=dict)
     _values: dict[fx.Node, Any] = field(default_factory=dict)
     _parts: dict[tuple[fx.Node, Region], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.changed = frozenset(changed_in_place(self.module.graph))
         for node in self.module.graph.nodes:
             self._kinds[node] = Kind.OPAQUE if node in self.changed else self._kind(node)
 
