@@ -15,7 +15,7 @@ import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron
 from neuron_attn_rewrite.arrange import arranged
 from neuron_attn_rewrite.capture import capture
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError, RewriteError, RewriteWarning
+from neuron_attn_rewrite.errors import RewriteError, RewriteWarning
 from neuron_attn_rewrite.exact import inside
 from neuron_attn_rewrite.forms import Form, at_example, forms, size_from_data
 from neuron_attn_rewrite.graph import Writes
@@ -66,31 +66,6 @@ def rewrite(
     for text in (*report.warnings, *unmatched(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return RewrittenModule.wrap(captured.module, report)
-
-
-def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, **kwargs: Any) -> RewriteReport:
-    """What `rewrite` would do with a model, without a rewritten model.
-
-    A model that can't be captured as one graph is run once through torch.compile, and the report is of all its graphs.
-
-    Args:
-        model: as for `rewrite`, or the result of torch.compile.
-        args: example positional inputs.
-        config: see `RewriteConfig`; its `require` is not applied.
-        kwargs: example keyword inputs.
-
-    Raises:
-        InputError: the example inputs are missing or don't fit.
-    """
-    from neuron_attn_rewrite.backends.compile import explain_graphs
-
-    config = replace(config or RewriteConfig(), require=None)
-    model = getattr(model, "_orig_mod", model)
-    try:
-        captured = capture(model, args, kwargs)
-        return rewrite_graph(captured.module, captured.inputs, config)
-    except CaptureError:
-        return explain_graphs(model, args, kwargs, config)
 
 
 def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:

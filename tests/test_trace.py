@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from neuron_attn_rewrite import InputError, RewriteConfig, TraceCheck, TraceError, rewrite_for_trace, verify_trace
 from neuron_attn_rewrite.backends import activations, trace
-from neuron_attn_rewrite.kernels import launch, reference
-from neuron_attn_rewrite.kernels.ops import check
+from neuron_attn_rewrite.kernels import launch, reference, torch_neuron
+from neuron_attn_rewrite.kernels.arguments import check
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 from tests.helpers import ALWAYS, relative_error
@@ -188,10 +188,10 @@ def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_empty_packages_are_not_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not launch._has("no_such_package", "trace")
-    assert not launch._has("json", "trace") and launch._has("json", "loads")
+    assert not launch.has("no_such_package", "trace")
+    assert not launch.has("json", "trace") and launch.has("json", "loads")
     monkeypatch.setitem(sys.modules, "nki", ModuleType("nki"))
-    assert not launch._has("nki", "jit")
+    assert not launch.has("nki", "jit")
 
 
 @torch.library.custom_op("neuron_attn_test::inner", mutates_args=())
@@ -217,7 +217,7 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
             assert grid == (2,)
             return inner
 
-    monkeypatch.setattr(launch, "launch", fake_launch)
+    monkeypatch.setattr(torch_neuron, "launch", fake_launch)
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -231,7 +231,7 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
     expected = torch.autograd.grad(call(*given).sum(), given)
     torch._dynamo.reset()
     compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
-    with launch.dissolved(lambda kernel: Wrapped()):
+    with torch_neuron.dissolved(lambda kernel: Wrapped()):
         got = torch.autograd.grad(compiled(*given).sum(), given)
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert targets.count("neuron_attn_test.inner.default") == 1

@@ -24,7 +24,6 @@ from torch import Tensor
 from neuron_attn_rewrite.errors import KernelError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
-from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
 from neuron_attn_rewrite.problem import posed
@@ -38,8 +37,6 @@ GENERATIONS = {"trn1": "gen2", "inf2": "gen2", "trn2": "gen3", "trn3": "gen4"}
 TARGETS = {"gen2": "trn1", "gen3": "trn2", "gen4": "trn3"}
 """And back: inf2 is as trn1."""
 PLATFORM = "NEURON_PLATFORM_TARGET_OVERRIDE"
-WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
-"""Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""
 
 _placeholders: list[bool] = []
 
@@ -83,10 +80,10 @@ def on_xla(
 
 def sdk_is_here() -> bool:
     """Whether torch tensors on a Neuron device can launch kernels. The empty packages of that name don't count."""
-    return _has("torch_neuronx", "trace") or _has("nki", "jit")
+    return has("torch_neuronx", "trace") or has("nki", "jit")
 
 
-def _has(package: str, attribute: str) -> bool:
+def has(package: str, attribute: str) -> bool:
     try:
         return find_spec(package) is not None and hasattr(import_module(package), attribute)
     except (ImportError, ValueError):
@@ -193,53 +190,3 @@ def _computation(signature: _Signature) -> tuple[Any, tuple[int, ...]]:
     ids = [context.tensor_parameter_id(operand) for operand in operands]
     order = tuple(sorted(range(len(operands)), key=lambda i: ids[i]))
     return builder.computation_from_module_proto("NkiKernelCall", context.hlo()), order
-
-
-# TorchNeuron
-
-
-def wrap_nki() -> Callable[[Any], Any] | None:
-    """TorchNeuron's way to make a NKI kernel a node of the graph; None if it is not installed."""
-    for place in WRAPPERS:
-        module, name = place.split(":")
-        if _has(module.partition(".")[0], "__name__") and _has(module, name):
-            found: Callable[[Any], Any] = getattr(import_module(module), name)
-            return found
-    return None
-
-
-@contextmanager
-def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block AOTAutograd sees the kernel's own node in place of our op, which its compiler doesn't know.
-
-    Args:
-        wrap: TorchNeuron's `wrap_nki`: `wrap(kernel)[grid](**arguments)`.
-    """
-    from torch._subclasses.functional_tensor import FunctionalTensorMode
-
-    from neuron_attn_rewrite.kernels.ops import UNSHARDED, backward_on_device, check, orders_of
-
-    def launcher(kernel: Any, lnc: int) -> Callable[..., Any]:
-        launched: Callable[..., Any] = wrap(kernel)[(lnc,)]
-        return launched
-
-    def rule(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-        options = dict(kwargs or {})
-        with mode:
-            orders = orders_of(options)
-            terms = check(*orders.to(AS_GIVEN, *args), **options)
-            how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
-            return launch(args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), how, launcher)
-
-    def gradients(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        with mode:
-            return backward_on_device(*args, **(kwargs or {}), launcher=launcher)
-
-    untyped: Any = torch.library
-    library = untyped.Library("neuron_attn", "FRAGMENT")
-    try:
-        for op, body in (("flash_fwd", rule), ("flash_bwd", gradients)):
-            untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, body, lib=library)
-        yield
-    finally:
-        library._destroy()

@@ -1,0 +1,38 @@
+"""`explain(model, *args)`: the report alone, also of a model that only torch.compile can capture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from neuron_attn_rewrite.backends.compile import explain_graphs
+from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.report.model import RewriteReport
+from neuron_attn_rewrite.rewriter import rewrite_graph
+
+
+def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, **kwargs: Any) -> RewriteReport:
+    """What `rewrite` would do with a model, without a rewritten model.
+
+    A model that can't be captured as one graph is run once through torch.compile, and the report is of all its graphs.
+
+    Args:
+        model: as for `rewrite`, or the result of torch.compile.
+        args: example positional inputs.
+        config: see `RewriteConfig`; its `require` is not applied.
+        kwargs: example keyword inputs.
+
+    Raises:
+        InputError: the example inputs are missing or don't fit.
+    """
+    config = replace(config or RewriteConfig(), require=None)
+    model = getattr(model, "_orig_mod", model)
+    try:
+        captured = capture(model, args, kwargs)
+        return rewrite_graph(captured.module, captured.inputs, config)
+    except CaptureError:
+        return explain_graphs(model, args, kwargs, config)
