@@ -210,6 +210,64 @@ def _cte(
     return out, *by_partition
 
 
+def attention_segmented_cte(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    prior_tokens,
+    block_size,
+    prior_seg_size,
+    scale=1.0,
+    tp_q=True,
+    tp_out=False,
+    sliding_window=None,
+    sink=None,
+    num_q_heads=1,
+    k_pre_transposed=False,
+    fp8_packed=False,
+    k_scale=None,
+    v_scale=None,
+    kvp_q_offset=None,
+    kvp_rank_id=None,
+    kvp_group_size=0,
+    kvp_cp_offset_int=0,
+    kvp_seg_block_offset_int=0,
+    kvp_prior_load_blocks=0,
+    kvp_prior_fully_visible=False,
+):
+    """nkilib 2.31 and 2.32: the new keys are the blocks behind the prior ones, and one prior length is for all.
+
+    What lies behind them, in the table or because it is padded to one segment more than whole ones, is never seen.
+    """
+    dtype = q.dtype
+    groups, q_len, d = q.shape if tp_q else (q.shape[0], q.shape[2], q.shape[1])
+    blocks, kv_heads = k_cache.shape[:2]
+    requests, width = block_tables.shape
+    prior = int(prior_tokens)
+    assert not (k_pre_transposed or fp8_packed) and k_scale is v_scale is kvp_q_offset is kvp_rank_id is None
+    assert k_cache.shape == v_cache.shape == (blocks, kv_heads, block_size, d) and d <= 128
+    assert block_tables.dtype == prior_tokens.dtype == torch.int32 and prior_tokens.shape == (1, 1)
+    assert groups == requests * num_q_heads and num_q_heads % kv_heads == 0 and requests <= 128
+    assert q_len % 128 == q_len % block_size == prior_seg_size % block_size == prior % block_size == 0
+    assert block_size & (block_size - 1) == 0 and 512 % block_size == 0 and prior_seg_size % 512 == 0
+    assert width * block_size >= prior + q_len and scale == 1.0
+    if sliding_window:
+        loaded, padded = max(sliding_window, 512) // block_size, width * block_size // prior_seg_size + 1
+        assert sliding_window % block_size == 0 and loaded <= padded * (prior_seg_size // block_size)
+    table = block_tables[:, : (prior + q_len) // block_size].long()
+    assert int(table.min()) >= 0 and int(table.max()) < blocks
+    # [requests * num_q_heads, keys, d], each with its kv head.
+    heads = torch.arange(num_q_heads) * kv_heads // num_q_heads
+    k, v = (c.float()[table].transpose(1, 2).flatten(2, 3)[:, heads].flatten(0, 1) for c in (k_cache, v_cache))
+    i, j = prior + torch.arange(q_len)[:, None], torch.arange(prior + q_len)
+    seen = (j <= i) & (j > i - (sliding_window or prior + q_len + 1))
+    if sink is not None:
+        assert sink.shape == (groups, 1) and sink.dtype == torch.float32
+    out = softmax_v((q if tp_q else q.mT).float() @ k.mT, seen, v, sink).to(dtype)
+    return out.mT.contiguous() if tp_out else out
+
+
 def attention_tkg_entry(q, k_active, v_active, k_prior, v_prior, mask, sink=None):
     """Our entry to nkilib's attention_tkg, which scales nothing and takes the active keys for the last of the prior."""
     keys, batch, heads, rows = mask.shape
@@ -441,6 +499,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
     """Every stand-in under the SDK's import paths."""
     kernels = {
         "attention_cte": Recorded(cte),
+        "attention_segmented_cte": Recorded(attention_segmented_cte),
         "attention_tkg": Recorded(attention_tkg_entry),
         "attention_isa_kernel": Recorded(attention_isa_kernel),
         "neuronxcc_flash_fwd": Recorded(neuronxcc_flash_fwd),
@@ -451,6 +510,8 @@ def install(monkeypatch: pytest.MonkeyPatch, cte: Callable[..., Any] = attention
     }
     put(monkeypatch, "nki", jit=lambda kernel: kernel)
     put(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=kernels["attention_cte"])
+    place, name = "nkilib.core.attention.attention_segmented_cte", "attention_segmented_cte"
+    put(monkeypatch, place, **{name: kernels[name]})
     name = "flash_paged_attention_with_schedule"
     place = "neuronx_distributed_inference.modules.chunked_prefill.flash_pa_with_schedule"
     put(monkeypatch, place, **{name: kernels[name]})

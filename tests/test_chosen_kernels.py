@@ -26,32 +26,39 @@ LOOSE = {torch.float32: 0.016}
 @st.composite
 def problems(draw: st.DrawFn, kind: str) -> tuple[AttentionProblem, dict[str, Any]]:
     """A problem and the keyword arguments of the op that stand for its mask and terms: "plain" for the kernels that
-    take little, "decode" for those of token generation, "wide" for those that take nearly everything.
+    take little, "decode" for those of token generation, "prefill" for those of a cache in blocks, "wide" for those that
+    take nearly everything.
     """
-    plain = kind == "plain"
+    plain, prefill = kind == "plain", kind == "prefill"
     batch, kv_heads, group = draw(st.sampled_from(((1, 2, 2), (2, 1, 2), (1, 1, 1))))
-    lengths = {"plain": (512, 512, 3), "decode": (1, 5), "wide": LENGTHS}[kind]
+    lengths = {"plain": (512, 512, 3), "decode": (1, 5), "prefill": (128, 256), "wide": LENGTHS}[kind]
     heads, q_len = kv_heads * group, draw(st.sampled_from(lengths))
-    others = {"plain": (512, 512, 1024), "decode": (300, 512), "wide": (q_len, q_len + 128, 300)}[kind]
-    kv_len, head_dim = draw(st.sampled_from(others)), draw(st.sampled_from((8, 16)))
-    free = st.sampled_from([None, 0, kv_len - q_len, kv_len - q_len, draw(st.integers(-3, kv_len))])
-    upper = draw(st.sampled_from((None, 0, 0)) if plain else free)
-    window = draw(st.sampled_from((None, 5, 300) if plain else (None, None, 1, 5, 300)))
+    others = {
+        "plain": (512, 512, 1024),
+        "decode": (300, 512),
+        "prefill": (q_len, q_len + 128, q_len + 300),
+        "wide": (q_len, q_len + 128, 300),
+    }[kind]
+    kv_len, head_dim = draw(st.sampled_from(others)), draw(st.sampled_from((128,) if prefill else (8, 16)))
+    free = [None, 0, kv_len - q_len, kv_len - q_len, draw(st.integers(-3, kv_len))]
+    upper = draw(st.sampled_from({"plain": [None, 0, 0], "prefill": [0, 128, 256]}.get(kind, free)))
+    windows = {"plain": (None, 5, 300), "prefill": (None, 128, 256, 300)}.get(kind, (None, None, 1, 5, 300))
+    window = draw(st.sampled_from(windows))
     lower = None if upper is None or window is None else upper - window + 1
     options: dict[str, Any] = {"scale": draw(st.sampled_from((1.0, 0.3, -0.5)))}
     claims: list[Any] = []
     if (lower, upper) != (None, None):
         claims.append(Band(lower, upper))
         options |= {"band_lower": lower, "band_upper": upper}
-    if not plain and draw(st.integers(0, 4)) == 0:
+    if kind in ("decode", "wide") and draw(st.integers(0, 4)) == 0:
         size = draw(st.sampled_from((50, 128, 256)))
         claims.append(Chunked(size))
         options["bounds"] = Chunked(size).rows(q_len, kv_len)[None]
-    elif not plain and draw(st.integers(0, 2)) == 0:
+    elif kind in ("decode", "wide") and draw(st.integers(0, 2)) == 0:
         rows = tuple((i * kv_len // q_len // 2, kv_len - i % 3) for i in range(q_len))
         claims.append(Intervals(rows))
         options["bounds"] = torch.tensor([rows])
-    if not plain and draw(st.integers(0, 2)) == 0:
+    if kind in ("decode", "wide") and draw(st.integers(0, 2)) == 0:
         claims.append(KeyPadding("mask"))
         options["key_padding"] = torch.rand(batch, kv_len) > 0.3
     bias_shape = None
@@ -80,7 +87,7 @@ def problems(draw: st.DrawFn, kind: str) -> tuple[AttentionProblem, dict[str, An
         kv_len=kv_len,
         head_dim=head_dim,
         v_head_dim=draw(st.sampled_from((head_dim, 24))) if kind == "wide" else head_dim,
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if prefill else torch.float32,
         scale=options["scale"],
         mask=mask,
         bias_shape=bias_shape,
@@ -107,6 +114,7 @@ def features_of(problem: AttentionProblem) -> set[str]:
 TAKEN = {
     "attention_cte": {"grouped", "chunks", "padding", "window", "bias", "sink", "other v_head_dim"},
     "attention_tkg": {"grouped", "chunks", "padding", "window", "sink"},
+    "attention_segmented_cte": {"grouped", "window", "sink"},
     "attention_isa_kernel": {"grouped"},
     "neuronxcc_flash_fwd": {"grouped", "window", "bias"},
     "sliding_window_flash_fwd": {"grouped", "window"},
@@ -135,7 +143,7 @@ def test_what_is_chosen_is_right() -> None:
                     features[kernel] |= features_of(problem)
                     _check(kernel, problem, options, decision.lnc)
 
-    for kind in ("plain", "decode", "wide"):
+    for kind in ("plain", "decode", "prefill", "wide"):
         of_kind = given(problems(kind))(check)
         seed(0)(settings(max_examples=15, deadline=None, database=None)(of_kind))()
     cte = [(kind, window) for name, kind, window in kinds if name == "attention_cte"]

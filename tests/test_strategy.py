@@ -17,7 +17,7 @@ from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding,
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
-from neuron_attn_rewrite.strategy.clauses import Setting
+from neuron_attn_rewrite.strategy.clauses import DTYPES, Setting
 from neuron_attn_rewrite.strategy.legality import BACKWARD, KERNELS, bridged, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.strategy.tables import TABLES, Case, Rule, first, table
@@ -175,6 +175,7 @@ PADDED = MaskSpec((KeyPadding("m"),))
 BACK = MaskSpec((Band(upper=1024),))
 ROWS = MaskSpec((Intervals(((0, 5),) * 2048),))
 ONE = {"q_len": 1, "mask": FULL}
+D128 = {"head_dim": 128, "v_head_dim": 128}
 OLD = {"sdk": "2.28", "target": "trn1", "cores": 1}
 # Kernel, setting, what it can compute, the nearest it can't, and a word of the clause.
 BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
@@ -235,6 +236,48 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("attention_tkg", {}, ONE | {"q_len": 7}, ONE | {"q_len": 8}, "q_len 8 must be at most 7"),
     ("attention_tkg", {}, ONE | {"batch": 128}, ONE | {"batch": 129}, "16 MiB"),
     ("attention_tkg", {}, ONE | {"sink": True, "num_kv_heads": 1}, ONE | {"sink": True}, "sinks of one kv head"),
+    ("attention_segmented_cte", {"target": "trn1", "sdk": "2.32"}, {}, D128, "not on trn1"),
+    ("attention_segmented_cte", {"sdk": "2.30"}, {}, D128, "not with 2.30"),
+    *(
+        ("attention_segmented_cte", {"sdk": "2.32"} | where, D128 | good, D128 | bad, words)
+        for where, good, bad, words in (
+            ({}, {}, {"batch": 0}, "no size may be 0"),
+            ({}, {}, {"num_heads": 7}, "num_heads 7"),
+            ({}, {}, {"v_head_dim": 64}, "v_head_dim 64"),
+            ({}, {}, {"dtype": torch.float32}, "products in bfloat16"),
+            ({}, {}, {"scale": float("inf")}, "scale inf"),
+            ({}, {}, {"softcap": 50.0}, "softcap"),
+            ({}, {}, {"head_dim": 64, "v_head_dim": 64}, "head_dim 64 must be 128"),
+            ({"loose": DTYPES}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, "of bfloat16, and here is"),
+            ({}, {}, {"bias_shape": (1, 1, 2048, 2048)}, "bias"),
+            ({}, {}, {"mask": CAUSAL & PADDED}, "no key padding"),
+            ({}, {"kv_len": 3072, "mask": BACK}, {"kv_len": 3072, "mask": FULL}, "with a key for each query"),
+            ({}, {"kv_len": 2100}, {"kv_len": 1920}, "with a key for each query"),
+            ({}, {"q_len": 1920}, {"q_len": 2000}, "q_len 2000, the keys before"),
+            ({}, {"kv_len": 3072, "mask": BACK}, {"kv_len": 3072, "mask": MaskSpec((Band(upper=1000),))}, "multiples"),
+            ({}, {"mask": WINDOW}, {"mask": MaskSpec((Band(-200, 0),))}, "and the window must be multiples of 128"),
+            (
+                {},
+                {"length": 8192, "mask": CAUSAL},
+                {"length": 8320, "mask": CAUSAL},
+                "q_len 8320 together 8192",
+            ),
+            ({}, {"length": 7936, "mask": WINDOW}, {"length": 8064, "mask": WINDOW}, "with q_len 8064 together"),
+            (
+                {},
+                {"length": 4096, "mask": MaskSpec((Band(-2047, 0),))},
+                {"length": 4096, "mask": MaskSpec((Band(-2175, 0),))},
+                "a window must be at most 2048",
+            ),
+            (
+                {},
+                {"kv_len": 131200, "mask": MaskSpec((Band(upper=129024),))},
+                {"kv_len": 131200, "mask": MaskSpec((Band(upper=129152),))},
+                "all keys 131072",
+            ),
+            ({}, {"batch": 16}, {"batch": 17}, "batch 17 times num_heads 8 must be at most 128"),
+        )
+    ),
     ("attention_isa_kernel", OLD, {}, {}, ""),
     ("attention_isa_kernel", OLD | {"target": "trn3"}, {}, {"mask": FULL}, "not on trn3"),
     ("attention_isa_kernel", OLD | {"sdk": "2.29"}, {}, {"mask": FULL}, "not with 2.29"),
@@ -313,9 +356,8 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW & PADDED}, "padding"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "empty_rows": EmptyRows.ZERO}, "undefined"),
     ("sliding_window_flash_fwd", OLD, {"mask": WINDOW}, {"mask": WINDOW, "kv_len": 2560}, "the same multiple of 512"),
-    ("prefix_caching_attention_fwd_isa_kernel", OLD, {}, {"mask": BACK, "kv_len": 3072}, "undocumented: which lengths"),
+    ("prefix_caching_attention_fwd_isa_kernel", OLD, {}, {"mask": BACK, "kv_len": 3072}, "undocumented: how many"),
     ("attention_tkg_fwd_isa_kernel", OLD, {}, ONE, "undocumented: which lengths"),
-    ("attention_segmented_cte", {}, {}, {"mask": BACK, "kv_len": 3072}, "one prior length for all requests"),
     ("attention_bwd", {"target": "trn1"}, {}, {}, "not on trn1"),
     ("attention_bwd", {"sdk": "2.28"}, {}, {}, "not with 2.28"),
     ("attention_bwd", {}, {"sink": True}, {}, ""),
@@ -363,6 +405,7 @@ def test_each_clause_of_each_kernel(
 SHIPPED: list[tuple[str, set[str], str, str, dict[str, Any]]] = [
     ("attention_cte", {"trn2", "trn3"}, "2.27", "2.32", {}),
     ("attention_tkg", {"trn2", "trn3"}, "2.28", "2.32", ONE),
+    ("attention_segmented_cte", {"trn2", "trn3"}, "2.31", "2.32", D128),
     ("attention_isa_kernel", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {}),
     ("neuronxcc_flash_fwd", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {}),
     ("sliding_window_flash_fwd", {"trn1", "inf2", "trn2"}, "2.26", "2.28", {"mask": WINDOW}),
@@ -435,6 +478,7 @@ def test_an_installed_kernel_is_asked_what_it_takes() -> None:
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 1, 2048, 2048)}, ["each head"]),
         ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1"]),
         ("attention_tkg", {"q_len": 1, "kv_len": 300, "mask": FULL}, ["scale", "0 and 1", "a core"]),
+        ("attention_segmented_cte", D128, ["scale", "as they lie"]),
         ("attention_isa_kernel", {"scale": 1.0, "num_kv_heads": 8}, []),
         ("attention_isa_kernel", {}, ["scale", "repeated"]),
         ("sliding_window_flash_fwd", {"mask": WINDOW}, ["repeated"]),
@@ -538,6 +582,11 @@ def test_kernels_that_may_be_used() -> None:
     assert choose(problem(softcap=50.0), only).kernel == NATIVE
     old = RewriteConfig(policy="always", sdk="2.28", target="trn1", kernels=("attention_isa_kernel",))
     assert choose(problem(), old).kernel == "attention_isa_kernel"
+    # The same work, with the earlier keys as a cache or as a prefix: the first of the adapters is taken.
+    behind, sdk = problem(mask=BACK, kv_len=3072, **D128), ("flash_fwd", *vendor.ADAPTERS)
+    assert choose(behind, RewriteConfig(policy="always", sdk="2.32", kernels=sdk)).kernel == "attention_cte"
+    cached = RewriteConfig(policy="always", sdk="2.32", kernels=("flash_fwd", "attention_segmented_cte"))
+    assert choose(behind, cached).kernel == "attention_segmented_cte"
     # Tiles that bounds hide are skipped by ours alone.
     packed = MaskSpec((Intervals(tuple((i // 512 * 512, i // 512 * 512 + 512) for i in range(8192))),))
     assert choose(problem(8192, packed), both).kernel == "flash_fwd"

@@ -15,6 +15,7 @@ import torch
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.errors import InputError, KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
+from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
 from neuron_attn_rewrite.kernels.vendor.adapter import How
@@ -124,6 +125,39 @@ def test_strided_rows_of_a_rank(rank: int, degree: int, more: dict[str, Any], mo
     (_, strided), (_, bounded) = kernel.calls
     assert (strided["global_cp_deg"], int(strided["cp_offset"])) == (degree, rank) and "bound_min" not in strided
     assert "global_cp_deg" not in bounded
+
+
+SEGMENTED: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"q_len": 128, "kv_len": 384}, {"band_upper": 256}),
+    ({"q_len": 256, "kv_len": 256}, {"band_upper": 0}),
+    ({"q_len": 128, "kv_len": 300}, {"band_upper": 128}),
+    ({"q_len": 128, "kv_len": 2304, "heads": 2, "kv_heads": 1}, {"band_upper": 2176}),
+    ({"q_len": 256, "kv_len": 512}, {"band_upper": 256, "band_lower": 129}),
+    ({"q_len": 256, "kv_len": 256}, {"band_upper": 0, "band_lower": -127, "sink": torch.randn(4)}),
+    ({"q_len": 128, "kv_len": 256, "heads": 4, "kv_heads": 4}, {"band_upper": 128, "sink": torch.randn(4)}),
+]
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("case", range(len(SEGMENTED)))
+def test_attention_segmented_cte(case: int, lnc: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["attention_segmented_cte"]
+    sizes, options = SEGMENTED[case]
+    check("attention_segmented_cte", lnc, {"dim": 128, "v_dim": 128} | sizes, {"scale": 0.1} | options)
+    assert [grid for grid, _ in kernel.calls] == [lnc]
+
+
+def test_the_keys_are_the_cache_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = stand_ins.install(monkeypatch)["attention_segmented_cte"]
+    query, key, value = operands(q_len=128, kv_len=384, dim=128, v_dim=128)
+    adapter = vendor.find("attention_segmented_cte")
+    assert adapter is not None
+    transposed = How(1, orders=Orders(result="BHDS"))
+    out = adapter.attend(query, key, value, reference.Terms(1.0, band_upper=256), transposed)
+    ((_, arguments),) = kernel.calls
+    assert arguments["tp_out"] and out.shape == (2, 4, 128, 128)
+    assert arguments["k_cache"].data_ptr() == key.data_ptr() and arguments["v_cache"].data_ptr() == value.data_ptr()
+    assert arguments["block_tables"].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
 DECODE_PADDING = torch.arange(300) < torch.tensor([[300], [170]])

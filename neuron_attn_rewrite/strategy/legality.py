@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask
+from neuron_attn_rewrite.kernels.vendor.nkilib import BLOCK, SEGMENT
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.clauses import (
@@ -208,6 +209,51 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             ),
             folds_groups=True,
         ),
+        "attention_segmented_cte": Kernel(
+            (
+                targets("trn2", "trn3"),
+                shipped("2.31", "2.32"),
+                *_NARROW,
+                Clause(
+                    "head-dim",
+                    "head_dim {p.head_dim} must be 128: its source warns of wrong transposes for others on hardware",
+                    lambda p, _: p.head_dim == SDK_HEAD_DIM,
+                ),
+                Clause(
+                    "dtype",
+                    "its buffers are of bfloat16, and here is {p.dtype}",
+                    lambda p, _: p.dtype == torch.bfloat16,
+                ),
+                NO_BIAS,
+                NO_PADDING,
+                Clause(
+                    "kernel-mask",
+                    "the mask must be causal, or a causal window, with a key for each query, and is {p.mask}",
+                    lambda p, _: mask(p).kind in ("causal", "prior") and p.q_len <= p.kv_len,
+                ),
+                Clause(
+                    "kernel-size",
+                    "q_len {p.q_len}, the keys before the first query's own and the window must be multiples of 128, "
+                    "and the mask is {p.mask}",
+                    lambda p, _: not (p.q_len % BLOCK or mask(p).offset % BLOCK or (mask(p).window or 0) % BLOCK),
+                ),
+                Clause(
+                    "kernel-size",
+                    f"a window must be at most {SEGMENT}, with q_len {{p.q_len}} together 8192, and all keys 131072, "
+                    "and the mask is {p.mask}",
+                    lambda p, _: (
+                        (mask(p).window or 0) <= min(SEGMENT, 8192 - p.q_len) and mask(p).offset + p.q_len <= 131072
+                    ),
+                ),
+                Clause(
+                    "kernel-size",
+                    "batch {p.batch} times num_heads {p.num_heads} must be at most 128: its tables and sinks lie on "
+                    "that many partitions",
+                    lambda p, _: p.batch * p.num_heads <= 128,
+                ),
+            ),
+            (SCALED, Bridge("keys and values are read as the blocks of a cache, as they lie", lambda *_: True)),
+        ),
         "attention_isa_kernel": Kernel(
             (
                 *_OLD,
@@ -286,21 +332,18 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "prefix_caching_attention_fwd_isa_kernel": Kernel(
             (
                 _undocumented(
-                    "which lengths it takes, and in which dtype its mask [batch, prior] of cached keys: its only "
-                    "caller, NxD Inference, gives tensors and no limits, and it is closed"
+                    "how many new and cached keys it takes, and whether its mask [batch, prior], int32 in NxD "
+                    "Inference, may hide other cached keys than the last: it is closed, and its one caller says no more"
                 ),
             )
         ),
         "attention_tkg_fwd_isa_kernel": Kernel(
             (
                 _undocumented(
-                    "which lengths it takes, and what it computes where it does not rotate query and key itself: its "
-                    "only caller, NxD Inference, has it do so (fuse_rope), and it is closed"
+                    "which lengths it takes, which cached keys its pos_id admits, and how it scales: it is closed, and "
+                    "its one caller, NxD Inference, gives the query unscaled and lets the kernel rotate it (fuse_rope)"
                 ),
             )
-        ),
-        "attention_segmented_cte": Kernel(
-            (_undocumented("where it reads the new keys; and it takes one prior length for all requests"),)
         ),
     }
 )

@@ -10,13 +10,28 @@ from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter
 from neuron_attn_rewrite.kernels.vendor.neuronxcc import ATTENTION_ISA, FLASH_ATTN_BWD, FLASH_FWD
-from neuron_attn_rewrite.kernels.vendor.nkilib import ATTENTION_BWD, ATTENTION_CTE, ATTENTION_TKG
+from neuron_attn_rewrite.kernels.vendor.nkilib import (
+    ATTENTION_BWD,
+    ATTENTION_CTE,
+    ATTENTION_SEGMENTED_CTE,
+    ATTENTION_TKG,
+)
 from neuron_attn_rewrite.kernels.vendor.nxd_inference import FLASH_PAGED, SLIDING_WINDOW
 
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {adapter.name: adapter for adapter in (ATTENTION_CTE, ATTENTION_TKG, ATTENTION_ISA, FLASH_FWD, SLIDING_WINDOW)}
+    {
+        adapter.name: adapter
+        for adapter in (
+            ATTENTION_CTE,
+            ATTENTION_TKG,
+            ATTENTION_SEGMENTED_CTE,
+            ATTENTION_ISA,
+            FLASH_FWD,
+            SLIDING_WINDOW,
+        )
+    }
 )
-"""By the name that a decision and the op's `kernel` give it."""
+"""By the name that a decision and the op's `kernel` give it; of equally fast ones the first is taken."""
 BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
 """Those that `flash_bwd` can run as, in the order in which they are asked."""
 PAGED: Mapping[str, Adapter] = MappingProxyType({FLASH_PAGED.name: FLASH_PAGED})

@@ -1,7 +1,7 @@
 """nkilib, SDK 2.28 and later: open kernels, launched by `nki.jit(kernel)[lnc]`.
 
-Sources: nki-library `nkilib/core/attention/attention_cte.py`, `attention_tkg.py` and `attention_bwd.py`; SDK
-documentation nki/library/api/attention-cte and attention-tkg.
+Sources: nki-library `nkilib/core/attention/attention_cte.py`, `attention_segmented_cte.py`, `attention_tkg.py` and
+`attention_bwd.py`; SDK documentation nki/library/api/attention-cte, attention-segmented-cte and attention-tkg.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ QUERY_GROUP = 128
 """Bounds and bias come in groups of this many query rows."""
 KEY_TILE = 128
 """Each core of attention_tkg takes a multiple of this many keys."""
+BLOCK = 128
+"""Keys in a block of attention_segmented_cte: what it is told of lengths must be a multiple of this."""
+SEGMENT = 2048
+"""Earlier keys that attention_segmented_cte takes at a time."""
 HIDDEN = -1e30
 """What a hidden key adds to a score: far below any score, and finite in bfloat16 (not in float16)."""
 MOST_HIDDEN = -3e38
@@ -84,6 +88,36 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     out: Tensor = adapter(how.lnc, **tensors, **arguments)
     out = turned(out.reshape(batch, heads, *out.shape[1:]), orders.result, PLAIN)
     return turned(out[:, :, :q_len, :v_dim], PLAIN, orders.result)
+
+
+def _attention_segmented_cte(
+    adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How
+) -> Tensor:
+    """A kv head of a batch element as one request: its keys, as they lie, are the blocks of a cache, and the new ones
+    are the last of them. query and output as [requests * group, length, dim], the output as [.., dim, length] if asked.
+    """
+    batch, heads, q_len, dim = query.shape
+    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
+    # Keys behind the last row's own are seen by no row.
+    k_cache, v_cache = (t[:, :, : mask.offset + q_len].reshape(-1, 1, BLOCK, dim) for t in (key, value))
+    requests = batch * key.shape[1]
+    out: Tensor = adapter(
+        how.lnc,
+        q=folded(scaled(query, terms.scale)).contiguous(),
+        k_cache=k_cache.contiguous(),
+        v_cache=v_cache.contiguous(),
+        block_tables=torch.arange(len(k_cache), dtype=torch.int32, device=key.device).reshape(requests, -1),
+        prior_tokens=torch.full((1, 1), mask.offset, dtype=torch.int32, device=key.device),
+        block_size=BLOCK,
+        prior_seg_size=SEGMENT,
+        scale=1.0,
+        tp_q=True,
+        tp_out=how.orders.result != PLAIN,
+        sliding_window=mask.window,
+        sink=None if terms.sink is None else terms.sink.float().repeat(batch)[:, None],
+        num_q_heads=heads // key.shape[1],
+    )
+    return out.reshape(batch, heads, *out.shape[1:])
 
 
 def _of_a_rank(terms: Terms, q_len: int, kv_len: int) -> dict[str, Any]:
@@ -193,6 +227,18 @@ ATTENTION_CTE = Adapter(
     launch=nki_jit,
     run=_attention_cte,
     accepts=Accepted((PLAIN, "BHDS"), (PLAIN, "BHDS"), (PLAIN,), (PLAIN, "BHDS")),
+)
+ATTENTION_SEGMENTED_CTE = Adapter(
+    name="attention_segmented_cte",
+    places=("nkilib.core.attention.attention_segmented_cte:attention_segmented_cte",),
+    # Up to 2.30, which has no fp8_packed, it read memory that nobody wrote, and gave all heads the sink of the first.
+    needs=frozenset(
+        "q k_cache v_cache block_tables prior_tokens block_size prior_seg_size scale tp_q tp_out sliding_window sink "
+        "num_q_heads fp8_packed".split()
+    ),
+    launch=nki_jit,
+    run=_attention_segmented_cte,
+    accepts=Accepted(result=(PLAIN, "BHDS")),
 )
 ATTENTION_TKG = Adapter(
     name="attention_tkg",
