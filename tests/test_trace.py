@@ -23,6 +23,7 @@ from neuron_attn_rewrite import InputError, RewriteConfig, TraceCheck, TraceErro
 from neuron_attn_rewrite.backends import activations, trace
 from neuron_attn_rewrite.kernels import launch, reference, torch_neuron
 from neuron_attn_rewrite.kernels.arguments import check
+from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 from tests.helpers import ALWAYS, relative_error
@@ -241,6 +242,57 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
     graphs.clear()
     torch.compile(call, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*given)
     assert any("flash_fwd" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@torch.library.custom_op("neuron_attn_test::rows", mutates_args=())
+def rows(query: Tensor, like: list[int]) -> Tensor:
+    return query.new_zeros(like)
+
+
+@rows.register_fake
+def _(query: Tensor, like: list[int]) -> Tensor:
+    return query.new_empty(like)
+
+
+@pytest.mark.parametrize(
+    "terms", [{"band_upper": 0}, {"band_upper": 0, "empty_rows": "mean"}, {"bounds": True}, {"bias": True}], ids=str
+)
+def test_our_own_kernel_dissolves_with_the_plan_it_has_outside_a_trace(
+    terms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    kernels = ModuleType("kernels")
+    kernels.flash_fwd = "ours"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "neuron_attn_rewrite.kernels.nki.flash", kernels)
+    query, key, value = (torch.randn(2, heads, 300, 16) for heads in (4, 2, 2))
+    given = {name: v for name, v in terms.items() if v is not True}
+    tensors = {
+        "bounds": torch.tensor([0, 200], dtype=torch.int32).expand(1, 300, 2).contiguous(),
+        "bias": torch.randn(1, 1, 300, 300),
+    }
+    given |= {name: tensors[name] for name, v in terms.items() if v is True}
+    static: list[dict[str, Any]] = []
+
+    class Wrapped:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def call(**arguments: Any) -> Tensor:
+                static.append({k: v for k, v in arguments.items() if not isinstance(v, Tensor)})
+                return rows(arguments["q"], [2 * 4 * 300, 16])
+
+            return call
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+        return torch.ops.neuron_attn.flash_fwd(query, key, value, scale=0.5, lnc=2, **given)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=lambda module, _: module.forward), fullgraph=True)
+    with torch_neuron.dissolved(lambda kernel: Wrapped()), torch.no_grad():
+        assert compiled(query, key, value, **given).shape == query.shape
+    outside = prepare.flash_fwd(query, key, value, check(query, key, value, scale=0.5, **given), lnc=2).static
+    # What bounds hide is known outside a trace only: within one all tiles are looked at.
+    differ = {"tiles", "pairs"} if "bounds" in given else set()
+    assert static and {k for k in outside if outside[k] != static[0][k]} == differ
 
 
 def test_the_example_for_trainium_says_what_is_missing() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 ROWS = 128
 """Rows of a query tile."""
@@ -29,6 +31,11 @@ class Intervals(NamedTuple):
 
     def within(self, kv_len: int) -> Intervals:
         return Intervals(self.lo.clamp(0, kv_len), self.hi.clamp(0, kv_len))
+
+
+def real_numbers() -> AbstractContextManager[object]:
+    """Within it the plan is made of numbers, also where a graph is traced and every new tensor would be a fake."""
+    return _disable_current_modes()
 
 
 def band(

@@ -91,7 +91,8 @@ def flash_fwd(
     here = ACCEPTED.nearest(orders)
     query, key, value = orders.to(here, query, key, value)
     q_len, kv_len = plain_shape(query, here.query)[2], plain_shape(key, here.key)[2]
-    planned = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper)
+    with plan.real_numbers():
+        planned = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper)
     intervals = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
     exact = True
     if terms.bounds is not None:
@@ -141,11 +142,12 @@ def launch(
         query, order, inside = turned(query, order, PLAIN), PLAIN, PLAIN
         bias = _folded_bias(bias, group, q_len)
         sink = None if sink is None else sink.reshape(kv_heads, group * q_len)
-        sources = [
-            replace(s, intervals=_folded(s.intervals, group), planned=_folded(s.planned, group)) for s in sources
-        ]
+        sources = [replace(s, intervals=_folded(s.intervals, group)) for s in sources]
         group, rows = 1, group * q_len
-    runs = [plan.runs(s.planned, s.exact) for s in sources]
+    with plan.real_numbers():
+        planned = [_folded(s.planned, heads // kv_heads) if fold else s.planned for s in sources]
+        runs = [plan.runs(p, s.exact) for p, s in zip(planned, sources, strict=True)]
+        empty = bool((sources[0].planned.lo >= sources[0].planned.hi).any())
     if target == "gen2" and any(not plan.is_full(run) for part in runs for run in part):
         raise InputError("the NKI kernel of gen2 takes no causal, window or bounds mask: it has no range_select.")
     tensors: dict[str, Tensor | None] = {"q": _rows(query, order), "bias": bias, "sink": sink}
@@ -161,7 +163,7 @@ def launch(
         "out_heads": _side_by_side(inside, heads),
         "scale": scale,
         "softcap": terms.softcap,
-        "mean_rows": terms.empty_rows == "mean" and _may_be_empty(sources, terms),
+        "mean_rows": terms.empty_rows == "mean" and (empty or _hides_more(sources, terms)),
     }
     for s in sources:
         tensors |= {
@@ -192,8 +194,8 @@ def refuse(query: Tensor, value: Tensor) -> None:
 
 
 def is_static(tensor: Tensor) -> bool:
-    """Its values may be read: on a device they are not there yet."""
-    return tensor.device.type == "cpu"
+    """Its values may be read: on a device, or while a graph is traced, they are not there yet."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -253,10 +255,9 @@ def _key_bias(padding: Tensor | None, row_bias: Tensor | None) -> Tensor | None:
     return torch.where(padding[:, None], row_bias, HIDDEN)
 
 
-def _may_be_empty(sources: list[Source], terms: Terms) -> bool:
-    """Some row may see no key."""
-    hidden = any(not s.exact or s.padding is not None for s in sources) or terms.bias is not None
-    return hidden or bool((sources[0].planned.lo >= sources[0].planned.hi).any())
+def _hides_more(sources: list[Source], terms: Terms) -> bool:
+    """What hides keys is not in the plan alone: some row may see none."""
+    return any(not s.exact or s.padding is not None for s in sources) or terms.bias is not None
 
 
 def _tiles(starts: tuple[int, ...], sources: list[tuple[plan.Run, ...]]) -> dict[str, Any]:
