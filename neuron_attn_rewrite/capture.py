@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.dialects import expand_fused, open_masks, plain_transformers, refresh_shapes
 from neuron_attn_rewrite.errors import CaptureError, InputError
-from neuron_attn_rewrite.graph import eliminate_dead_code, fake_mode, mutates
+from neuron_attn_rewrite.graph import MAY_COPY, eliminate_dead_code, fake_mode, mutates, op_name
 
 aten = torch.ops.aten
 COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
@@ -77,7 +77,7 @@ def capture(
         program, training = model, model.training
     else:
         args = args if given else _zeros_from_shapes(model)
-        kwargs = _in_signature_order(model, args, kwargs)
+        args, kwargs = _distinct(model, args, _in_signature_order(model, args, kwargs))
         program, training = _export(model, args, kwargs, dynamic_shapes), model.training
     if dynamic_shapes is not None and program is model:
         raise InputError(
@@ -137,6 +137,23 @@ def _in_signature_order(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     except TypeError as error:
         raise InputError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
     return {name: kwargs[name] for name in [*(p for p in signature.parameters if p in kwargs), *kwargs]}
+
+
+def _distinct(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a copy of each tensor that comes twice, or is a weight: a tracer takes two inputs that are one
+    tensor for one input, and so would the result, whatever it is called with."""
+    seen = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if len(seen | {id(leaf) for leaf in leaves}) == len(seen) + len(leaves):
+        return args, kwargs
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            leaves[i] = leaf.detach().clone().requires_grad_(leaf.requires_grad) if id(leaf) in seen else leaf
+            seen.add(id(leaf))
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return distinct
 
 
 def _export(
@@ -344,8 +361,9 @@ class _Functionalisation:
         """The present value; a view of something that has changed since is taken again."""
         if node in self.stale:
             self.stale.discard(node)
+            base = self._now(self.base[node])
             view = self.graph.node_copy(node)
-            view.args = (self._now(self.base[node]), *node.args[1:])
+            view.args = (base, *node.args[1:])
             self.present[node] = view
         return self.present.get(node, node)
 
@@ -383,10 +401,10 @@ def _first_alias(node: fx.Node) -> Any:
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
         return None
     alias = node.target._schema.arguments[0].alias_info
-    if alias is not None and not alias.is_write and node.target.overloadpacket is aten.to:
-        source = node.args[0]
-        same = isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
-        return alias if same else None
+    if alias is not None and op_name(node) in MAY_COPY and isinstance(node.args[0], fx.Node):
+        given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        source, found = given[0][0], node.target(*given[0], **given[1])
+        return alias if found.untyped_storage()._cdata == source.untyped_storage()._cdata else None
     return alias
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.sizes import number_of
 
@@ -25,12 +26,16 @@ PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint",
 
 
 def op_name(node: fx.Node) -> str:
-    """The operator without namespace, overload and in-place mark, such as `softmax`; "" for no operator."""
+    """The operator without namespace and overload, such as `softmax`; "" for no operator.
+
+    One that writes keeps its mark (`mul_`, `mul.out`): what its arguments hold is not what they held, so that nothing
+    which is true of `mul` is true of it.
+    """
     if node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
         name = str(node.target.overloadpacket.__name__)
-        return name if name.startswith("__") else name.rstrip("_")
+        return name if name.endswith("_") or not mutates(node) else f"{name}.{node.target._overloadname}"
     return str(getattr(node.target, "__name__", ""))
 
 
@@ -105,12 +110,15 @@ class Writes:
                 values = arguments(node)
                 for name in HIDDEN_WRITES[op_name(node)]:
                     self._write(values[name], time)
-            for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
-                if argument.alias_info is None or not isinstance(given, fx.Node):
+            values = arguments(node)
+            for argument in node.target._schema.arguments:
+                if argument.alias_info is None:
                     continue
-                self._owner[node] = self._owner.get(given, given)
-                if argument.alias_info.is_write:
-                    self._write(given, time)
+                for given in pytree.tree_leaves(values[argument.name]):
+                    if isinstance(given, fx.Node):
+                        self._owner[node] = self._owner.get(given, given)
+                    if argument.alias_info.is_write:
+                        self._write(given, time)
 
     def _write(self, given: Any, time: int) -> None:
         if isinstance(given, fx.Node):
@@ -123,7 +131,7 @@ class Writes:
 
     def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:
         """Whether the memory of `node` is written after the reader has read it, and before `end`."""
-        if reader in self._owner and op_name(reader) not in MAY_COPY:
+        if reader in self._owner and op_name(reader) not in MAY_COPY and not mutates(reader):
             return False  # a view reads nothing
         times = self._times.get(self._owner.get(node, node), ())
         return any(self._order[reader] < time < self._order[end] for time in times)

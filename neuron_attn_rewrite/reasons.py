@@ -84,6 +84,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "Dropout on the attention weights is switched on.",
             _LEFT + "Call model.eval(), or set the attention dropout of the model's config to 0.",
         ),
+        "gradient": Entry(
+            "find",
+            "The scores or weights are detached, or computed without gradients.",
+            _LEFT + "Detach query, key or value instead; a maximum that is subtracted from the scores may be detached.",
+        ),
         "weights-used": Entry(
             "find",
             "The attention weights, scores or their log-sum-exp are also read by something else.",
@@ -129,6 +134,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "find",
             "One softmax runs over scores that are put together from several pieces.",
             _LEFT + "Join the keys, and the values, so that there is one product before the softmax and one behind it.",
+        ),
+        "empty": Entry(
+            "find",
+            "A size is 0: there is nothing to compute.",
+            _LEFT + "Give example inputs of real sizes.",
         ),
         "one-key": Entry(
             "find",

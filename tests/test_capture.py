@@ -84,10 +84,25 @@ def fill_what_a_cast_copied(x: Tensor) -> Tensor:
     return x + y
 
 
+def write_into_what_a_reshape_read(x: Tensor) -> Tensor:
+    y = x[:, None] * x
+    viewed, copied = y.reshape(-1), y.mT.reshape(-1)
+    y.mul_(2)
+    return viewed + copied
+
+
+def write_into_what_was_made_contiguous(x: Tensor) -> Tensor:
+    y = x[:, None] * x
+    viewed, copied = y.contiguous(), y.mT.contiguous()
+    y.mul_(2)
+    return viewed + copied
+
+
 CASTS = [fill_what_a_cast_kept, fill_what_a_cast_copied]
+COPIES = [write_into_what_a_reshape_read, write_into_what_was_made_contiguous]
 
 
-@pytest.mark.parametrize("function", [*CASTS, fill, write_slice, write_slice_of_slice, write_into_a_clone])
+@pytest.mark.parametrize("function", [*CASTS, *COPIES, fill, write_slice, write_slice_of_slice, write_into_a_clone])
 def test_writes_into_intermediates_become_values(function: Any) -> None:
     x = torch.randn(4)
     captured = capture(Function(function), (x,)).module
@@ -140,6 +155,34 @@ def test_what_no_tracer_takes_is_one_clear_error() -> None:
     model = Function(lambda x: x * 2 if x.sum() > 0 else x)
     with pytest.raises(CaptureError, match=r"(?s)could not be captured.*torch\.export:.*Dynamo.*Try:"):
         capture(model, (torch.ones(3),))
+
+
+class Shared(nn.Module):
+    """Reads a weight and two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.weight * 4 + x * 2 + y
+
+
+def test_inputs_that_are_one_tensor_in_the_example_stay_apart() -> None:
+    model, x, y = Shared(), torch.randn(3), torch.randn(3)
+    for example in ((x, x), (model.weight, x)):
+        captured = capture(model, example).module
+        assert torch.equal(captured(x, y), model(x, y))
+
+
+def test_a_branch_on_inputs_that_are_one_tensor_is_not_taken() -> None:
+    """nn.MultiheadAttention projects one tensor once."""
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    rewritten = rewrite(attention, (x, x, x), {"need_weights": False})
+    others = tuple(torch.randn(2, 5, 8) for _ in range(3))
+    assert torch.allclose(
+        rewritten(*others, need_weights=False)[0], attention(*others, need_weights=False)[0], atol=1e-5
+    )
 
 
 @torch.library.custom_op("test_capture::fragile", mutates_args=())

@@ -138,6 +138,27 @@ def a_scale_written_between(m: Any, x: Tensor) -> Tensor:
     return weights @ x
 
 
+def scaled_in_place_after(m: Any, x: Tensor) -> Tensor:
+    weights = torch.softmax(x @ m.cache.mT, -1)
+    m.cache.mul_(0.5)
+    return weights @ m.cache
+
+
+def scaled_in_place_before(m: Any, x: Tensor) -> Tensor:
+    return attend(x, m.cache.mul_(0.5), m.cache)
+
+
+def written_as_an_output(m: Any, x: Tensor) -> Tensor:
+    torch.mul(m.cache, 0.5, out=m.cache)
+    return attend(x, m.cache, m.cache)
+
+
+def written_in_a_list(m: Any, x: Tensor) -> Tensor:
+    keys = m.cache * 0.5
+    torch._foreach_mul_([m.cache], 2.0)
+    return attend(x, keys, m.cache)
+
+
 CASES: dict[Callable[[Any, Tensor], Tensor], int] = {
     written_before: 1,
     written_before_a_cast: 1,
@@ -148,6 +169,8 @@ CASES: dict[Callable[[Any, Tensor], Tensor], int] = {
     two_layers: 2,
     two_states_of_one_mask: 1,
     a_view_of_a_mask: 1,
+    scaled_in_place_before: 1,
+    written_as_an_output: 1,
     # What is written between two nodes of an attention stays native.
     written_between_the_products: 0,
     keys_copied_before_the_write: 0,
@@ -155,6 +178,8 @@ CASES: dict[Callable[[Any, Tensor], Tensor], int] = {
     a_part_written_between: 0,
     a_bias_copied_before_the_write: 0,
     a_scale_written_between: 0,
+    scaled_in_place_after: 0,
+    written_in_a_list: 0,
 }
 """How many attentions are replaced."""
 

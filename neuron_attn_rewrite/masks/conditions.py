@@ -12,7 +12,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph import tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Truth, variable
-from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown
+from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown, is_one
 from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.site import Term
@@ -131,7 +131,7 @@ def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: 
     """The conditions and one more; None if it is not one that a kernel knows."""
     truths = [v for v, _ in inequality.terms if isinstance(v, Truth)]
     if truths:
-        padding = _padding(inequality, truths[0], key)
+        padding = _padding(inequality, truths[0], key, evaluator)
         return None if padding is None else replace(found, paddings=(*found.paddings, padding))
     ((key_index, _),) = key.terms if key is not None else ((None, 0),)
     slope = inequality.coefficient(key_index) if key_index else 0
@@ -176,7 +176,10 @@ def _axis(index: Affine) -> int | None:
     return of.axis if isinstance(of, Index) and slope == 1 else None
 
 
-def _padding(inequality: Affine, of: Truth, key: Affine | None) -> tuple[fx.Node, int, bool] | None:
+def _padding(
+    inequality: Affine, of: Truth, key: Affine | None, evaluator: Elements
+) -> tuple[fx.Node, int, bool] | None:
+    """The vector of which each key reads its own element: the same for all of the batch, or one for each of it."""
     slope = inequality.coefficient(of)
     if len(inequality.terms) != 1 or inequality not in (variable(of) - 1, -variable(of)) or not of.index:
         return None
@@ -184,8 +187,9 @@ def _padding(inequality: Affine, of: Truth, key: Affine | None) -> tuple[fx.Node
     start = last - (key or Affine())
     value = tensor(of.node)
     assert value is not None
-    whole = [i for i, size in zip(lead, value.shape, strict=False) if not (isinstance(size, int) and size == 1)]
-    if not start.is_constant or (whole and ([_axis(i) for i in whole] != [BATCH] or whole[0].constant)):
+    wide = [(i, size) for i, size in zip(lead, value.shape, strict=False) if not is_one(size)]
+    whole = [variable(Index(BATCH, evaluator.size(size))) for _, size in wide[:1]]
+    if not start.is_constant or [i for i, _ in wide] != whole:
         return None
     return of.node, start.constant, slope < 0
 

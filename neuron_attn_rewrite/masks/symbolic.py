@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph import dtype, is_tensor, op_name
+from neuron_attn_rewrite.graph import draws, dtype, is_tensor, op_name
 from neuron_attn_rewrite.masks.affine import Affine, Element, negated, variable
 from neuron_attn_rewrite.masks.cases import (
     INDICES,
@@ -30,7 +30,7 @@ from neuron_attn_rewrite.masks.elementwise import COMPARISONS, elementwise
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.movement import MOVEMENTS
 from neuron_attn_rewrite.masks.spec import Band
-from neuron_attn_rewrite.masks.tables import ELEMENTWISE, RANDOM
+from neuron_attn_rewrite.masks.tables import ELEMENTWISE
 
 RULES: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
     **dict.fromkeys((*ELEMENTWISE, *COMPARISONS), elementwise),
@@ -79,7 +79,7 @@ class SymbolicEvaluator(Elements):
 
     def _computed(self, node: fx.Node, at: At) -> Cases:
         name = op_name(node)
-        if node in self.changed or name in RANDOM:
+        if node in self.changed or draws(node):
             raise Unknown(f"{node.name} changes")
         if node.op == "placeholder":
             if dtype(node) in INTEGERS and dtype(node) != torch.bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import op_name, tensor
+from neuron_attn_rewrite.graph import draws, op_name, tensor
 from neuron_attn_rewrite.masks.regions import Region, restrict
 
 MOST_CELLS = 2**24
@@ -46,11 +46,6 @@ MOVEMENT = frozenset(
 SHAPE_ONLY = frozenset(
     """
     new_ones new_zeros new_full new_empty ones_like zeros_like full_like empty_like sym_size getattr
-    """.split()
-)
-RANDOM = frozenset(
-    """
-    rand randn randint rand_like randn_like randint_like bernoulli normal uniform multinomial
     """.split()
 )
 
@@ -182,7 +177,7 @@ class Evaluator:
             held = _attribute(self.module, node)
             no_value = isinstance(held, Tensor) and held.is_meta
             return Kind.OPAQUE if no_value or isinstance(held, torch.nn.Parameter) else Kind.CONSTANT
-        if node.op != "call_function" or name in RANDOM:
+        if node.op != "call_function" or draws(node):
             return Kind.OPAQUE
         inputs: Iterable[fx.Node] = node.all_input_nodes
         if name in SHAPE_ONLY:

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import dtype, module_path, op_name
+from neuron_attn_rewrite.graph import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged, plan
@@ -17,6 +17,8 @@ from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Reader, Scaling, Term, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
+
+NO_ELEMENTS = Reason("empty", "an operand has no elements")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     def unknown(reason: Reason) -> UnknownAttention:
         return UnknownAttention(name, found.pattern, found.anchor, reason)
 
+    if any(0 in shape(view.node) for view in (found.query, found.key, found.value)):
+        return unknown(NO_ELEMENTS)
     query, key, value = (_chain(view, evaluator) for view in (found.query, found.key, found.value))
     roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
     if isinstance(roles, Reason):

@@ -12,6 +12,7 @@ from neuron_attn_rewrite.graph import op_name
 from neuron_attn_rewrite.reasons import Reason
 
 NO_RULE = Reason("unknown-node", "no rule knows it")
+DETACHED = Reason("gradient", "no gradient flows through it, and through a kernel one would")
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 

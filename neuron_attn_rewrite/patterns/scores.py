@@ -13,7 +13,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
-from neuron_attn_rewrite.patterns.rules import Blocked
+from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 
@@ -70,7 +70,8 @@ def _fill_where_zero(walk: Walk, kept: fx.Node, filled: fx.Node) -> float | None
 
 @SCORES("add", "sub", "rsub")
 def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
-    """A sum: a shift of whole rows vanishes; of two tensors one leads on to the product."""
+    """A sum: a shift of whole rows vanishes, but for one inside a softcap or beside a sink; of two tensors one leads on
+    to the product."""
     node = scores.node
     sign = 1.0 if op_name(node) == "add" else -1.0
     weight = arguments(node).get("alpha", 1)
@@ -81,11 +82,12 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
         if not isinstance(inner, fx.Node) or shape(inner) != shape(node):
             continue
         shift = walk.constant(other)
-        if shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
+        vanishes = scores.softcap is None and scores.sink is None
+        if vanishes and shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
             return scores.to(inner, trail="shift").scaled(inner_weight)
         if not isinstance(other, fx.Node):
             continue
-        if inner_weight == 1.0 and _is_row_statistic(other, inner, scores):
+        if vanishes and inner_weight == 1.0 and _is_row_statistic(other, inner, scores):
             return scores.to(inner, trail="row maximum")
         try:
             return walk.peel(scores.added(other, other_weight).to(inner, trail="add").scaled(inner_weight))
@@ -97,8 +99,9 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
 def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
     """One number for each row of `of`, of the magnitude of its elements: to shift by it changes no softmax."""
     dims = views.broadcast(node, scores.dims)
-    while (moved := views.before(node, dims)) is not None:
+    while (moved := views.before(views.without_gradient(node), dims)) is not None:
         node, dims = moved
+    node = views.without_gradient(node)
     if op_name(node) == "getitem" and node.args[1] == 0:
         node = views.source(node)
     if op_name(node) not in ("amax", "max", "logsumexp", "mean") or len(node.args) < 2:
@@ -107,19 +110,13 @@ def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
     reduced = [d for d in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(d, int)]
     rank = len(scores.dims)
     keys = [i for i, dim in enumerate(scores.dims) if dim == scores.axes[scores.key_dim]]
-    if not _same_values(views.source(node), of) or [i % rank for i in reduced] != keys:
+    if (
+        views.without_gradient(views.source(node)) is not views.without_gradient(of)
+        or [i % rank for i in reduced] != keys
+    ):
         return False
     kept = len(dims) == rank
     return dims == tuple(() if i in keys else dim for i, dim in enumerate(scores.dims) if kept or i not in keys)
-
-
-def _same_values(a: fx.Node, b: fx.Node) -> bool:
-    def origin(node: fx.Node) -> fx.Node:
-        while views.keeps_values(node):
-            node = views.source(node)
-        return node
-
-    return origin(a) is origin(b)
 
 
 @SCORES("masked_fill")
@@ -208,6 +205,11 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     axes = list(scores.axes)
     axes[scores.key_dim] = dims[dim % rank]
     return replace(scores.to(inner, tuple(dims), trail="sink"), axes=tuple(axes), sink=(sink, sink_dims))
+
+
+@SCORES("detach")
+def _detached(walk: Walk, scores: Scores) -> Scores:
+    raise Blocked(scores.node, DETACHED)
 
 
 @SCORES("slice_scatter", "select_scatter")

@@ -12,7 +12,7 @@ from torch import fx
 from neuron_attn_rewrite.graph import arguments, dtype, module_path, op_name, shape
 from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
-from neuron_attn_rewrite.patterns.build import Found, View, build
+from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
@@ -33,6 +33,8 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     def unknown(code: str, words: str) -> UnknownAttention:
         return UnknownAttention(module_path(node), op_name(node), node, Reason(code, words))
 
+    if any(0 in shape(operand) for operand in (query, key, value)):
+        return UnknownAttention(module_path(node), op_name(node), node, NO_ELEMENTS)
     if output is None:
         return unknown("weights-used", "its log-sum-exp is used")
     if values.get("dropout_p"):

@@ -36,7 +36,8 @@ def find_softmax_matmul(
         ends = _products(walk, weights)
         last = [start.division or product.node for _, product in ends]
         inside = between(first.node, last, order)
-        readers = tuple(_readers(inside, set(last), softmax, order))
+        made = inside - set(last)
+        readers = (*_readers(inside, set(last), softmax, order), *_operands_made(made, ends, softmax, order))
         return [_build(walk, softmax, start, first, *end, readers) for end in ends]
     except Blocked as blocked:
         if not ends and (_is_router(blocked.node) or not _meets_product(softmax)):
@@ -136,6 +137,10 @@ def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
                 open_ends.append(follow(walk, weights, user))
             except Blocked as error:
                 blocked = error
+    products = [product.node for _, product in found]
+    twice = next((node for node in products if products.count(node) > 1), None)
+    if twice:
+        raise Blocked(twice, Reason("axes", "the product is not one with a value alone"))
     if not found:
         raise blocked
     return found
@@ -176,6 +181,21 @@ def _readers(
             of_sums = op_name(node) in sums or op_name(user) in ("logsumexp", "log_softmax", "special_logsumexp")
             what = "log-sum-exp" if of_sums else "weights" if order[node] >= order[softmax] else "scores"
             yield Reader(what, user)
+
+
+def _operands_made(
+    inside: set[fx.Node], ends: list[tuple[Weights, Product]], softmax: fx.Node, order: Mapping[fx.Node, int]
+) -> Iterable[Reader]:
+    """Masks, scales, sinks and values that are themselves made of the scores or weights."""
+    operands: dict[fx.Node, None] = {}
+    for weights, product in ends:
+        scores = weights.scores
+        given = [term.node for term in scores.terms] + [factor.node for factor in (*scores.factors, *weights.factors)]
+        given += [scores.sink[0]] if scores.sink else []
+        operands |= dict.fromkeys([*given, *({product.left, product.right} - {weights.node})])
+    for node in operands:
+        if node in inside:
+            yield Reader("weights" if order[node] >= order[softmax] else "scores", node)
 
 
 def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View]:

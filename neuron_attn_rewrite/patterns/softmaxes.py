@@ -187,7 +187,7 @@ def _unguarded(walk: Walk, total: fx.Node, weights: fx.Node) -> fx.Node:
     shifted = _uncast(views.source(exponent))
     if op_name(shifted) != "sub" or not isinstance(shifted.args[1], fx.Node):
         return total
-    largest = _unviewed(shifted.args[1])
+    largest = _unviewed(views.without_gradient(_unviewed(shifted.args[1])))
     if op_name(largest) == "getitem":
         largest = views.source(largest)
     if op_name(largest) not in ("amax", "max") or _uncast(views.source(largest)) is not _uncast(views.source(shifted)):

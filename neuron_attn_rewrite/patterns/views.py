@@ -11,7 +11,8 @@ from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
-IDENTITIES = {"clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh"}
+IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
+"""A detach is none: it gives the same numbers, and other gradients."""
 CASTS = {"to", "_to_copy", "type_as"}
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
 
@@ -36,10 +37,22 @@ def keeps_values(node: fx.Node) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if name in CASTS:
-        return dtype(node).is_floating_point == dtype(source(node)).is_floating_point
+        return dtype(node) == dtype(source(node)) or (_is_fine(dtype(node)) and _is_fine(dtype(source(node))))
     if name in IDENTITIES or is_inactive_dropout(node):
         return True
     return name in EXPANDS | {"slice"} and shape(node) == shape(source(node))
+
+
+def _is_fine(kind: torch.dtype) -> bool:
+    """Whether a cast to this dtype is no more than rounding."""
+    return kind.is_floating_point and torch.finfo(kind).bits >= 16
+
+
+def without_gradient(node: fx.Node) -> fx.Node:
+    """What a tensor was made from by casts, copies and detaches: the same numbers, whatever the gradients are."""
+    while keeps_values(node) or op_name(node) == "detach":
+        node = source(node)
+    return node
 
 
 def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tuple[fx.Node, Dims] | None:
@@ -92,7 +105,8 @@ def broadcast(node: fx.Node, dims: Dims) -> Dims:
 
 def widens(node: fx.Node) -> bool:
     """Whether the node's dtype holds every value of its source's dtype."""
-    return torch.promote_types(dtype(node), dtype(source(node))) == dtype(node)
+    kinds = dtype(node), dtype(source(node))
+    return kinds[0] == kinds[1] or (all(map(_is_fine, kinds)) and torch.promote_types(*kinds) == kinds[0])
 
 
 def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:

@@ -15,7 +15,7 @@ from neuron_attn_rewrite.masks.tables import Table, equal
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
 from neuron_attn_rewrite.patterns.peel import Factor, Scores, Walk, scaled_by_number
-from neuron_attn_rewrite.patterns.rules import Blocked, Rules
+from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
 from neuron_attn_rewrite.patterns.softmaxes import zeroed
 from neuron_attn_rewrite.reasons import Reason
 
@@ -66,6 +66,11 @@ def follow(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
 @WEIGHTS(*views.DROPOUTS, "native_dropout")
 def _dropout(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
     raise Blocked(user, Reason("dropout-active", "dropout is active"))
+
+
+@WEIGHTS("detach")
+def _detached(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
+    raise Blocked(user, DETACHED)
 
 
 @WEIGHTS("slice")

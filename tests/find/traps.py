@@ -51,6 +51,25 @@ def two_masks(padding: float, causal: float, padding_first: bool = False) -> Cal
     return attention
 
 
+def shifted(shift: Callable[[Tensor], Tensor], with_sink: bool) -> Callable[..., Tensor]:
+    """What is added to a whole row vanishes in a softmax, but not through a softcap, and not beside a sink."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = shift(scores(q, k))
+        if not with_sink:
+            return torch.softmax(3 * torch.tanh(x / 3), -1) @ v
+        sink = torch.arange(H).float()[:, None, None].expand(B, H, S, 1)
+        return torch.softmax(torch.cat([x, sink], -1), -1)[..., :-1] @ v
+
+    return attention
+
+
+SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a number": lambda x: x + 2.0,
+    "the largest": lambda x: x - x.amax(-1, keepdim=True),
+}
+
+
 def distilbert(live: int) -> Match:
     """Keys whose mask equals 0 are hidden, whatever the others are."""
 
@@ -129,6 +148,24 @@ KEEP = {
     "one key and one query": Keep(
         lambda q, k, v: torch.softmax(q[:, :, :1] @ k[:, :, :1].mT, -1) @ v[:, :, :1], "only one key"
     ),
+    **{
+        f"{name} added to the scores, {'beside a sink' if sink else 'then a softcap'}": Keep(
+            shifted(shift, sink), "side leads" if name == "a number" else "also read by" if sink else "softcap"
+        )
+        for name, shift in SHIFTS.items()
+        for sink in (False, True)
+    },
+    "weights times themselves": Keep(
+        lambda q, k, v: (lambda w: w @ w.mT)(torch.softmax(scores(q, k), -1)), "with a value alone"
+    ),
+    "scores written as an output": Keep(
+        lambda q, k, v: (lambda x: torch.softmax(torch.mul(x, 0.3, out=x), -1) @ v)(scores(q, k)), "no rule knows it"
+    ),
+    "no query": Keep(lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v), "no elements"),
+    "no batch": Keep(lambda q, k, v: torch.softmax(scores(q[:0], k[:0]), -1) @ v[:0], "no elements"),
+    "scores of 8 bits": Keep(
+        lambda q, k, v: torch.softmax(scores(q, k).to(torch.float8_e4m3fn).float(), -1) @ v, "no rule knows it"
+    ),
     "softmax over the heads": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys"),
     "softmax over the batch": Keep(lambda q, k, v: torch.softmax(q @ k.mT / 2, 0) @ v, "keys"),
     "softmax over the queries, sizes equal": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "keys", cubes),
@@ -144,6 +181,13 @@ KEEP = {
 }
 
 RIGHT = {
+    "a padding mask of more than the batch": Right(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m[:B, None, None]),
+        lambda: (*qkv(), torch.rand(B + 1, S) < 0.7),
+    ),
+    "keys of 8 bits": Right(
+        lambda q, k, v: torch.softmax(scores(q, k.to(torch.float8_e4m3fn).float()), -1) @ v,
+    ),
     "linear attention": Right(lambda q, k, v: torch.softmax(q, -1) @ (torch.softmax(k, -2).mT @ v)),
     "key with heads and rows swapped, sizes equal": Right(
         lambda q, k, v: torch.softmax(q @ k.permute(0, 2, 1, 3).mT / 2, -1) @ v, cubes

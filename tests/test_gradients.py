@@ -1,0 +1,61 @@
+"""A rewritten model has the gradients of the model: what is detached there is detached here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuron_attn_rewrite import RewriteConfig, rewrite
+from neuron_attn_rewrite.config import TOLERANCES
+from tests.helpers import Function, kernel_calls, relative_error
+
+
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT / 2, -1)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    x = q @ k.mT / 2
+    e = torch.exp(x - x.amax(-1, keepdim=True).detach())
+    return (e / total(e.sum(-1, keepdim=True))) @ v
+
+
+def without_gradient(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    with torch.no_grad():
+        w = weights(q, k)
+    return w @ (v + b)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "all": (lambda q, k, v, b: torch.softmax(q @ k.mT / 2 + b, -1) @ v, 1),
+    "no key": (lambda q, k, v, b: weights(q, k.detach()) @ (v + b), 1),
+    "no query": (lambda q, k, v, b: F.scaled_dot_product_attention(q.detach() * 2, k, v + b), 1),
+    "no value": (lambda q, k, v, b: weights(q + b, k) @ (v.detach() * 2), 1),
+    "no bias": (lambda q, k, v, b: torch.softmax(q @ k.mT / 2 + 2 * b.detach(), -1) @ v, 1),
+    "no largest": (lambda q, k, v, b: by_hand(q + b, k, v, lambda total: total), 1),
+    "no sum": (lambda q, k, v, b: by_hand(q + b, k, v, torch.detach), 0),
+    "no scores": (lambda q, k, v, b: torch.softmax((q @ k.mT).detach() + b, -1) @ v, 0),
+    "no weights": (lambda q, k, v, b: weights(q, k).detach() @ (v + b), 0),
+    "a region without": (without_gradient, 0),
+}
+"""An attention over query, key, value and bias, and how many are replaced."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_model(name: str) -> None:
+    torch.manual_seed(0)
+    attention, replaced = CASES[name]
+    inputs = tuple(2 * torch.randn(2, 2, 4, 4) for _ in range(4))
+    rewritten = rewrite(Function(attention), inputs, config=RewriteConfig(policy="always", verify=False))
+    assert len(kernel_calls(rewritten)) == replaced, str(rewritten.report)
+    given = [tuple(t.clone().requires_grad_() for t in inputs) for _ in range(2)]
+    for run, tensors in zip((attention, rewritten), given, strict=True):
+        run(*tensors).square().sum().backward()
+    for old, new in zip(*given, strict=True):
+        assert (old.grad is None) == (new.grad is None)
+        if old.grad is not None and new.grad is not None:
+            assert relative_error(new.grad, old.grad) <= 10 * TOLERANCES[torch.float32]
