@@ -36,8 +36,8 @@ class Adapter:
     name: str
     places: tuple[str, ...]
     """`module:attribute`, newest release first."""
-    needs: frozenset[str]
-    """Parameters without which it is not the kernel that is meant."""
+    needs: str
+    """Parameters without which it is not the kernel that is meant, between blanks."""
     launch: Launch
     run: Callable[..., Any]
     """What `call` does, with the adapter itself before the operands."""
@@ -57,7 +57,7 @@ class Adapter:
             kernel = _attribute(module, attribute)
             if kernel is not None:
                 parameters, forward = _parameters(kernel), self.forward and self.forward.resolve()
-                if self.needs <= parameters and (forward or not self.forward):
+                if parameters.issuperset(self.needs.split()) and (forward or not self.forward):
                     return replace(self, kernel=kernel, parameters=parameters, forward=forward)
         return None
 

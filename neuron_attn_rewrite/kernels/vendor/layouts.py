@@ -21,6 +21,11 @@ def scaled(query: Tensor, scale: float) -> Tensor:
     return query if scale == 1.0 else query * scale
 
 
+def column(sink: Tensor | None, batch: int) -> Tensor | None:
+    """The sinks of nkilib's kernels: float32 [batch * heads, 1]."""
+    return None if sink is None else sink.float().repeat(batch)[:, None]
+
+
 def repeated(tensor: Tensor, heads: int) -> Tensor:
     """Key or value with one head for each query head."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
@@ -68,6 +73,11 @@ def mask_of(lower: int | None, upper: int | None, by_rows: bool, q_len: int, kv_
         return Mask("causal", window)
     # Below 0 there are empty rows; past the last key, rows without a key of their own.
     return Mask("prior", window, upper) if 0 < upper <= kv_len - q_len else Mask("rows")
+
+
+def mask_in(terms: Terms, q_len: int, kv_len: int) -> Mask:
+    """`mask_of` what the op was given, key padding aside."""
+    return mask_of(terms.band_lower, terms.band_upper, terms.bounds is not None, q_len, kv_len)
 
 
 def row_bounds(terms: Terms, q_len: int, kv_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

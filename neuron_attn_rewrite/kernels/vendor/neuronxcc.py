@@ -15,7 +15,7 @@ from torch import Tensor
 from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, flash_config, isa_jit, own_grid
-from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, repeated, scaled
+from neuron_attn_rewrite.kernels.vendor.layouts import Mask, folded, mask_in, repeated, scaled
 
 FULL, CAUSAL = "AttentionMMSoftmaxMMWithoutSwap", "CausalAttentionMMSoftmaxMMWithoutSwap"
 
@@ -23,7 +23,7 @@ FULL, CAUSAL = "AttentionMMSoftmaxMMWithoutSwap", "CausalAttentionMMSoftmaxMMWit
 def _attention_isa(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """query, key and output as [batch * heads, dim, length], value as [batch * heads, length, dim], one head each."""
     batch, heads, dim, q_len = query.shape
-    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[3])
+    mask = mask_in(terms, q_len, key.shape[3])
     out = torch.zeros(batch * heads, dim, q_len, dtype=query.dtype, device=query.device)
     adapter(
         how.lnc,
@@ -40,22 +40,28 @@ def _attention_isa(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
 def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """query and key as [batch, heads, dim, length], value and output as [batch, heads, length, dim]."""
     q_len, kv_len = query.shape[3], key.shape[3]
-    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, kv_len)
-    arguments: dict[str, Any] = {} if terms.bias is None else {"logit_bias": terms.bias}
+    mask = mask_in(terms, q_len, kv_len)
     out: Tensor = adapter.kernel[query.shape[0], _heads(key, how.lnc)](
         q=query.contiguous(),
         k=key.contiguous(),
         v=value.contiguous(),
         seed=None,
-        softmax_scale=terms.scale,
-        use_causal_mask=mask.kind == "causal",
-        sliding_window=-1 if mask.window is None else mask.window,
-        mixed_precision=True,
-        dropout_p=0.0,
+        logit_bias=terms.bias,
         config=flash_config(adapter, kv_len, training=False),
-        **arguments,
+        **_options(mask, terms.scale),
     )
     return out
+
+
+def _options(mask: Mask, scale: float) -> dict[str, Any]:
+    """What `flash_fwd` and its gradients are told alike."""
+    return {
+        "use_causal_mask": mask.kind == "causal",
+        "sliding_window": mask.window or -1,
+        "softmax_scale": scale,
+        "mixed_precision": True,
+        "dropout_p": 0.0,
+    }
 
 
 def _flash_attn_bwd(
@@ -64,17 +70,11 @@ def _flash_attn_bwd(
     """Everything as [batch, heads, dim, length]; output and log-sum-exp come from `flash_fwd` in its training form."""
     forward = adapter.forward
     assert forward is not None
-    mask = mask_of(terms.band_lower, terms.band_upper, False, query.shape[2], key.shape[2])
+    mask = mask_in(terms, query.shape[2], key.shape[2])
     # Both kernels see the query scaled, and rounded, alike; and neither could be given a scale of 0.
     query_t, key_t, value_t = (t.mT.contiguous() for t in (scaled(query, terms.scale), key, value))
     grid = query.shape[0], _heads(key, lnc)
-    shared: dict[str, Any] = {
-        "use_causal_mask": mask.kind == "causal",
-        "sliding_window": -1 if mask.window is None else mask.window,
-        "softmax_scale": 1.0,
-        "mixed_precision": True,
-        "dropout_p": 0.0,
-    }
+    shared = _options(mask, 1.0)
     config = flash_config(forward, key.shape[2], training=True)
     out, lse = forward.kernel[grid](q=query_t, k=key_t, v=value.contiguous(), seed=None, config=config, **shared)
     by_query, by_key, by_value = adapter.kernel[grid](
@@ -103,7 +103,7 @@ ATTENTION_ISA = Adapter(
         "neuronxcc.nki._private_kernels.attention:attention_isa_kernel",
         "neuronxcc.nki.kernels.attention:attention_isa_kernel",
     ),
-    needs=frozenset("q k v scale out kernel_name".split()),
+    needs="q k v scale out kernel_name",
     launch=isa_jit,
     run=_attention_isa,
     accepts=Accepted(("BHDS",), ("BHDS",), ("BHSD",), ("BHDS",)),
@@ -111,7 +111,7 @@ ATTENTION_ISA = Adapter(
 FLASH_FWD = Adapter(
     name="neuronxcc_flash_fwd",
     places=("neuronxcc.nki.kernels.attention:flash_fwd", "neuronxcc.nki.kernels:flash_fwd"),
-    needs=frozenset("q k v seed logit_bias softmax_scale use_causal_mask sliding_window mixed_precision".split()),
+    needs="q k v seed logit_bias softmax_scale use_causal_mask sliding_window mixed_precision",
     launch=own_grid,
     run=_flash_fwd,
     accepts=Accepted(("BHDS",), ("BHDS",)),
@@ -119,9 +119,9 @@ FLASH_FWD = Adapter(
 FLASH_ATTN_BWD = Adapter(
     name="flash_attn_bwd",
     places=("neuronxcc.nki.kernels.attention:flash_attn_bwd", "neuronxcc.nki.kernels:flash_attn_bwd"),
-    needs=frozenset(
+    needs=(
         "q_ref k_ref v_ref o_ref dy_ref lse_ref seed_ref use_causal_mask mixed_precision dropout_p softmax_scale "
-        "sliding_window".split()
+        "sliding_window"
     ),
     launch=own_grid,
     run=_flash_attn_bwd,

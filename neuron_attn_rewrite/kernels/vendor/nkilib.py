@@ -15,7 +15,7 @@ from torch import Tensor
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
-from neuron_attn_rewrite.kernels.vendor.layouts import folded, mask_of, multiple, padded, row_bounds, scaled
+from neuron_attn_rewrite.kernels.vendor.layouts import column, folded, mask_in, multiple, padded, row_bounds, scaled
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 STRIDED = FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name
@@ -41,7 +41,7 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     query, key, value = orders.to(AS_GIVEN, query, key, value)
     batch, heads, q_len, _ = query.shape
     kv_len, v_dim = value.shape[2:]
-    mask = mask_of(terms.band_lower, terms.band_upper, terms.bounds is not None, q_len, kv_len)
+    mask = mask_in(terms, q_len, kv_len)
     query = scaled(query, terms.scale)
     if terms.key_padding is not None:
         # Key padding as one more feature: 1 in the query, a huge negative number in the keys that are hidden.
@@ -56,6 +56,8 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         "tp_q": orders.query == PLAIN,
         "tp_k": orders.key == PLAIN,
         "tp_out": orders.result != PLAIN,
+        "sliding_window": mask.window,
+        "sink": column(terms.sink, batch),
     }
     strided = how.strategy == STRIDED and terms.bias is None
     if strided:
@@ -65,8 +67,6 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     rows = query.shape[2]
     if mask.kind == "rows" and not strided:
         arguments |= _bounds(adapter, row_bounds(terms, q_len, kv_len, query.device), batch, heads, q_len, rows)
-    if mask.window is not None:
-        arguments["sliding_window"] = mask.window
     if mask.kind == "prior":
         used = torch.full((1,), mask.offset, dtype=torch.int32, device=query.device)
         k_prior = turned(key[:, :, : mask.offset], PLAIN, orders.key)
@@ -77,8 +77,6 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         }
         # Keys behind the band's end are seen by no row.
         key, value = (t[:, :, mask.offset : mask.offset + q_len] for t in (key, value))
-    if terms.sink is not None:
-        arguments["sink"] = terms.sink.float().repeat(batch)[:, None]
     if terms.bias is not None:
         # The kernel computes scale * (q k^T + bias), and its scale is 1 here.
         full = terms.bias.to(torch.float32).clamp_min(MOST_HIDDEN).expand(batch, heads, q_len, kv_len)
@@ -97,7 +95,7 @@ def _attention_segmented_cte(
     are the last of them. query and output as [requests * group, length, dim], the output as [.., dim, length] if asked.
     """
     batch, heads, q_len, dim = query.shape
-    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
+    mask = mask_in(terms, q_len, key.shape[2])
     # Keys behind the last row's own are seen by no row.
     k_cache, v_cache = (t[:, :, : mask.offset + q_len].reshape(-1, 1, BLOCK, dim) for t in (key, value))
     requests = batch * key.shape[1]
@@ -114,7 +112,7 @@ def _attention_segmented_cte(
         tp_q=True,
         tp_out=how.orders.result != PLAIN,
         sliding_window=mask.window,
-        sink=None if terms.sink is None else terms.sink.float().repeat(batch)[:, None],
+        sink=column(terms.sink, batch),
         num_q_heads=heads // key.shape[1],
     )
     return out.reshape(batch, heads, *out.shape[1:])
@@ -159,7 +157,6 @@ def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     # What pads the keys comes before the active ones, which are the last.
     hidden = padded(seen[..., :earlier].to(torch.uint8), -1, keys - rows)
     mask = torch.cat([hidden, seen[..., active].to(torch.uint8)], -1).reshape(items, 1, rows, keys)
-    arguments = {} if terms.sink is None else {"sink": terms.sink.float()[:, None]}
     out: Tensor = adapter(
         how.lnc,
         q=query.permute(3, 0, 1, 2).reshape(dim, -1).contiguous(),
@@ -168,7 +165,7 @@ def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
         k_prior=padded(folded(key[:, :, :earlier]), 1, keys)[:, None].contiguous(),
         v_prior=padded(folded(value[:, :, :earlier]), 1, keys)[:, None].contiguous(),
         mask=mask.expand(items, group, rows, keys).permute(3, 0, 1, 2).contiguous(),
-        **arguments,
+        sink=column(terms.sink, 1),
     )
     return out.reshape(batch, heads, dim, rows)
 
@@ -178,8 +175,7 @@ def _attention_bwd(
 ) -> tuple[Tensor, ...]:
     """Everything as [batch, heads, dim, length]; output and softmax statistics come from attention_cte once more."""
     batch, heads, q_len, dim = query.shape
-    mask = mask_of(terms.band_lower, terms.band_upper, False, q_len, key.shape[2])
-    sink = None if terms.sink is None else terms.sink.float()
+    mask = mask_in(terms, q_len, key.shape[2])
     # Both kernels see the query scaled, and rounded, alike: the weights then sum to 1.
     query = scaled(query, terms.scale)
     assert adapter.forward is not None
@@ -191,7 +187,7 @@ def _attention_bwd(
         scale=1.0,
         causal_mask=mask.kind == "causal",
         sliding_window=mask.window,
-        sink=None if sink is None else sink.repeat(batch)[:, None],
+        sink=column(terms.sink, batch),
         tp_q=True,
         tp_k=True,
         tp_out=True,
@@ -205,7 +201,7 @@ def _attention_bwd(
         o_ref=out.reshape(batch, heads, dim, q_len),
         dy_ref=grad.mT.contiguous(),
         lse_ref=-(negated_top + reciprocal.log()).reshape(batch, heads, QUERY_GROUP, -1),
-        sinks_ref=None if sink is None else sink.expand(batch, heads).contiguous(),
+        sinks_ref=None if terms.sink is None else terms.sink.float().repeat(batch, 1),
         use_causal_mask=mask.kind == "causal",
         mixed_precision=True,
         softmax_scale=1.0,
@@ -221,9 +217,7 @@ ATTENTION_CTE = Adapter(
         "nkilib.core.attention.attention_cte:attention_cte",
         "nkilib_standalone.nkilib.core.attention.attention_cte:attention_cte",
     ),
-    needs=frozenset(
-        "q k v scale causal_mask k_prior v_prior prior_used_len sink sliding_window tp_q tp_k tp_out".split()
-    ),
+    needs="q k v scale causal_mask k_prior v_prior prior_used_len sink sliding_window tp_q tp_k tp_out",
     launch=nki_jit,
     run=_attention_cte,
     accepts=Accepted((PLAIN, "BHDS"), (PLAIN, "BHDS"), (PLAIN,), (PLAIN, "BHDS")),
@@ -232,9 +226,9 @@ ATTENTION_SEGMENTED_CTE = Adapter(
     name="attention_segmented_cte",
     places=("nkilib.core.attention.attention_segmented_cte:attention_segmented_cte",),
     # Up to 2.30, which has no fp8_packed, it read memory that nobody wrote, and gave all heads the sink of the first.
-    needs=frozenset(
+    needs=(
         "q k_cache v_cache block_tables prior_tokens block_size prior_seg_size scale tp_q tp_out sliding_window sink "
-        "num_q_heads fp8_packed".split()
+        "num_q_heads fp8_packed"
     ),
     launch=nki_jit,
     run=_attention_segmented_cte,
@@ -243,7 +237,7 @@ ATTENTION_SEGMENTED_CTE = Adapter(
 ATTENTION_TKG = Adapter(
     name="attention_tkg",
     places=("neuron_attn_rewrite.kernels.vendor.tkg_entry:attention_tkg_entry",),
-    needs=frozenset("q k_active v_active k_prior v_prior mask sink".split()),
+    needs="q k_active v_active k_prior v_prior mask sink",
     launch=nki_jit,
     run=_attention_tkg,
     accepts=Accepted(result=("BHDS",)),
@@ -251,11 +245,10 @@ ATTENTION_TKG = Adapter(
 ATTENTION_BWD = Adapter(
     name="attention_bwd",
     places=("nkilib.core.attention.attention_bwd:attention_bwd",),
-    needs=frozenset(
-        "q_ref k_ref v_ref o_ref dy_ref lse_ref sinks_ref use_causal_mask mixed_precision softmax_scale "
-        "sliding_window".split()
+    needs=(
+        "q_ref k_ref v_ref o_ref dy_ref lse_ref sinks_ref use_causal_mask mixed_precision softmax_scale sliding_window"
     ),
     launch=nki_jit,
     run=_attention_bwd,
-    forward=replace(ATTENTION_CTE, needs=ATTENTION_CTE.needs | {"cache_softmax"}),
+    forward=replace(ATTENTION_CTE, needs=ATTENTION_CTE.needs + " cache_softmax"),
 )

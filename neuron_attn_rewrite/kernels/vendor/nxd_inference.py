@@ -12,14 +12,14 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.orders import Accepted
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, flash_config, own_grid
-from neuron_attn_rewrite.kernels.vendor.layouts import mask_of, padded, repeated, scaled
+from neuron_attn_rewrite.kernels.vendor.layouts import mask_in, padded, repeated, scaled
 
 
 def _sliding_window(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
     """As the first `flash_fwd`, but its left window does not count the token itself, and heads are repeated."""
     batch, heads, _, q_len = query.shape
     kv_len = key.shape[3]
-    window = mask_of(terms.band_lower, terms.band_upper, False, q_len, kv_len).window
+    window = mask_in(terms, q_len, kv_len).window
     assert window is not None
     key, value = repeated(key, heads), repeated(value, heads)
     out: Tensor = adapter.kernel[batch, heads](
@@ -38,7 +38,7 @@ def _sliding_window(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor,
 SLIDING_WINDOW = Adapter(
     name="sliding_window_flash_fwd",
     places=("neuronx_distributed_inference.modules.sliding_window.attention:flash_fwd",),
-    needs=frozenset("q k v softmax_scale use_causal_mask window_size mixed_precision config".split()),
+    needs="q k v softmax_scale use_causal_mask window_size mixed_precision config",
     launch=own_grid,
     run=_sliding_window,
     accepts=Accepted(("BHDS",), ("BHDS",)),
@@ -122,9 +122,9 @@ FLASH_PAGED = Adapter(
         "neuronx_distributed_inference.modules.chunked_prefill.flash_pa_with_schedule:"
         "flash_paged_attention_with_schedule",
     ),
-    needs=frozenset(
+    needs=(
         "query key value key_cache value_cache tile_q_indices tile_block_tables tile_masks active_mask softmax_scale "
-        "mixed_precision".split()
+        "mixed_precision"
     ),
     launch=own_grid,
     run=_paged,
