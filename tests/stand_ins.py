@@ -4,6 +4,7 @@ float32. A wrong layout, a double scaling or a wrong window gives a wrong number
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -48,6 +49,23 @@ def put(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
             monkeypatch.setitem(sys.modules, path, module)
     for key, value in attributes.items():
         monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+
+def sizes(layouts: str, *tensors: Tensor | None) -> tuple[int, ...]:
+    """The size of each letter, in the order in which they are first met: "G q d, G k d" for two tensors.
+
+    A dim is a letter, a number or a product of letters that are known. What fits no layout is an AssertionError.
+    """
+    known: dict[str, int] = {}
+    for layout, tensor in zip(layouts.split(", "), tensors, strict=True):
+        if tensor is not None:
+            assert tensor.dim() == len(layout.split()), f"[{layout}] is not {list(tensor.shape)}"
+            for name, size in zip(layout.split(), tensor.shape, strict=True):
+                if name.isalpha():
+                    known.setdefault(name, size)
+                factors = (int(factor) if factor.isdigit() else known[factor] for factor in name.split("*"))
+                assert math.prod(factors) == size, f"[{layout}] is not {list(tensor.shape)}, where {known}"
+    return tuple(known.values())
 
 
 def softmax_v(scores: Tensor, seen: Tensor, v: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -148,11 +166,10 @@ def _cte(
     per_head_bounds=False,
 ):
     dtype = q.dtype
-    groups, q_len, d = q.shape if tp_q else (q.shape[0], q.shape[2], q.shape[1])
-    assert 0 < groups <= 512 and 0 < d <= 128 and groups % k.shape[0] == 0
-    kv_groups, kv_len = k.shape[0], k.shape[1 if tp_k else 2]
-    assert k.shape == ((kv_groups, kv_len, d) if tp_k else (kv_groups, d, kv_len))
-    assert v.shape == (kv_groups, kv_len, d)
+    q, k, k_prior = (t if t is None or plain else t.mT for t, plain in ((q, tp_q), (k, tp_k), (k_prior, tp_k)))
+    layouts = "G q d, H k d, H k d, G 1, G q k, H p d, H p d"
+    groups, q_len, d, kv_groups, kv_len, *prior_len = sizes(layouts, q, k, v, sink, position_bias, k_prior, v_prior)
+    assert 0 < groups <= 512 and 0 < d <= 128 and groups % kv_groups == 0
     assert (k_prior is None) == (v_prior is None) == (prior_used_len is None)
     assert (bound_min is None) == (bound_max is None)
     if sliding_window or k_prior is not None or global_cp_deg or bound_min is not None:
@@ -160,7 +177,6 @@ def _cte(
     assert causal_mask or not (sliding_window or global_cp_deg)
     assert not (bound_min is not None and (k_prior is not None or global_cp_deg))
     q, k, v = q.float(), k.float(), v.float()
-    q, k = (q if tp_q else q.mT), (k if tp_k else k.mT)
     i = torch.arange(q_len)[:, None]
     j = torch.arange(kv_len)[None]
     offset = 0
@@ -168,22 +184,20 @@ def _cte(
         assert cp_offset.shape == (1, 1) and 1 <= global_cp_deg <= 32
         i = i * (global_cp_deg if cp_strided_q_slicing else 1) + cp_offset
     active = j <= i if causal_mask else torch.ones(q_len, kv_len, dtype=torch.bool)
-    prior_len = 0
     if k_prior is not None:
-        prior_len = k_prior.shape[1 if tp_k else 2]
-        assert prior_used_len.shape == (1,) and v_prior.shape == (kv_groups, prior_len, d)
+        assert prior_used_len.shape == (1,)
         offset = int(prior_used_len)
-        k = torch.cat([(k_prior if tp_k else k_prior.mT).float(), k], 1)
+        k = torch.cat([k_prior.float(), k], 1)
         v = torch.cat([v_prior.float(), v], 1)
-        prior = torch.arange(prior_len)[None].expand(q_len, -1)
+        prior = torch.arange(*prior_len)[None].expand(q_len, -1)
         active = torch.cat([prior < offset, active], 1)
-        j = torch.cat([torch.arange(prior_len), torch.arange(kv_len) + offset])[None]
+        j = torch.cat([torch.arange(*prior_len), torch.arange(kv_len) + offset])[None]
     if sliding_window:
         active = active & (j > i + offset - sliding_window)
     seen = active[None]
     if bound_min is not None:
-        wanted = (groups, q_len, 1) if per_head_bounds else (q_len, 1)
-        assert bound_min.shape == bound_max.shape == wanted and q_len % 128 == 0
+        sizes("G q d, G q 1, G q 1" if per_head_bounds else "G q d, q 1, q 1", q, bound_min, bound_max)
+        assert q_len % 128 == 0
         lo, hi = (b if per_head_bounds else b[None] for b in (bound_min, bound_max))
         # With causal_mask the upper side is min(row, bound_max), inclusive.
         upper = (j <= hi) & (j <= i) if causal_mask else j < hi
@@ -191,11 +205,9 @@ def _cte(
     k, v = (t.repeat_interleave(groups // kv_groups, 0) for t in (k, v))
     scores = q @ k.mT
     if position_bias is not None:
-        width = -(-prior_len // 512) * 512 + kv_len
-        assert position_bias.shape == (groups, q_len, width) and q_len % 128 == 0 and not prior_len
+        assert q_len % 128 == 0 and k_prior is None
         scores = scores + position_bias.float()
-    if sink is not None:
-        assert sink.shape == (groups, 1) and sink.dtype == torch.float32
+    assert sink is None or sink.dtype == torch.float32
     out = softmax_v(scores * scale, seen, v, sink).to(dtype)
     out = out.mT.contiguous() if tp_out else out
     if not cache_softmax:
@@ -241,14 +253,20 @@ def attention_segmented_cte(
     What lies behind them, in the table or because it is padded to one segment more than whole ones, is never seen.
     """
     dtype = q.dtype
-    groups, q_len, d = q.shape if tp_q else (q.shape[0], q.shape[2], q.shape[1])
-    blocks, kv_heads = k_cache.shape[:2]
-    requests, width = block_tables.shape
+    groups, q_len, d, blocks, kv_heads, size, requests, width = sizes(
+        "G q d, N H b d, N H b d, B w, 1 1, G 1",
+        q if tp_q else q.mT,
+        k_cache,
+        v_cache,
+        block_tables,
+        prior_tokens,
+        sink,
+    )
     prior = int(prior_tokens)
     assert not (k_pre_transposed or fp8_packed) and k_scale is v_scale is kvp_q_offset is kvp_rank_id is None
-    assert k_cache.shape == v_cache.shape == (blocks, kv_heads, block_size, d) and d <= 128
-    assert block_tables.dtype == prior_tokens.dtype == torch.int32 and prior_tokens.shape == (1, 1)
+    assert size == block_size and d <= 128 and block_tables.dtype == prior_tokens.dtype == torch.int32
     assert groups == requests * num_q_heads and num_q_heads % kv_heads == 0 and requests <= 128
+    assert sink is None or sink.dtype == torch.float32
     assert q_len % 128 == q_len % block_size == prior_seg_size % block_size == prior % block_size == 0
     assert block_size & (block_size - 1) == 0 and 512 % block_size == 0 and prior_seg_size % 512 == 0
     assert width * block_size >= prior + q_len and scale == 1.0
@@ -262,19 +280,16 @@ def attention_segmented_cte(
     k, v = (c.float()[table].transpose(1, 2).flatten(2, 3)[:, heads].flatten(0, 1) for c in (k_cache, v_cache))
     i, j = prior + torch.arange(q_len)[:, None], torch.arange(prior + q_len)
     seen = (j <= i) & (j > i - (sliding_window or prior + q_len + 1))
-    if sink is not None:
-        assert sink.shape == (groups, 1) and sink.dtype == torch.float32
     out = softmax_v((q if tp_q else q.mT).float() @ k.mT, seen, v, sink).to(dtype)
     return out.mT.contiguous() if tp_out else out
 
 
 def attention_tkg_entry(q, k_active, v_active, k_prior, v_prior, mask, sink=None):
     """Our entry to nkilib's attention_tkg, which scales nothing and takes the active keys for the last of the prior."""
-    keys, batch, heads, rows = mask.shape
-    d = q.shape[0]
-    assert q.shape == (d, batch * heads * rows) and k_active.shape == (d, batch * rows) and d <= 128
-    assert v_active.shape == (batch, 1, rows, d) and k_prior.shape == v_prior.shape == (batch, 1, keys, d)
-    assert keys % 128 == 0 and mask.dtype == torch.uint8 and (sink is None or sink.shape == (heads, 1))
+    keys, batch, heads, rows, d = sizes(
+        "k B H q, d B*H*q, d B*q, B 1 q d, B 1 k d, B 1 k d, H 1", mask, q, k_active, v_active, k_prior, v_prior, sink
+    )
+    assert d <= 128 and keys % 128 == 0 and mask.dtype == torch.uint8
     query = q.float().reshape(d, batch, heads, rows).permute(1, 2, 3, 0)
     key, value = k_prior[:, 0].float().clone(), v_prior[:, 0].float().clone()
     key[:, keys - rows :] = k_active.float().reshape(d, batch, rows).permute(1, 2, 0)
@@ -288,9 +303,7 @@ def attention_tkg_entry(q, k_active, v_active, k_prior, v_prior, mask, sink=None
 
 def attention_isa_kernel(q, k, v, scale, out, kernel_name, use_dma_transpose=False):
     """neuronxcc's closed kernel as NxD Inference 2.26 calls it: q, k, out [G, d, S], v [G, S, d]; no grouped heads."""
-    groups, d, q_len = q.shape
-    kv_len = k.shape[2]
-    assert k.shape == (groups, d, kv_len) and v.shape == (groups, kv_len, d) and out.shape == (groups, d, q_len)
+    _, d, q_len, kv_len = sizes("G d q, G d k, G k d, G d q", q, k, v, out)
     assert d <= 128 and q_len >= 512 and kv_len > d and q_len > d
     causal = {"AttentionMMSoftmaxMMWithoutSwap": False, "CausalAttentionMMSoftmaxMMWithoutSwap": True}[kernel_name]
     assert not causal or q_len == kv_len
@@ -396,11 +409,10 @@ def flash_attn_bwd(
 
 
 def _gradients(q, k, v, o, dy, lse, causal, scale, window, sinks=None):
-    batch, heads, d, q_len = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[3]
-    assert heads % kv_heads == 0 and q_len % 128 == 0 and kv_len % (512 if kv_len >= 512 else 128) == 0
-    assert k.shape == v.shape == (batch, kv_heads, d, kv_len) and o.shape == dy.shape == q.shape
-    assert lse.shape == (batch, heads, 128, q_len // 128) and q.dtype == k.dtype == v.dtype == o.dtype == dy.dtype
+    layouts = "B H d q, B h d k, B h d k, B H d q, B H d q, B H 128 g, B H"
+    batch, heads, d, q_len, kv_heads, kv_len, groups = sizes(layouts, q, k, v, o, dy, lse, sinks)
+    assert heads % kv_heads == 0 and q_len == 128 * groups and kv_len % (512 if kv_len >= 512 else 128) == 0
+    assert q.dtype == k.dtype == v.dtype == o.dtype == dy.dtype
     assert window <= 0 or causal
     scale = scale or d**-0.5
     i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
@@ -420,7 +432,6 @@ def _gradients(q, k, v, o, dy, lse, causal, scale, window, sinks=None):
     grads = (by_scores @ k.mT).mT.to(q.dtype), summed(query.mT @ by_scores), summed(dy.mT @ weights)
     if sinks is None:
         return grads
-    assert sinks.shape == (batch, heads)
     return *grads, -((sinks[..., None] - lse[..., 0]).exp() * mean[..., 0]).sum(-1)
 
 
@@ -438,14 +449,20 @@ def flash_paged_attention_with_schedule(
     mixed_precision=True,
 ):
     """NxD Inference 2.26's: what is not loaded stays as the tile before left it; masked scores are -9984."""
-    (batch, heads, d, q_len), (tiles, q_tile, kv_tile) = query.shape, tile_masks.shape
-    blocks, kv_heads, block_size, _ = key_cache.shape
-    per_tile = kv_tile // block_size
-    assert batch == 1 and d in (16, 32, 64, 128) and q_len & (q_len - 1) == 0
+    heads, d, q_len, kv_heads, blocks, block_size, tiles, per_tile, q_tile = sizes(
+        "1 H d q, 1 h d q, 1 h q d, N h b d, N h b d, t p, t r b*p, q q",
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        tile_block_tables,
+        tile_masks,
+        active_mask,
+    )
+    kv_tile = per_tile * block_size
+    assert d in (16, 32, 64, 128) and q_len & (q_len - 1) == 0
     assert q_len % q_tile == 0 and q_tile % 128 == 0 and kv_tile % 512 == 0 and per_tile & (per_tile - 1) == 0
-    assert key_cache.shape == value_cache.shape == (blocks, kv_heads, block_size, d)
-    assert key.shape == (1, kv_heads, d, q_len) and value.shape == (1, kv_heads, q_len, d)
-    assert tile_block_tables.shape == (tiles, per_tile) and active_mask.shape == (q_len, q_len)
     assert tile_masks.dtype == active_mask.dtype == tile_block_tables.dtype == torch.int32
     buffers = torch.zeros(2, per_tile, kv_heads, block_size, d)
     run = kv_tile // max(128, per_tile)
@@ -473,9 +490,8 @@ def flash_paged_attention_with_schedule(
 
 
 def _flash(q, k, v, bias, scale, causal, window, config):
-    batch, heads, d, q_len = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[3]
-    assert k.shape == (batch, kv_heads, d, kv_len) and v.shape == (batch, kv_heads, kv_len, d) and d <= 128
+    batch, heads, d, q_len, kv_heads, kv_len = sizes("B H d q, B h d k, B h k d, 1 1 q k", q, k, v, bias)
+    assert d <= 128 and heads % kv_heads == 0
     assert config.seq_tile_size >= 512 and kv_len % config.seq_tile_size == 0 and q_len % 128 == 0
     i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
     seen = torch.ones(q_len, kv_len, dtype=torch.bool)
@@ -485,9 +501,7 @@ def _flash(q, k, v, bias, scale, causal, window, config):
         seen = seen & (j > i - window)
     k, v = (t.float().repeat_interleave(heads // kv_heads, 1) for t in (k, v))
     scores = q.float().mT @ k * (scale or d**-0.5)
-    if bias is not None:
-        assert bias.shape == (1, 1, q_len, kv_len)
-        scores = scores + bias
+    scores = scores if bias is None else scores + bias
     out = softmax_v(scores, seen, v).to(q.dtype)
     if not config.training:
         return out

@@ -15,7 +15,6 @@ import torch
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.errors import InputError, KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
-from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
 from neuron_attn_rewrite.kernels.vendor.adapter import How
@@ -147,16 +146,15 @@ def test_attention_segmented_cte(case: int, lnc: int, monkeypatch: pytest.Monkey
     assert [grid for grid, _ in kernel.calls] == [lnc]
 
 
-def test_the_keys_are_the_cache_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_numbered_as_the_keys_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = stand_ins.install(monkeypatch)["attention_segmented_cte"]
-    query, key, value = operands(q_len=128, kv_len=384, dim=128, v_dim=128)
-    adapter = vendor.find("attention_segmented_cte")
-    assert adapter is not None
-    transposed = How(1, orders=Orders(result="BHDS"))
-    out = adapter.attend(query, key, value, reference.Terms(1.0, band_upper=256), transposed)
+    check(
+        "attention_segmented_cte",
+        1,
+        {"q_len": 128, "kv_len": 384, "dim": 128, "v_dim": 128},
+        {"scale": 1.0, "band_upper": 256},
+    )
     ((_, arguments),) = kernel.calls
-    assert arguments["tp_out"] and out.shape == (2, 4, 128, 128)
-    assert arguments["k_cache"].data_ptr() == key.data_ptr() and arguments["v_cache"].data_ptr() == value.data_ptr()
     assert arguments["block_tables"].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
