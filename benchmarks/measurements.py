@@ -10,8 +10,9 @@ from neuron_attn_rewrite.masks.spec import Band, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 
 NKILIB = "nki-library, test_attention_cte.py"
-HF_KERNELS = "hf-kernels-neuron, poc-document.md"
+HF_KERNELS = "hf-kernels-neuron, results/raw/attn-sweep"
 XPU_PERF = "xpu-perf, NEURON README"
+XPU_PERF_QWEN = "xpu-perf, README of the Qwen 3.5 27B workloads"
 JIMBURTOFT = "jimburtoft/nki-library"
 
 
@@ -26,14 +27,15 @@ class Point:
     kv_len: int
     head_dim: int
     mask: str
-    """"full", "causal", or the number of keys of a causal window."""
+    """"full", "causal", the number of keys of a causal window, or "prior N": causal behind N keys that all rows see."""
     micros: float
     kv_heads: int = 0
 
     @property
     def problem(self) -> AttentionProblem:
         """What was measured."""
-        band = {"full": (), "causal": (Band(upper=0),)}.get(self.mask)
+        kind, _, prior = self.mask.partition(" ")
+        band = {"full": (), "causal": (Band(upper=0),), "prior": (Band(upper=int(prior or 0)),)}.get(kind)
         if band is None:
             band = (Band(1 - int(self.mask), 0),)
         return AttentionProblem(
@@ -50,10 +52,13 @@ class Point:
         )
 
     def __str__(self) -> str:
-        return f"LNC {self.cores}, {self.heads} x {self.q_len} x {self.kv_len} x {self.head_dim}, {self.mask}"
+        heads = f"{self.heads} / {self.kv_heads}" if self.kv_heads else str(self.heads)
+        return f"LNC {self.cores}, {heads} x {self.q_len} x {self.kv_len} x {self.head_dim}, {self.mask}"
 
 
-def _points(source: str, cores: int, *rows: tuple[int, int, int, int, str, float]) -> tuple[Point, ...]:
+def _points(
+    source: str, cores: int, *rows: tuple[int, int, int, int, str, float] | tuple[int, int, int, int, str, float, int]
+) -> tuple[Point, ...]:
     return tuple(Point(source, cores, *row) for row in rows)
 
 
@@ -106,8 +111,25 @@ KERNEL = (
         (10, 2048, 32768, 128, "full", 5270),
         (3, 512, 8192, 128, "full", 233),
         (4, 640, 10240, 64, "full", 306),
+        # Heads that share keys, and a prefix.
+        (9, 2048, 2048, 128, "causal", 332, 3),
+        (8, 10240, 10240, 64, "causal", 3440, 1),
+        (8, 10240, 10240, 64, "128", 963, 1),
+        (8, 16384, 16384, 64, "128", 2240, 1),
+        (8, 16384, 16384, 64, "causal", 8560, 4),
+        (2, 2048, 3072, 128, "prior 1024", 125, 1),
+        (5, 2048, 3072, 128, "prior 1024", 259, 1),
+        (9, 2048, 3072, 128, "prior 1024", 431, 3),
+        (8, 4096, 6144, 64, "prior 2048", 1180, 1),
+        (8, 8192, 12288, 64, "prior 4096", 4480, 1),
     ),
-    *_points(NKILIB, 1, (3, 1024, 2048, 128, "full", 155)),
+    *_points(
+        NKILIB,
+        1,
+        (3, 1024, 2048, 128, "full", 155),
+        (9, 2048, 3072, 128, "prior 1024", 777, 3),
+        (3, 12345, 12345, 127, "128", 1400, 1),
+    ),
     *_points(
         HF_KERNELS,
         1,
@@ -131,8 +153,18 @@ NATIVE = (
         (16, 1024, 1024, 128, "causal", 427),
         (16, 2048, 2048, 128, "causal", 1690),
         (16, 3072, 3072, 128, "causal", 3906),
-        (16, 4096, 4096, 128, "causal", 1578),
+        # Published as 1578: see `fit_cost.page`.
+        (16, 4096, 4096, 128, "causal", 6334),
     ),
-    *_points(XPU_PERF, 2, (80, 4096, 4096, 128, "causal", 60500)),
+    *_points(XPU_PERF, 2, (80, 4096, 4096, 128, "causal", 60500, 8)),
+    *_points(
+        XPU_PERF_QWEN,
+        2,
+        (24, 4096, 4096, 256, "causal", 13700, 4),
+        (6, 4096, 4096, 256, "causal", 3500, 1),
+        (24, 10240, 10240, 256, "causal", 282000, 4),
+        (6, 10240, 10240, 256, "causal", 70500, 1),
+    ),
 )
-"""Times of the compiled native operators; plain torch is spread over both cores of a logical one."""
+"""Times of the compiled native operators; plain torch is spread over both cores of a logical one. Those of head_dim 256
+are of scaled_dot_product_attention, which has no kernel there."""

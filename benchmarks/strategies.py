@@ -6,18 +6,20 @@ python -m benchmarks.strategies [--write]    --write makes docs/strategies.md
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.masks.spec import Band, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
-from neuron_attn_rewrite.strategy.choose import NATIVE, by_table, candidates, choose, fastest, notes, time_of
+from neuron_attn_rewrite.strategy import cost
+from neuron_attn_rewrite.strategy.choose import NATIVE, by_table, candidates, choose_among, fastest, notes, time_of
 from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
@@ -26,11 +28,14 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PLACES = (("trn1", 1), ("trn2", 1), ("trn2", 2), ("trn3", 1), ("trn3", 2))
 KERNELS = {
     "trn1": ("2.28", (OURS, "attention_isa_kernel", "neuronxcc_flash_fwd", "sliding_window_flash_fwd")),
-    "trn2": ("2.32", (OURS, "attention_cte")),
-    "trn3": ("2.32", (OURS, "attention_cte")),
+    "trn2": ("2.32", (OURS, "attention_cte", "attention_segmented_cte", "attention_tkg")),
+    "trn3": ("2.32", (OURS, "attention_cte", "attention_segmented_cte", "attention_tkg")),
 }
 """The newest SDK for each target, and the kernels that are assumed to be installed."""
-CAUSAL = Band(upper=0)
+CACHED = {"attention_tkg": (1,), "attention_segmented_cte": (512,)}
+"""Kernels that are asked for these numbers of new tokens alone: for keys of a cache."""
+SHOWN = (("trn2", 2), (1024, 4096, 16384))
+"""Where and at which lengths the table at the top shows the choice."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +57,31 @@ class Model:
     scale: float | None = None
     fixed: int | None = None
     """The one length that the model has."""
+    chunk: int | None = None
+    """Each token sees its own chunk alone."""
+    batch: int = 1
+    rows: int | None = None
+    """New tokens, the last of the keys; None for as many as there are keys."""
+    static_cache: bool = False
+    """Keys lie in a buffer of fixed length, and how many are there is known at run time."""
 
     def problem(self, length: int) -> AttentionProblem:
-        """The attention over `length` tokens."""
-        claims: tuple[Band | KeyPadding, ...] = (CAUSAL,) if self.causal else ()
+        """The attention over `length` keys."""
+        rows = self.rows or length
+        earlier = length - rows
+        claims: tuple[Claim, ...] = (Band(upper=earlier),) if self.causal and rows > 1 else ()
         if self.window is not None and self.both_sides:
             claims = (Band(-(self.window // 2), self.window // 2),)
         elif self.window is not None:
-            claims = (Band(1 - self.window, 0),)
-        if self.padded:
-            claims = (*claims, KeyPadding("attention_mask"))
+            claims = (Band(earlier + 1 - self.window, earlier),)
+        claims += (Chunked(self.chunk),) if self.chunk and self.chunk < length else ()
+        claims += (KeyPadding("attention_mask"),) if self.padded else ()
+        claims += (Limited("key <= cache_position[query]"),) if self.static_cache else ()
         return AttentionProblem(
-            batch=1,
+            batch=self.batch,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            q_len=length,
+            q_len=rows,
             kv_len=length,
             head_dim=self.head_dim,
             v_head_dim=self.v_head_dim or self.head_dim,
@@ -79,6 +94,14 @@ class Model:
             empty_rows=EmptyRows.ANY if self.padded else EmptyRows.NEVER,
         )
 
+    def forms(self, length: int) -> tuple[AttentionProblem, ...]:
+        """The attention, then with its chunks as elements of the batch where they fill it, as `forms.in_chunks`."""
+        found, size = self.problem(length), self.chunk
+        if not size or length % size or length == size:
+            return (found,)
+        mask = MaskSpec(tuple(claim for claim in found.mask.claims if not isinstance(claim, Chunked)))
+        return found, replace(found, batch=found.batch * (length // size), q_len=size, kv_len=size, mask=mask)
+
 
 MODELS = (
     Model("Llama 3 8B, TP 8", 4, 1, 128),
@@ -88,6 +111,8 @@ MODELS = (
     Model("Qwen 3 0.6B", 16, 8, 128),
     Model("Qwen 3 8B, TP 8", 4, 1, 128),
     Model("Qwen 3 32B, TP 8", 8, 1, 128),
+    Model("Llama 4 Scout, chunked layers, TP 8", 5, 1, 128, chunk=8192),
+    Model("Llama 4 Scout, full layers, TP 8", 5, 1, 128),
     Model("Mistral 7B (window 4096), TP 8", 4, 1, 128, window=4096),
     Model("Gemma 2 9B, global layers, TP 8", 2, 1, 256, softcap=50.0, scale=256**-0.5),
     Model("Gemma 2 9B, window layers, TP 8", 2, 1, 256, window=4096, softcap=50.0, scale=256**-0.5),
@@ -106,12 +131,19 @@ MODELS = (
     Model("T5 XXL, encoder, TP 8", 8, 8, 64, causal=False, padded=True, bias=True, scale=1.0),
     Model("BGE large, encoder", 16, 16, 64, causal=False, padded=True),
     Model("Flux, TP 8", 3, 3, 128, causal=False),
+    Model("Llama 3 8B, TP 8, 512 new tokens behind a cache", 4, 1, 128, rows=512),
+    Model("Llama 3 8B, TP 8, 512 new tokens in a static cache", 4, 1, 128, rows=512, static_cache=True),
+    Model("Llama 3 8B, TP 8, decode", 4, 1, 128, rows=1),
+    Model("Llama 3 8B, TP 8, decode of 32 requests in a static cache", 4, 1, 128, rows=1, batch=32, static_cache=True),
+    Model("GPT-OSS 20B, window layers, TP 8, decode", 8, 1, 64, window=128, sink=True, rows=1),
 )
 """Heads are those of one rank. Key padding is taken as of batches whose padding rows do not matter."""
 
 SHORT = {
     "flash_fwd": "ours",
     "attention_cte": "cte",
+    "attention_segmented_cte": "segmented",
+    "attention_tkg": "tkg",
     "attention_isa_kernel": "isa",
     "neuronxcc_flash_fwd": "flash",
     "sliding_window_flash_fwd": "window",
@@ -133,22 +165,34 @@ class Cell:
 
 def cell(model: Model, length: int, target: str, cores: int) -> Cell:
     """The choice, the predicted speed against the native operators, and what NxD Inference would do."""
-    sdk, kernels = KERNELS[target]
+    sdk, known = KERNELS[target]
+    kernels = tuple(name for name in known if model.rows in CACHED.get(name, (model.rows,)))
     config = RewriteConfig(target=target, lnc=cores, sdk=sdk, kernels=kernels)
-    problem = model.problem(length)
-    decision, (able, refused) = choose(problem, config), candidates(problem, config)
-    strategy, _ = by_table(problem, config)
-    wrong = notes(problem, config) if strategy is not FlashAttentionStrategy.NONE else ()
+    forms = model.forms(length)
+    i, decision = choose_among(forms, config)
+    problem = forms[i]
+    able, refused = candidates(problem, config)
+    strategy, _ = by_table(forms[0], config)
+    wrong = notes(forms[0], config) if strategy is not FlashAttentionStrategy.NONE else ()
     words = SHORT[decision.kernel]
     clauses = list(refused.values()) if decision.kernel == OURS or not able else []
     if able:
-        kernel, native = time_of(fastest(able, problem, config), problem, config), time_of(NATIVE, problem, config)
-        words += f" {native.micros / kernel.micros:.2g}"
+        best = fastest(able, problem, config)
+        kernel, native = time_of(best, problem, config), time_of(NATIVE, forms[0], config)
+        words += f" {native.micros / kernel.micros:.2g}{' folded' if i else ''}"
         if decision.kernel == NATIVE:
-            clauses = [f"{SHORT[fastest(able, problem, config)]} would not pay: {kernel.because}"]
-    text = re.sub(r"\d+ tiles", "the tiles", "; ".join(clauses)).replace(f" {length}", " n")
+            clauses = [f"{SHORT[best]} would not pay: {kernel.because}"]
+    text = re.sub(r"\d+ tiles", "the tiles", _of_any_length("; ".join(clauses), model, length))
     theirs = tuple(note.rpartition(" (")[0] for note in wrong)
     return Cell(f"{words} / {LETTERS[strategy.name]}", text, theirs)
+
+
+def _of_any_length(words: str, model: Model, length: int) -> str:
+    """With n for the length, and the earlier keys unnumbered."""
+    lengths = "kv_len" if model.rows else "q_len|kv_len"
+    words = re.sub(rf"\b({lengths}) {length}\b", r"\1 n", words)
+    words = re.sub(rf"(?<=, ){length}(?=[,)])", "n", words)
+    return re.sub(r"offset=[1-9]\d*", "offset=earlier keys", words) if model.rows else words
 
 
 def page() -> str:
@@ -164,27 +208,53 @@ def page() -> str:
         "",
         "A cell says which kernel is chosen, how many times faster than the native operators the fastest kernel that",
         "can do it is predicted to be, and what NxD Inference's rule table for that SDK says: S is SHARDED_KERNEL, U",
-        "is UNSHARDED_KERNEL, W is SLIDING_WINDOW_KERNEL, - is NONE. `ours` is flash_fwd, `cte` attention_cte, `isa`",
-        "attention_isa_kernel, `flash` neuronxcc_flash_fwd, `window` sliding_window_flash_fwd. Below each table stand",
-        "the clauses behind the choices (n is the number of tokens), and what NxD Inference's kernel would get wrong",
-        "or raise where its table takes it.",
+        "is UNSHARDED_KERNEL, W is SLIDING_WINDOW_KERNEL, - is NONE. `ours` is flash_fwd, `cte` attention_cte,",
+        "`segmented` attention_segmented_cte, `tkg` attention_tkg (both asked behind a cache alone), `isa`",
+        "attention_isa_kernel, `flash` neuronxcc_flash_fwd, `window` sliding_window_flash_fwd;",
+        "`folded` says that chunks become elements of the batch. Lengths are of the keys. Below each table stand the",
+        "clauses behind the choices (n is the length), and what NxD Inference's kernel would get wrong or raise where",
+        "its table takes it.",
         "",
-        "Speeds are a model's, fitted on published numbers, and from 4096 keys on uncertain by a factor of three",
-        "([cost_model.md](cost_model.md)). None was measured by this project.",
+        f"Speeds are a model's, fitted on published numbers, and uncertain by a factor of {spread(False):.1f}, beyond",
+        f"{cost.LONG} keys of {spread(True):.1f}; more for kernels and targets of which nothing was published",
+        "([cost_model.md](cost_model.md)). None was measured by this project. Factors on the query, such as the",
+        "temperature of Llama 4's full layers, change no choice.",
+        "",
+        *_index(),
     ]
     for model in MODELS:
         lines += ["", *_section(model)]
     return "\n".join(lines) + "\n"
 
 
+def spread(long: bool) -> float:
+    """The factor by which a ratio of trn2 and attention_cte may be off."""
+    c = cost.fit()
+    return math.exp(math.hypot(math.log(c.kernel_spread), math.log(c.long_spread if long else c.native_spread)))
+
+
+def _index() -> list[str]:
+    """What is chosen for each model at a few lengths, with a link to the rest."""
+    (target, cores), lengths = SHOWN
+    lines = [f"| {target}, {cores} | {' | '.join(map(str, lengths))} |", "| --- " * (1 + len(lengths)) + "|"]
+    for model in MODELS:
+        shown = lengths if model.fixed is None else (model.fixed,)
+        cells = [cell(model, length, target, cores).words.partition(" /")[0] for length in shown]
+        cells = cells if model.fixed is None else [f"{cells[0]} (at {model.fixed})", *[""] * (len(lengths) - 1)]
+        anchor = re.sub(r"[^\w\- ]", "", model.name.lower()).replace(" ", "-")
+        lines.append(f"| [{model.name}](#{anchor}) | {' | '.join(cells)} |")
+    return lines
+
+
 def _section(model: Model) -> list[str]:
-    p = model.problem(512)
+    p = model.problem(LENGTHS[-1] if model.rows or model.chunk else 512)
     extras = [f"softcap {p.softcap:g}"] if p.softcap else []
     extras += [word for word, there in (("sink", p.sink), ("bias", p.bias_shape)) if there]
     dims = f"{p.head_dim}" if p.head_dim == p.v_head_dim else f"{p.head_dim} / {p.v_head_dim}"
     lengths = LENGTHS if model.fixed is None else (model.fixed,)
     lines = [f"## {model.name}", ""]
-    lines += [f"{p.num_heads} / {p.num_kv_heads} heads of {dims}; mask {', '.join([str(p.mask), *extras])}.", ""]
+    mask = _of_any_length(str(p.mask), model, LENGTHS[-1])
+    lines += [f"{p.num_heads} / {p.num_kv_heads} heads of {dims}; mask {', '.join([mask, *extras])}.", ""]
     lines += [f"| target, LNC | {' | '.join(map(str, lengths))} |", "| --- " * (1 + len(lengths)) + "|"]
     everywhere = " ".join(map(str, lengths))
     because: dict[str, list[str]] = defaultdict(list)

@@ -30,11 +30,15 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
         accepted: the orders that need no permute inside of the call.
         fixed: tensors that change in place: nothing is moved across them.
     """
-    site = form.site
-    query, of_query = _operand(site.query, accepted.query)
-    key, of_key = _operand(site.key, accepted.key)
-    value, of_value = _operand(site.value, accepted.value)
-    node, dims, of_result = _result(site, accepted.result, fixed)
+    site, problem = form.site, form.problem
+    query, of_query, more_query = _operand(site.query, accepted.query)
+    key, of_key, more_key = _operand(site.key, accepted.key)
+    value, of_value, more_value = _operand(site.value, accepted.value)
+    node, dims, of_result, more_result = _result(site, accepted.result, fixed)
+    sizes = (problem.query_bytes, problem.key_bytes, problem.value_bytes, problem.result_bytes)
+    more = (more_query, more_key, more_value, more_result)
+    # A permute reads and writes.
+    turned = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
     orders = Orders(of_query, of_key, of_value, of_result)
     on = {"query": of_query, "value": of_value, "output": of_result}
     factors = tuple(
@@ -43,7 +47,7 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
     )
     result = permute(site.result, ORDERS[of_result])
     moved = replace(site, query=query, key=key, value=value, factors=factors, output=node, output_dims=dims)
-    return replace(form, site=replace(moved, result=result), orders=orders)
+    return replace(form, site=replace(moved, result=result), orders=orders, turned=turned)
 
 
 def permutes(layout: Layout | None) -> int:
@@ -51,37 +55,45 @@ def permutes(layout: Layout | None) -> int:
     return WORST if layout is None else sum(step.op == "permute" for step in layout)
 
 
-def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str]:
-    """The source and order with the fewest permutes, the model's own included; as it is where none is better."""
-    sources = [(operand.node, operand.dims, 0)]
+def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str, int]:
+    """The source and order with the fewest permutes, the model's own included; as it is where none is better. And how
+    many more permutes it takes than the model.
+    """
+    sources, own = [(operand.node, operand.dims, 0)], 0
     if operand.origin is not None:
         origin, dims = operand.origin
         # With another reader the model's transpose stays, and costs this one nothing.
         own = permutes(plan(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
         sources = [(operand.node, operand.dims, own), (origin, dims, 0)]
     choices = [
-        (own + permutes(plan(dims, permute(operand.target, ORDERS[order]), full=True)) + (order not in accepted), s, o)
-        for s, (_, dims, own) in enumerate(sources)
+        (has + permutes(plan(dims, permute(operand.target, ORDERS[order]), full=True)) + (order not in accepted), s, o)
+        for s, (_, dims, has) in enumerate(sources)
         for o, order in enumerate(ORDERS)
     ]
-    _, s, o = min(choices)
+    least, s, o = min(choices)
     order = list(ORDERS)[o]
     node, dims, _ = sources[s]
-    return Operand(node, dims, permute(operand.target, ORDERS[order])), order
+    return Operand(node, dims, permute(operand.target, ORDERS[order])), order, least - own
 
 
-def _result(site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims, str]:
-    """The node that the result takes over from, its dims, and the order with the fewest permutes up to there."""
+def _result(
+    site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]
+) -> tuple[fx.Node, Dims, str, int]:
+    """The node that the result takes over from, its dims, the order with the fewest permutes up to there, and how many
+    more they are than the model's.
+    """
     node, dims = _last_view(site, fixed)
-    plain = permutes(plan(site.result, site.output_dims)) + permutes(plan(site.output_dims, dims))
+    models = permutes(plan(site.output_dims, dims))
+    plain = permutes(plan(site.result, site.output_dims)) + models
     choices = [
         (permutes(plan(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
         for o, order in enumerate(ORDERS)
     ]
     least, o = min(choices)
-    if least >= plain + (PLAIN not in accepted):
-        return site.output, site.output_dims, PLAIN
-    return node, dims, list(ORDERS)[o]
+    unturned = plain + (PLAIN not in accepted)
+    if least >= unturned:
+        return site.output, site.output_dims, PLAIN, unturned - models
+    return node, dims, list(ORDERS)[o], least - models
 
 
 def _last_view(site: AttentionSite, fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims]:

@@ -34,6 +34,8 @@ class Form:
     """The bridges that led to it."""
     orders: Orders = AS_GIVEN
     """How the kernel's operands and its result lie; the site's targets are in these orders."""
+    turned: int = 0
+    """Bytes that are moved to lay out operands and result so, beyond what the model's own transposes move."""
 
 
 def forms(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> tuple[Form, ...]:

@@ -51,6 +51,33 @@ class AttentionProblem:
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
 
+    @property
+    def query_bytes(self) -> int:
+        """Of the query, in its dtype."""
+        return self.batch * self.num_heads * self.q_len * self.head_dim * self.dtype.itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        return self.batch * self.num_kv_heads * self.kv_len * self.head_dim * self.dtype.itemsize
+
+    @property
+    def value_bytes(self) -> int:
+        return self.batch * self.num_kv_heads * self.kv_len * self.v_head_dim * self.dtype.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        return self.batch * self.num_heads * self.q_len * self.v_head_dim * self.dtype.itemsize
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of query, key, value and result together."""
+        return self.query_bytes + self.key_bytes + self.value_bytes + self.result_bytes
+
+    @property
+    def scores(self) -> int:
+        """How many pairs of query and key there are, over all heads."""
+        return self.batch * self.num_heads * self.q_len * self.kv_len
+
 
 def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionProblem:
     """The problem that the operands of `torch.ops.neuron_attn.flash_fwd` pose, without a look at their values."""

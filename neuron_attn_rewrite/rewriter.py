@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,48 +134,55 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     if isinstance(site, UnknownAttention):
         return site
     values = examples(prover.module.graph)
-    from_data = size_from_data(site, values)
-    if from_data:
-        reason = Reason("data-sizes", f"its {from_data} depends on the values of an input")
+    if size := size_from_data(site, values):
+        reason = Reason("data-sizes", f"its {size} depends on the values of an input")
         return UnknownAttention(site.name, site.pattern, site.anchor, reason)
     proof = prover.prove(site)
-    example = at_example(site, values)
     if isinstance(proof, Unproven):
-        return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
+        return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), at_example(site, values))
     possible = forms(site, proof, values)
-    stays = _shared(site, config) or _written(site, prover.writes)
-    open_sizes: tuple[Reason, ...] = ()
+    no = _shared(site, config) or _written(site, prover.writes) or _unknown_size(site, proof, prover, config)
+    form, decision = (possible[0], _native(no, config)) if no else _chosen(possible, prover, config)
+    said = (*proof.reasons, *_open_sizes(site, prover), *form.reasons, *decision.reasons)
+    site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
+    return Plan(site, proof, form, replace(decision, reasons=said), at_example(site, values))
+
+
+def _chosen(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> tuple[Form, Decision]:
+    """One of the forms of a site and the kernel for it, laid out as the kernel likes it."""
     if prover.is_dynamic:
-        stays = stays or _unknown_size(site, proof, prover, config)
         config = replace(config, kernels=(OURS,))
-        sizes = {name: expression_of(getattr(site, name)) for name in ("batch", "q_len", "kv_len")}
-        words = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        open_sizes = (Reason("dynamic-sizes", f"holds for every {words}; chosen for the sizes of the example"),)
-    if stays:
-        form, decision = possible[0], _native(stays, config)
-    else:
-        problems = [form.problem for form in possible]
-        best, decision = choose_among(problems, config, site.name)
-        form = possible[best]
-    if decision.kernel != NATIVE:
-        form = _arranged(form, decision, prover)
-        site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
-        example = at_example(site, values)
-    reasons = (*proof.reasons, *open_sizes, *form.reasons, *decision.reasons)
-    return Plan(site, proof, form, replace(decision, reasons=reasons), example)
+
+    @cache
+    def laid_out(i: int, kernel: str) -> Form:
+        return _arranged(possible[i], kernel, prover)
+
+    problems = [form.problem for form in possible]
+    i, decision = choose_among(problems, config, possible[0].site.name, lambda i, kernel: laid_out(i, kernel).turned)
+    return possible[i] if decision.kernel == NATIVE else laid_out(i, decision.kernel), decision
 
 
-def _arranged(form: Form, decision: Decision, prover: Prover) -> Form:
+def _arranged(form: Form, kernel: str, prover: Prover) -> Form:
     """The form in the orders that spare transposes. Where sizes are symbols all stays as the model has it: a step of
     ours would read a size of one input where the model reads it of another, and tie the two when it is exported again.
     """
     if prover.is_dynamic:
         return form
-    return arranged(form, vendor.accepted(decision.kernel), prover.evaluator.changed)
+    return arranged(form, vendor.accepted(kernel), prover.evaluator.changed)
+
+
+def _open_sizes(site: AttentionSite, prover: Prover) -> tuple[Reason, ...]:
+    """For which sizes the call holds, where they are symbols."""
+    if not prover.is_dynamic:
+        return ()
+    words = ", ".join(f"{name} {expression_of(getattr(site, name))}" for name in ("batch", "q_len", "kv_len"))
+    return (Reason("dynamic-sizes", f"holds for every {words}; chosen for the sizes of the example"),)
 
 
 def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteConfig) -> Reason | None:
     """Why a kernel can't be called where sizes are symbols; None if it can."""
+    if not prover.is_dynamic:
+        return None
     missing = missing_size(prover.module, site, proof)
     if missing:
         return Reason("dynamic-kernel", f"the call needs the size {missing}, and no input has it")

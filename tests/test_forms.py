@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,22 +135,25 @@ def test_padding_keeps_chunks_where_they_are() -> None:
     assert relative_error(rewritten(query, key, value, padding), expected) < TOLERANCES[torch.float32]
 
 
-def test_our_kernel_takes_chunks_as_they_are_and_a_kernel_that_skips_none_does_not() -> None:
-    """The cost model decides: bounds hide keys from attention_cte, and spare it nothing."""
-    seen = chunked(1024)(2048, 2048)
+@pytest.mark.parametrize("kernel", ["flash_fwd", "attention_cte"])
+def test_chunks_are_folded_where_that_pays(kernel: str) -> None:
+    """Bounds hide keys from a kernel and spare it nothing, while a band does; to copy the operands costs something."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
+    def found(size: int, length: int) -> tuple[Any, SiteReport]:
+        seen = chunked(size)(length, length)
 
-    def inputs() -> tuple[Tensor, ...]:
-        return tuple(t.bfloat16() for t in operands(1, 16, 2, 2048, 2048))
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
 
-    config = RewriteConfig(verify=False)
-    rewritten, site = sites(attend, inputs(), config)
-    assert site.kernel == "flash_fwd" and "bounds" in kernel_calls(rewritten)[0].kwargs
-    rewritten, site = sites(attend, inputs(), replace(config, kernels=("attention_cte",), sdk="2.31"))
-    assert site.kernel == "attention_cte" and "bounds" not in kernel_calls(rewritten)[0].kwargs
+        inputs = tuple(t.bfloat16() for t in operands(1, 16, 2, length, length))
+        return sites(attend, inputs, RewriteConfig(verify=False, kernels=(kernel,), sdk="2.31", policy="always"))
+
+    rewritten, site = found(1024, 2048)
+    assert site.kernel == kernel and "bounds" not in kernel_calls(rewritten)[0].kwargs
     assert any("chunks of" in reason for reason in site.reasons)
+    rewritten, site = found(256, 512)
+    assert site.kernel == kernel and "bounds" in kernel_calls(rewritten)[0].kwargs
+    assert not any("chunks of" in reason for reason in site.reasons)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

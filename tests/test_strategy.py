@@ -474,10 +474,9 @@ def test_an_installed_kernel_is_asked_what_it_takes() -> None:
         ("attention_cte", {"scale": 1.0, "kv_len": 3072, "mask": BACK}, ["a prefix"]),
         ("attention_cte", {"scale": 1.0, "mask": MaskSpec((Chunked(512),))}, ["one interval"]),
         ("attention_cte", {"scale": 1.0, "length": 100, "mask": MaskSpec((Chunked(50),))}, ["one interval", "128"]),
-        ("attention_cte", {"scale": 1.0, "bias_shape": (1, 8, 2048, 2048)}, []),
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 1, 2048, 2048)}, ["each head"]),
-        ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1"]),
-        ("attention_tkg", {"q_len": 1, "kv_len": 300, "mask": FULL}, ["scale", "0 and 1", "a core"]),
+        ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1", "apart"]),
+        ("attention_tkg", {"q_len": 1, "kv_len": 300, "mask": FULL}, ["scale", "0 and 1", "apart", "a core"]),
         ("attention_segmented_cte", D128, ["scale", "as they lie"]),
         ("attention_isa_kernel", {"scale": 1.0, "num_kv_heads": 8}, []),
         ("attention_isa_kernel", {}, ["scale", "repeated"]),
@@ -582,14 +581,14 @@ def test_kernels_that_may_be_used() -> None:
     assert choose(problem(softcap=50.0), only).kernel == NATIVE
     old = RewriteConfig(policy="always", sdk="2.28", target="trn1", kernels=("attention_isa_kernel",))
     assert choose(problem(), old).kernel == "attention_isa_kernel"
-    # The same work, with the earlier keys as a cache or as a prefix: the first of the adapters is taken.
+    # The same work, with the earlier keys as a cache, where they lie, or copied as a prefix.
     behind, sdk = problem(mask=BACK, kv_len=3072, **D128), ("flash_fwd", *vendor.ADAPTERS)
-    assert choose(behind, RewriteConfig(policy="always", sdk="2.32", kernels=sdk)).kernel == "attention_cte"
-    cached = RewriteConfig(policy="always", sdk="2.32", kernels=("flash_fwd", "attention_segmented_cte"))
-    assert choose(behind, cached).kernel == "attention_segmented_cte"
-    # Tiles that bounds hide are skipped by ours alone.
+    assert choose(behind, RewriteConfig(policy="always", sdk="2.32", kernels=sdk)).kernel == "attention_segmented_cte"
+    assert choose(behind, RewriteConfig(policy="always", sdk="2.30", kernels=sdk)).kernel == "attention_cte"
+    # What a band hides that is not causal is skipped by ours alone; what bounds hide by neither.
+    assert choose(problem(8192, MaskSpec((Band(-64, 64),))), both).kernel == "flash_fwd"
     packed = MaskSpec((Intervals(tuple((i // 512 * 512, i // 512 * 512 + 512) for i in range(8192))),))
-    assert choose(problem(8192, packed), both).kernel == "flash_fwd"
+    assert choose(problem(8192, packed), both).kernel == "attention_cte"
 
 
 def test_sites_of_their_own() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -86,23 +87,41 @@ def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
     return bool((rows[:, 0] == 0).all() and (rows[:, 1] == ends).all())
 
 
-def choose_among(problems: Sequence[AttentionProblem], config: RewriteConfig, name: str = "") -> tuple[int, Decision]:
+def _as_it_lies(kernel: str) -> int:
+    return 0
+
+
+def choose_among(
+    problems: Sequence[AttentionProblem],
+    config: RewriteConfig,
+    name: str = "",
+    turned: Callable[[int, str], int] = lambda _, kernel: 0,
+) -> tuple[int, Decision]:
     """Which of several forms of one attention, and its kernel: the form that is predicted to be fastest.
 
     Args:
         problems: the attention as the native operators compute it, then its other forms.
         config: see `RewriteConfig`.
         name: of the site.
+        turned: bytes that are moved to lay out the operands and the result of form i for a kernel.
     """
-    decisions = [choose(problem, config, name, problems[0]) for problem in problems]
-    able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE]
-    best = min(able, key=lambda i: time_of(decisions[i].kernel, problems[i], config).micros) if len(able) > 1 else None
-    chosen = (able or [0])[0] if best is None else best
+    decisions = [choose(p, config, name, problems[0], partial(turned, i)) for i, p in enumerate(problems)]
+    able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE] or [0]
+
+    def micros(i: int) -> float:
+        kernel = decisions[i].kernel
+        return time_of(kernel, problems[i], config, turned(i, kernel)).micros
+
+    chosen = min(able, key=micros) if len(able) > 1 else able[0]
     return chosen, decisions[chosen]
 
 
 def choose(
-    problem: AttentionProblem, config: RewriteConfig, name: str = "", native: AttentionProblem | None = None
+    problem: AttentionProblem,
+    config: RewriteConfig,
+    name: str = "",
+    native: AttentionProblem | None = None,
+    turned: Callable[[str], int] = _as_it_lies,
 ) -> Decision:
     """The kernel and strategy for a problem at the site `name`. What no kernel can compute stays native, always.
 
@@ -111,6 +130,7 @@ def choose(
         config: see `RewriteConfig`.
         name: of the site.
         native: what the native operators compute, if that is another form of it.
+        turned: bytes that are moved to lay out operands and result for a kernel.
     """
     cores = config.logical_cores
     able, refused = candidates(problem, config)
@@ -127,10 +147,10 @@ def choose(
     elif wish == OURS or isinstance(wish, str):
         strategy, reasons = _plain(problem, config), (Reason("site-override", f"{wish} is set for this site"),)
     else:
-        strategy, reasons = _by_policy(problem, config, able, native or problem)
+        strategy, reasons = _by_policy(problem, config, able, native or problem, turned)
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
-    kernel = fastest(able, problem, config)
+    kernel = fastest(able, problem, config, turned)
     others = tuple(refused.values()) if kernel == OURS else bridged(kernel, problem, able[kernel])
     return Decision(strategy, kernel, CORES.get(strategy, cores), (*reasons, *others))
 
@@ -158,22 +178,31 @@ def setting_of(name: str, config: RewriteConfig) -> Setting:
     return Setting(config.target, config.logical_cores, config.sdk, adapter.parameters if adapter else None, loose)
 
 
-def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig) -> Time:
-    """What a kernel, or the native operators, take: measured where the profile has it, else by the model."""
+def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig, turned: int = 0) -> Time:
+    """What a kernel, or the native operators, take: measured where the profile has it, else by the model.
+
+    `turned` is the bytes that are moved to lay out operands and result for the kernel.
+    """
     target, cores = config.target, config.logical_cores
     measured = profile.read(config.profile).time(kernel, problem, target, cores) if config.profile else None
     if measured:
         return measured
     if kernel == NATIVE:
         return cost.native_time(problem, target, cores)
-    return cost.kernel_time(kernel, problem, target, cores)
+    ranks = config.cp_degree if _plain(problem, config) is STRIDED_CONTEXT_PARALLEL else 1
+    return cost.kernel_time(kernel, problem, target, cores, ranks=ranks, turned=turned)
 
 
-def fastest(able: Mapping[str, Setting], problem: AttentionProblem, config: RewriteConfig) -> str:
+def fastest(
+    able: Mapping[str, Setting],
+    problem: AttentionProblem,
+    config: RewriteConfig,
+    turned: Callable[[str], int] = _as_it_lies,
+) -> str:
     """The kernel that is predicted to be fastest."""
     if len(able) == 1:
         return next(iter(able))
-    return min(able, key=lambda k: time_of(k, problem, config).micros * (UNTRIED if k == OURS else 1))
+    return min(able, key=lambda k: time_of(k, problem, config, turned(k)).micros * (UNTRIED if k == OURS else 1))
 
 
 def _asked(
@@ -230,10 +259,14 @@ def notes(problem: AttentionProblem, config: RewriteConfig) -> tuple[str, ...]:
 
 
 def _by_policy(
-    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting], native: AttentionProblem
+    problem: AttentionProblem,
+    config: RewriteConfig,
+    able: Mapping[str, Setting],
+    native: AttentionProblem,
+    turned: Callable[[str], int],
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
     if config.policy == "profitable":
-        return _profitable(problem, config, able, native)
+        return _profitable(problem, config, able, native, turned)
     strategy, row = by_table(problem, config)
     if strategy is not NONE:
         return _asked(strategy, problem, config, row)
@@ -244,10 +277,14 @@ def _by_policy(
 
 
 def _profitable(
-    problem: AttentionProblem, config: RewriteConfig, able: Mapping[str, Setting], native: AttentionProblem
+    problem: AttentionProblem,
+    config: RewriteConfig,
+    able: Mapping[str, Setting],
+    native: AttentionProblem,
+    turned: Callable[[str], int],
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
-    kernel = fastest(able, problem, config)
-    ours, other = time_of(kernel, problem, config), time_of(NATIVE, native, config)
+    kernel = fastest(able, problem, config, turned)
+    ours, other = time_of(kernel, problem, config, turned(kernel)), time_of(NATIVE, native, config)
     measured = "measured" if ours.because == other.because == "a measurement" else "predicted"
     reason = Reason("cost", f"{kernel} is {measured} at {cost.ratio_words(native, ours, other)}")
     return (_plain(problem, config) if ours.micros < other.micros else NONE), (reason,)

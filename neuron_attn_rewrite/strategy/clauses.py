@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask, mask_of
-from neuron_attn_rewrite.masks.spec import KeyPadding
+from neuron_attn_rewrite.masks.spec import Band, KeyPadding
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
 
@@ -50,6 +50,8 @@ class Bridge:
 
     words: str
     needed: Callable[[AttentionProblem, Setting], bool]
+    moves: Callable[[AttentionProblem], int] = lambda _: 0
+    """Bytes that it reads and writes in memory."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,15 @@ class Kernel:
     clauses: tuple[Clause, ...]
     bridges: tuple[Bridge, ...] = ()
     folds_groups: bool = False
-    """The query heads of a group are the rows of one tile."""
-    skips_rows: bool = False
-    """Tiles that bounds hide are skipped, not only those that causal and window hide."""
+    """The query heads of a group are the rows of one tile, where they fit."""
+    skips: Callable[[AttentionProblem], Band] = lambda _: Band()
+    """What of the mask spares it work: keys that this hides from all rows of a group are not looked at."""
+    skips_strided: bool = False
+    """Whether the strided rows of a rank spare it work too: what no rank's rows of that group see."""
+    step: int = 512
+    """Keys that are left out at a time."""
+    bias_bytes: int | None = None
+    """Of one element of a bias as it is read; None for the operands' dtype."""
 
 
 def broken(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:

@@ -4,10 +4,10 @@ A kernel takes
 
     fixed + per_group * (groups of 128 query rows) + slack * bound * (tiles of 128 rows x 512 keys)
 
-on the busier physical core, and the traffic of a bias, where `bound` is the busiest engine's time for one tile of the
-documented loop. The native operators read and write the whole score matrix several times: bytes per score over the
-bandwidth. From 4096 keys on the compiler has an attention of its own, which the published numbers put between as fast
-as a kernel and eight times slower.
+on the busier physical core, where `bound` is the busiest engine's time for one tile of the documented loop, and the
+traffic of what is read or copied for the call beside that: a bias, the bridges of the kernel (`Bridge.moves`), and
+operands that lie otherwise than it takes them. The native operators read and write the whole score matrix several
+times: bytes per score over the bandwidth, and more of them beyond 4096 keys.
 
 `python -m benchmarks.fit_cost` fits the constants; they lie in `cost.json`, with the spread of the points held out.
 Every number is of other people's devices: this project has measured none.
@@ -25,14 +25,15 @@ from types import MappingProxyType
 
 import torch
 
+from neuron_attn_rewrite.masks.spec import Band, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
-from neuron_attn_rewrite.strategy.clauses import mask
+from neuron_attn_rewrite.strategy.clauses import Kernel, Setting, mask
 from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
 
 ROWS, KEYS = 128, 512
 """A tile of scores."""
-COMPILER_ATTENTION = 4096
-"""Keys from which on the compiler uses an attention of its own."""
+LONG = 4096
+"""Keys beyond which the native operators were published to slow down."""
 SPLIT_ROWS = 1024
 """Rows from which on the two cores share the last of an odd number of heads."""
 CAUSAL_SPLIT = 0.65
@@ -84,13 +85,13 @@ class Fit:
     slack: float
     """How much longer a tile takes than its busiest engine."""
     native_bytes: float
-    """Bytes that the native operators move for each score."""
-    compiler_bytes: float
-    """The same from 4096 keys on, the geometric middle of what was published."""
+    """Bytes that the native operators move for each score, beside query, key, value and result once."""
+    long_bytes: float
+    """The same beyond 4096 keys: the geometric middle of that and of what was published there."""
     kernel_spread: float
     """Factor within which the kernel's held-out points lie."""
     native_spread: float
-    compiler_spread: float
+    long_spread: float
     unmeasured_spread: float
     """Further factor for a target or a kernel of which nothing was published."""
 
@@ -111,25 +112,38 @@ class Time:
     """What most of it is."""
 
 
-def _per_group(problem: AttentionProblem, skips_rows: bool) -> list[int]:
-    """Tiles of each group of rows of a head."""
+def _per_group(problem: AttentionProblem, kernel: Kernel, ranks: int) -> list[int]:
+    """Tiles that the kernel computes for each group of rows of a head."""
     q_len, kv_len = problem.q_len, problem.kv_len
-    if not problem.mask.claims or not (skips_rows or mask(problem).kind == "causal"):
-        return [-(-kv_len // KEYS)] * -(-q_len // ROWS)
-    rows = problem.mask.rows(q_len, kv_len)
+    groups, band = -(-q_len // ROWS), kernel.skips(problem)
+    strided = ranks > 1 and kernel.skips_strided
+    if band == Band() and not strided:
+        return [-(-kv_len // KEYS)] * groups
+    rows = MaskSpec((band,)).rows(q_len, kv_len)
+    if strided:
+        # Row i is token i * ranks + rank, and the kernel is built for the last rank.
+        rows = torch.stack([torch.zeros(q_len), (torch.arange(q_len) + 1) * ranks], 1).long()
     short = -q_len % ROWS
     lo = torch.cat([rows[:, 0].where(rows[:, 1] > 0, kv_len), rows.new_full((short,), kv_len)])
     hi = torch.cat([rows[:, 1], rows.new_zeros(short)])
-    first = lo.reshape(-1, ROWS).amin(1) // KEYS
-    last = -(-hi.reshape(-1, ROWS).amax(1) // KEYS)
-    per_group: list[int] = (last - first).clamp_min(0).tolist()
+    first = lo.reshape(-1, ROWS).amin(1) // kernel.step * kernel.step
+    last = (-(-hi.reshape(-1, ROWS).amax(1) // kernel.step) * kernel.step).clamp_max(kv_len)
+    per_group: list[int] = (-((first - last) // KEYS)).clamp_min(0).tolist()
     return per_group
 
 
-def work(problem: AttentionProblem, cores: int, skips_rows: bool, folds_groups: bool = False) -> tuple[float, float]:
-    """Groups and tiles of the busier core: heads are dealt out, and the last of an odd number is split by rows."""
-    per_group = _per_group(problem, skips_rows)
-    heads = problem.batch * (problem.num_kv_heads if folds_groups else problem.num_heads)
+def work(problem: AttentionProblem, cores: int, kernel: Kernel, ranks: int = 1) -> tuple[float, float]:
+    """Groups and tiles of the busier core: heads are dealt out, and the last of an odd number is split by rows.
+
+    Args:
+        problem: what is computed.
+        cores: physical cores of the call.
+        kernel: what computes it.
+        ranks: of a context parallel group among which the rows were dealt out one by one; 1 for any other rows.
+    """
+    per_group = _per_group(problem, kernel, ranks)
+    folded = kernel.folds_groups and problem.q_len * (problem.num_heads // problem.num_kv_heads) <= ROWS
+    heads = problem.batch * (problem.num_kv_heads if folded else problem.num_heads)
     groups, total = len(per_group), sum(per_group)
     if cores == 1:
         return heads * groups, heads * total
@@ -138,28 +152,58 @@ def work(problem: AttentionProblem, cores: int, skips_rows: bool, folds_groups: 
         return whole * groups, whole * total
     if problem.q_len < SPLIT_ROWS:
         return (whole + 1) * groups, (whole + 1) * total
-    cut = int(groups * (CAUSAL_SPLIT if mask(problem).kind == "causal" and mask(problem).window is None else 0.5))
+    causal = ranks > 1 or (mask(problem).kind == "causal" and mask(problem).window is None)
+    cut = int(groups * (CAUSAL_SPLIT if causal else 0.5))
     parts = (cut, sum(per_group[:cut])), (groups - cut, sum(per_group[cut:]))
     most = max(parts, key=lambda part: part[1])
     return whole * groups + most[0], whole * total + most[1]
 
 
-def kernel_time(name: str, problem: AttentionProblem, target: str, cores: int, constants: Fit | None = None) -> Time:
-    """What one call of a kernel takes."""
+def copies(name: str, problem: AttentionProblem, target: str, cores: int) -> dict[str, int]:
+    """Bytes that are moved for a call of the kernel beside what it computes, by what they are."""
+    kernel, moved = KERNELS[name], {}
+    if problem.bias_shape is not None:
+        # One row for all queries is read once; else each score is given its own element.
+        elements = problem.scores if problem.bias_shape[2] > 1 else math.prod(problem.bias_shape)
+        moved["traffic of the bias"] = elements * (kernel.bias_bytes or problem.dtype.itemsize)
+    for bridge in kernel.bridges:
+        if bridge.needed(problem, Setting(target, cores)):
+            moved[f"copying ({bridge.words})"] = bridge.moves(problem)
+    return moved
+
+
+def kernel_time(
+    name: str,
+    problem: AttentionProblem,
+    target: str,
+    cores: int,
+    constants: Fit | None = None,
+    *,
+    ranks: int = 1,
+    turned: int = 0,
+) -> Time:
+    """What one call of a kernel takes, with what is copied for it.
+
+    Args:
+        name: of the kernel.
+        problem: what it computes.
+        target: the hardware.
+        cores: physical cores of the call.
+        constants: None for those of `fit`.
+        ranks: as for `work`.
+        turned: bytes moved because operands or the result lie otherwise than the kernel takes them.
+    """
     c = constants or fit()
     element = problem.dtype.itemsize if name == OURS else 2
     engine, bound = HARDWARE[target].tile_bound(problem.head_dim, problem.v_head_dim, element)
-    groups, count = work(problem, cores, KERNELS[name].skips_rows, KERNELS[name].folds_groups)
+    groups, count = work(problem, cores, KERNELS[name], ranks)
+    moved = {**copies(name, problem, target, cores), "copying (operands or the result are turned)": turned}
     parts = {
         "the kernel's fixed cost": c.fixed,
         "small operations for each 128 rows": c.per_group * groups,
         f"{engine} time of {count:.0f} tiles": c.slack * bound * count,
+        **{what: size / (HARDWARE[target].dma_gbs * cores) / 1e3 for what, size in moved.items()},
     }
-    if problem.bias_shape is not None:
-        # Read by ours as it is; for the SDK's kernels it is first written out in float32 for each head.
-        moved = math.prod(problem.bias_shape) * element
-        moved += 0 if name == OURS else 8 * problem.batch * problem.num_heads * problem.q_len * problem.kv_len
-        parts["traffic of the bias"] = moved / (HARDWARE[target].dma_gbs * cores) / 1e3
     spread = c.kernel_spread
     if target != "trn2" or name != "attention_cte":
         spread *= c.unmeasured_spread
@@ -169,13 +213,12 @@ def kernel_time(name: str, problem: AttentionProblem, target: str, cores: int, c
 def native_time(problem: AttentionProblem, target: str, cores: int, constants: Fit | None = None) -> Time:
     """What the native operators take: no mask skips anything."""
     c = constants or fit()
-    scores = problem.batch * problem.num_heads * problem.q_len * problem.kv_len
-    compiler = problem.kv_len >= COMPILER_ATTENTION
-    moved = scores * (c.compiler_bytes if compiler else c.native_bytes)
-    spread = c.compiler_spread if compiler else c.native_spread
+    long = problem.kv_len > LONG
+    moved = problem.scores * (c.long_bytes if long else c.native_bytes) + problem.operand_bytes
+    spread = c.long_spread if long else c.native_spread
     if target != "trn2":
         spread *= c.unmeasured_spread
-    because = "the compiler's own attention" if compiler else "traffic of the score matrix"
+    because = f"traffic of the {'operands' if 2 * problem.operand_bytes > moved else 'score matrix'}"
     return Time(moved / (HARDWARE[target].dma_gbs * cores) / 1e3, spread, because)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -9,6 +10,7 @@ import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask
 from neuron_attn_rewrite.kernels.vendor.nkilib import BLOCK, SEGMENT
+from neuron_attn_rewrite.masks.spec import Band
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.clauses import (
@@ -71,8 +73,33 @@ _TILES = (
     ),
 )
 """What the first `flash_fwd` and its gradients are tiled by."""
-SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0)
-REPEATED = Bridge("keys and values are repeated for each query head", lambda p, _: p.num_heads != p.num_kv_heads)
+SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0, lambda p: 2 * p.query_bytes)
+REPEATED = Bridge(
+    "keys and values are repeated for each query head",
+    lambda p, _: p.num_heads != p.num_kv_heads,
+    lambda p: (p.key_bytes + p.value_bytes) * (1 + p.num_heads // p.num_kv_heads),
+)
+
+
+def _causal_band(problem: AttentionProblem) -> Band:
+    """The band of a mask that the SDK's kernels call causal, with its window: of no other they skip anything."""
+    return problem.mask.band if mask(problem).kind == "causal" else Band()
+
+
+def _skipped_by_cte(problem: AttentionProblem) -> Band:
+    """As causal; behind a prefix, whose keys are all looked at, the new keys are causal."""
+    behind = Band(upper=problem.mask.band.upper)
+    return behind if mask(problem).kind == "prior" else _causal_band(problem)
+
+
+def _padded_features(problem: AttentionProblem) -> int:
+    """Bytes read and written to bring query, key, value and result to one head_dim."""
+    widest = _widest(problem)
+    by_dim = {problem.head_dim: 0, problem.v_head_dim: 0}
+    by_dim[problem.head_dim] += problem.query_bytes + problem.key_bytes
+    by_dim[problem.v_head_dim] += problem.value_bytes + problem.result_bytes
+    return sum(size * (dim + widest) // dim for dim, size in by_dim.items() if dim != widest)
+
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
@@ -113,7 +140,9 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     lambda p, s: s.target in ("trn2", "trn3") or mask(p).kind == "full",
                 ),
             ),
-            skips_rows=True,
+            folds_groups=True,
+            # Bounds are a tensor on the device, whose values are not known when the kernel is built.
+            skips=lambda p: p.mask.band,
         ),
         "attention_cte": Kernel(
             (
@@ -165,19 +194,36 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             ),
             (
                 SCALED,
-                Bridge("key padding becomes one more feature of query and key", lambda p, _: is_padded(p)),
-                Bridge("head_dim and v_head_dim are padded to the larger", lambda p, _: p.head_dim != p.v_head_dim),
-                Bridge("the first keys become a prefix", lambda p, _: mask(p).kind == "prior"),
+                Bridge(
+                    "key padding becomes one more feature of query and key",
+                    lambda p, _: is_padded(p),
+                    lambda p: 2 * (p.query_bytes + p.key_bytes),
+                ),
+                Bridge(
+                    "head_dim and v_head_dim are padded to the larger",
+                    lambda p, _: p.head_dim != p.v_head_dim,
+                    _padded_features,
+                ),
+                Bridge(
+                    "the first keys become a prefix",
+                    lambda p, _: mask(p).kind == "prior",
+                    lambda p: 2 * (p.key_bytes + p.value_bytes),
+                ),
                 Bridge("the mask becomes one interval of keys a row", lambda p, _: mask(p).kind == "rows"),
                 Bridge(
                     "query rows are padded to a multiple of 128",
                     lambda p, _: p.q_len % 128 > 0 and (mask(p).kind == "rows" or p.bias_shape is not None),
+                    lambda p: 2 * p.query_bytes,
                 ),
                 Bridge(
-                    "the bias is written out for each head",
-                    lambda p, _: p.bias_shape is not None and p.bias_shape != (p.batch, p.num_heads, p.q_len, p.kv_len),
+                    "the bias is written out in float32 for each head",
+                    lambda p, _: p.bias_shape is not None,
+                    lambda p: math.prod(p.bias_shape or ()) * p.dtype.itemsize + 4 * p.scores,
                 ),
             ),
+            skips=_skipped_by_cte,
+            skips_strided=True,
+            bias_bytes=4,
         ),
         "attention_tkg": Kernel(
             (
@@ -204,7 +250,12 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             ),
             (
                 SCALED,
-                Bridge("the mask is written out as 0 and 1", lambda *_: True),
+                Bridge("the mask is written out as 0 and 1", lambda *_: True, lambda p: 2 * p.scores),
+                Bridge(
+                    "earlier and new keys are copied apart",
+                    lambda *_: True,
+                    lambda p: 2 * (p.key_bytes + p.value_bytes),
+                ),
                 Bridge("keys are padded to a multiple of 128 a core", lambda p, s: p.kv_len % (128 * s.cores) > 0),
             ),
             folds_groups=True,
@@ -253,6 +304,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (SCALED, Bridge("keys and values are read as the blocks of a cache, as they lie", lambda *_: True)),
+            skips=_skipped_by_cte,
         ),
         "attention_isa_kernel": Kernel(
             (
@@ -283,6 +335,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 SCALED,
                 REPEATED,
             ),
+            skips=_causal_band,
         ),
         "neuronxcc_flash_fwd": Kernel(
             (
@@ -306,6 +359,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     ),
                 ),
             ),
+            skips=_causal_band,
+            step=2048,
         ),
         "sliding_window_flash_fwd": Kernel(
             (
@@ -328,6 +383,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (REPEATED,),
+            skips=_causal_band,
+            step=2048,
         ),
         "prefix_caching_attention_fwd_isa_kernel": Kernel(
             (
