@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -122,6 +123,8 @@ def test_strategies_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["kernels"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in KERNELS) and "{" not in out and "not installed here" in out
+    # Of a demand, what it says of one problem is left out whole.
+    assert not re.search(r"(and is|[,;])  \[", out)
 
 
 def test_profile_needs_a_device(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ import pytest
 
 from docs.generate import HERE, pages
 from neuron_attn_rewrite.cli.commands import run
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.strategy.legality import BACKWARD, KERNELS, OURS
 
 ROOT = HERE.parent
 PAGES = [ROOT / "README.md", *sorted(HERE.glob("*.md"))]
@@ -39,6 +41,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert path.exists(), f"{page.name} links to {target}"
         if anchor and path.suffix == ".md":
             assert anchor in headings(path), f"{page.name} links to {target}#{anchor}"
+
+
+def test_every_kernel_of_the_sdk_has_a_row() -> None:
+    page = (HERE / "kernels.md").read_text(encoding="utf-8")
+    for name in (KERNELS.keys() - {OURS}) | BACKWARD.keys() | vendor.PAGED.keys():
+        assert re.search(rf"^\|.*`{name}`", page, re.MULTILINE), name
 
 
 def headings(path: Path) -> set[str]:

@@ -242,7 +242,7 @@ def kernels() -> None:
 
 def _plain(demand: str) -> str:
     """A demand without what it says of one problem."""
-    general = re.sub(r",? (and here|and the mask is|not on|not with|tolerances=)[^;]*", "", demand)
+    general = re.sub(r"[,;]? (and here|and the mask is|and is(?= {)|not on|not with|tolerances=)[^;]*", "", demand)
     return re.sub(r" ?\{[^}]*\}+", "", general)
 
 

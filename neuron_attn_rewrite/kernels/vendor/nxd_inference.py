@@ -1,4 +1,4 @@
-"""NxD Inference 2.26 to 2.28: its own kernels, for causal windows and for a cache in blocks.
+"""NxD Inference: its own kernels, for causal windows (2.26 to 2.28) and for a cache in blocks (2.24 to 2.27).
 
 Sources: modules/sliding_window/attention.py; modules/chunked_prefill/flash_pa_with_schedule.py and scheduler.py.
 """
