@@ -31,6 +31,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "padding": ("exact", "right"),
         "empty_rows": ("exact", "any"),
         "weights": ("native", "beside"),
+        "gradients": (None, True, False),
         "verify": (True, False),
     }
 )
@@ -83,6 +84,9 @@ class RewriteConfig:
     weights: str = "native"
     """What becomes of an attention whose weights or scores something else reads too (`output_attentions`): "native"
     leaves it as it is, "beside" lets a kernel compute the output and keeps the softmax for the weights alone."""
+    gradients: bool | None = None
+    """Whether gradients will be taken: the report then says what computes them. None says yes of a model in training
+    mode with parameters that require gradients, and of a graph of torch.compile that is compiled to take them."""
     verify: bool = True
     """Compare each replaced site with the original on the example inputs, and put back those that differ."""
     require: int | str | None = None

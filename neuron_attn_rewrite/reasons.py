@@ -307,6 +307,16 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             'To take a kernel wherever one is legal, set policy="always"; to follow the SDK\'s table, policy="sdk"; '
             "to decide by your own device, measure a profile.",
         ),
+        "gradients": Entry(
+            "choice",
+            "A kernel of the SDK computes the gradients too.",
+            "Nothing to do. It is asked again when they are taken, of the SDK that is installed there.",
+        ),
+        "gradients-decomposed": Entry(
+            "choice",
+            "Plain operators compute the gradients: no kernel for them is installed, or none can.",
+            "They are exact, and form the scores. The report quotes what each kernel for gradients demands.",
+        ),
         "site-override": Entry(
             "choice", "A strategy or a kernel was set for this site.", "To let the policy choose, take it out of sites."
         ),

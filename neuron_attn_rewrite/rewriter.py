@@ -21,6 +21,7 @@ from neuron_attn_rewrite.exact import inside
 from neuron_attn_rewrite.forms import Form, at_example, forms, size_from_data
 from neuron_attn_rewrite.graph import Writes
 from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.kernels.launch import sdk_is_here
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import RewrittenModule
@@ -32,6 +33,7 @@ from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.sizes import examples, expression_of
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
+from neuron_attn_rewrite.strategy.gradients import told
 from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.verify import capture_error, measure, measure_exactly
@@ -80,6 +82,9 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     Raises:
         RewriteError: fewer attentions were replaced than `config.require` asks for.
     """
+    if config.gradients is None:
+        trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
+        config = replace(config, gradients=trains)
     prover = Prover(module, config)
     plans = [make_plan(site, prover, config) for site in find(module, prover.evaluator)]
     before = snapshot(module.graph)
@@ -143,6 +148,8 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     possible = forms(site, proof, values)
     no = _shared(site, config) or _written(site, prover.writes) or _unknown_size(site, proof, prover, config)
     form, decision = (possible[0], _native(no, config)) if no else _chosen(possible, prover, config)
+    if config.gradients and decision.kernel != NATIVE:
+        decision = _with_gradients(decision, form, config)
     said = (*proof.reasons, *_open_sizes(site, prover), *form.reasons, *decision.reasons)
     site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
     return Plan(site, proof, form, replace(decision, reasons=said), at_example(site, values))
@@ -160,6 +167,13 @@ def _chosen(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> 
     problems = [form.problem for form in possible]
     i, decision = choose_among(problems, config, possible[0].site.name, lambda i, kernel: laid_out(i, kernel).turned)
     return possible[i] if decision.kernel == NATIVE else laid_out(i, decision.kernel), decision
+
+
+def _with_gradients(decision: Decision, form: Form, config: RewriteConfig) -> Decision:
+    """The decision with what will compute the gradients: of the SDK that is installed, else of the one meant."""
+    sdk = None if sdk_is_here() else config.sdk
+    name, reason = told(form.problem, config.target, decision.lnc, sdk)
+    return replace(decision, gradients=name, reasons=(*decision.reasons, reason))
 
 
 def _arranged(form: Form, kernel: str, prover: Prover) -> Form:

@@ -220,6 +220,8 @@ def rewrite_dynamo_graph(
     Raises:
         RewriteError: `config.require` is not met.
     """
+    if config.gradients is None:
+        config = replace(config, gradients=_takes_gradients(example_inputs or ()))
     report = _rewritten(module, example_inputs, replace(config, require=None))
     declare_constants(module)
     if report.sites or config.require == 0:
@@ -227,6 +229,11 @@ def rewrite_dynamo_graph(
     for text in report.warnings:
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return report
+
+
+def _takes_gradients(inputs: Sequence[Any]) -> bool:
+    """Whether a graph on these inputs, weights among them, is compiled with its backward."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
 
 
 def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:

@@ -27,8 +27,7 @@ from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
 from neuron_attn_rewrite.problem import posed
-from neuron_attn_rewrite.strategy.clauses import Setting
-from neuron_attn_rewrite.strategy.legality import illegal
+from neuron_attn_rewrite.strategy.gradients import OPERATORS, gradients
 
 TARGET = "AwsNeuronCustomNativeKernel"
 """The custom call that a NKI kernel is in HLO (AWS Neuron documentation, NKI framework custom operators)."""
@@ -113,13 +112,11 @@ def backward(
     """
     if _placeholders:
         return None
-    problem = posed(query, key, value, terms)
-    for adapter in filter(None, (kernel.resolve() for kernel in vendor.BACKWARD.values())):
-        where = Setting(TARGETS[generation()], lnc, parameters=adapter.parameters)
-        if illegal(adapter.name, problem, where) is None:
-            grads: tuple[Tensor, ...] = adapter.launched_by(launcher).call(grad, query, key, value, terms, lnc)
-            return grads
-    return None
+    name, _ = gradients(posed(query, key, value, terms), TARGETS[generation()], lnc)
+    if name == OPERATORS:
+        return None
+    grads: tuple[Tensor, ...] = vendor.require(name).launched_by(launcher).call(grad, query, key, value, terms, lnc)
+    return grads
 
 
 def run(call: prepare.Launch, launcher: Launch = nki_jit) -> Tensor:

@@ -213,6 +213,7 @@ def _site(
         mask=proof.mask if isinstance(proof, Proof) else proof,
         strategy=decision.strategy if after else FlashAttentionStrategy.NONE,
         kernel=decision.kernel if after else NATIVE,
+        gradients=decision.gradients if after else None,
         reasons=reasons,
         before=before,
         after=after,

@@ -77,6 +77,9 @@ class SiteReport:
     mask: MaskSpec | Unproven | None = None
     strategy: FlashAttentionStrategy = FlashAttentionStrategy.NONE
     kernel: str = "native"
+    gradients: str | None = None
+    """What computes the gradients of a replaced attention: a kernel of the SDK, or "operators"; None where nobody takes
+    them."""
     reasons: tuple[Reason, ...] = ()
     """Every rule that spoke, in order."""
     before: tuple[NodeReport, ...] = ()

@@ -60,7 +60,7 @@ def _lines(group: Group) -> Iterator[Line]:
     if site.q_len is not None:
         yield _entry("shape", shape(site))
         yield _entry("mask", mask(site))
-    yield _entry("becomes", f"{site.kernel} ({site.strategy.name})")
+    yield _entry("becomes", becomes(site))
     for i, reason in enumerate(site.reasons):
         yield (*_entry("" if i else "why", str(reason)), (f"  [{reason.code}]", "dim"))
     if site.is_replaced:
@@ -83,6 +83,12 @@ def shape(site: SiteReport) -> str:
     value = "" if site.v_head_dim == site.head_dim else f", v_head_dim {site.v_head_dim}"
     kind = str(site.dtype).removeprefix("torch.")
     return f"query {query}, key {key}{value}, {kind}, scale {site.scale:.6g}"
+
+
+def becomes(site: SiteReport) -> str:
+    """The kernel with its strategy, and what computes the gradients if they are taken."""
+    backward = f", gradients by {site.gradients}" if site.gradients else ""
+    return f"{site.kernel} ({site.strategy.name}){backward}"
 
 
 def mask(site: SiteReport) -> str:
@@ -110,6 +116,6 @@ def to_markdown(report: RewriteReport) -> str:
         sizes = (shape(site), mask(site)) if site.q_len is not None else ("", "")
         why = "; ".join(f"{r} (`{r.code}`)" for r in site.reasons)
         error = "" if group.max_error is None else f"{group.max_error:.1e}"
-        cells = (f"`{group.name}`{times}", f"{site.kernel} ({site.strategy.name})", *sizes, why, error)
+        cells = (f"`{group.name}`{times}", becomes(site), *sizes, why, error)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"

@@ -45,6 +45,8 @@ class Decision:
     """Physical cores that one call runs on."""
     reasons: tuple[Reason, ...]
     """Every rule that spoke, in order."""
+    gradients: str | None = None
+    """What computes the gradients, as `strategy.gradients` names it; None where none are taken."""
 
 
 def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, Clause]:
