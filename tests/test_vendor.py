@@ -17,7 +17,9 @@ from neuron_attn_rewrite.errors import InputError, KernelError, RewriteWarning
 from neuron_attn_rewrite.kernels import launch, ops, reference, vendor
 from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.simulator import active, run
+from neuron_attn_rewrite.kernels.vendor import nkilib
 from neuron_attn_rewrite.kernels.vendor.adapter import How
+from neuron_attn_rewrite.kernels.vendor.layouts import Mask
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
@@ -156,6 +158,15 @@ def test_blocks_are_numbered_as_the_keys_lie(monkeypatch: pytest.MonkeyPatch) ->
     )
     ((_, arguments),) = kernel.calls
     assert arguments["block_tables"].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "size"),
+    [(0, 8192), (128, 512), (1024, 1024), (1536, 2048), (6144, 8192), (8192, 8192), (8704, 4096), (130048, 8192)],
+)
+def test_segments_are_neither_many_nor_mostly_empty(earlier: int, size: int) -> None:
+    assert nkilib.segment(Mask("prior", None, earlier)) == size
+    assert nkilib.segment(Mask("prior", 128, earlier)) == 8192
 
 
 DECODE_PADDING = torch.arange(300) < torch.tensor([[300], [170]])

@@ -68,6 +68,8 @@ class Kernel:
     """Whether the strided rows of a rank spare it work too: what no rank's rows of that group see."""
     step: int = 512
     """Keys that are left out at a time."""
+    spills: Callable[[AttentionProblem], int] = lambda _: 0
+    """Bytes that it writes to memory and reads again, where the others keep them on the core."""
     bias_bytes: int | None = None
     """Of one element of a bias as it is read; None for the operands' dtype."""
 

@@ -161,7 +161,8 @@ def work(problem: AttentionProblem, cores: int, kernel: Kernel, ranks: int = 1) 
 
 def copies(name: str, problem: AttentionProblem, target: str, cores: int) -> dict[str, int]:
     """Bytes that are moved for a call of the kernel beside what it computes, by what they are."""
-    kernel, moved = KERNELS[name], {}
+    kernel = KERNELS[name]
+    moved = {"what the kernel keeps in memory": kernel.spills(problem)}
     if problem.bias_shape is not None:
         # One row for all queries is read once; else each score is given its own element.
         elements = problem.scores if problem.bias_shape[2] > 1 else math.prod(problem.bias_shape)

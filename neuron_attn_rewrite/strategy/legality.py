@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask
-from neuron_attn_rewrite.kernels.vendor.nkilib import BLOCK, SEGMENT
+from neuron_attn_rewrite.kernels.vendor.nkilib import BLOCK, segment
 from neuron_attn_rewrite.masks.spec import Band
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
@@ -90,6 +90,13 @@ def _skipped_by_cte(problem: AttentionProblem) -> Band:
     """As causal; behind a prefix, whose keys are all looked at, the new keys are causal."""
     behind = Band(upper=problem.mask.band.upper)
     return behind if mask(problem).kind == "prior" else _causal_band(problem)
+
+
+def _spilled(problem: AttentionProblem) -> int:
+    """Of attention_segmented_cte: a copy of the query, and the running output, in float32 once for each segment."""
+    seen = mask(problem)
+    passes = 1 if seen.window else 2 * (1 + math.ceil(seen.offset / segment(seen)))
+    return 2 * problem.query_bytes + 2 * passes * problem.result_bytes
 
 
 def _padded_features(problem: AttentionProblem) -> int:
@@ -290,11 +297,9 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
                 Clause(
                     "kernel-size",
-                    f"a window must be at most {SEGMENT}, with q_len {{p.q_len}} together 8192, and all keys 131072, "
-                    "and the mask is {p.mask}",
-                    lambda p, _: (
-                        (mask(p).window or 0) <= min(SEGMENT, 8192 - p.q_len) and mask(p).offset + p.q_len <= 131072
-                    ),
+                    "q_len {p.q_len} and the window together must be at most 8192, and all keys 131072, and the mask "
+                    "is {p.mask}",
+                    lambda p, _: p.q_len + (mask(p).window or 0) <= 8192 and mask(p).offset + p.q_len <= 131072,
                 ),
                 Clause(
                     "kernel-size",
@@ -304,7 +309,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (SCALED, Bridge("keys and values are read as the blocks of a cache, as they lie", lambda *_: True)),
-            skips=_skipped_by_cte,
+            skips=lambda p: p.mask.band,
+            spills=_spilled,
         ),
         "attention_isa_kernel": Kernel(
             (

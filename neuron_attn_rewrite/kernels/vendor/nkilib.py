@@ -15,7 +15,16 @@ from torch import Tensor
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
-from neuron_attn_rewrite.kernels.vendor.layouts import column, folded, mask_in, multiple, padded, row_bounds, scaled
+from neuron_attn_rewrite.kernels.vendor.layouts import (
+    Mask,
+    column,
+    folded,
+    mask_in,
+    multiple,
+    padded,
+    row_bounds,
+    scaled,
+)
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 STRIDED = FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name
@@ -25,8 +34,10 @@ KEY_TILE = 128
 """Each core of attention_tkg takes a multiple of this many keys."""
 BLOCK = 128
 """Keys in a block of attention_segmented_cte: what it is told of lengths must be a multiple of this."""
-SEGMENT = 2048
-"""Earlier keys that attention_segmented_cte takes at a time."""
+SEGMENTS = (8192, 4096, 2048, 1024, 512)
+"""How many earlier keys attention_segmented_cte can be built to take at a time."""
+PASS = 1024
+"""Keys that are looked at in about the time that each segment takes beside them, by the cost model."""
 HIDDEN = -1e30
 """What a hidden key adds to a score: far below any score, and finite in bfloat16 (not in float16)."""
 MOST_HIDDEN = -3e38
@@ -88,6 +99,15 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     return turned(out[:, :, :q_len, :v_dim], PLAIN, orders.result)
 
 
+def segment(mask: Mask) -> int:
+    """The size of segments that cost least: the last is looked at whole. A window is loaded without segments, but its
+    blocks must fit one, to which the table is padded.
+    """
+    if mask.window:
+        return SEGMENTS[0]
+    return min(SEGMENTS, key=lambda size: multiple(mask.offset, size) * (1 + PASS / size))
+
+
 def _attention_segmented_cte(
     adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How
 ) -> Tensor:
@@ -107,7 +127,7 @@ def _attention_segmented_cte(
         block_tables=torch.arange(len(k_cache), dtype=torch.int32, device=key.device).reshape(requests, -1),
         prior_tokens=torch.full((1, 1), mask.offset, dtype=torch.int32, device=key.device),
         block_size=BLOCK,
-        prior_seg_size=SEGMENT,
+        prior_seg_size=segment(mask),
         scale=1.0,
         tp_q=True,
         tp_out=how.orders.result != PLAIN,
