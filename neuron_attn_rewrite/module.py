@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,10 @@ from neuron_attn_rewrite.sizes import bind
 
 if TYPE_CHECKING:
     from neuron_attn_rewrite.report.model import RewriteReport
+
+
+PROVEN_BUFFERS = "neuron_attn_rewrite.proven_buffers"
+"""Where a module's `meta` has the names of the buffers whose values are part of a proof."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -53,6 +58,28 @@ class RewrittenModule(fx.GraphModule):
             has, wants = ("train", "eval") if self.training else ("eval", "train")
             raise RewriteError(f"this graph was captured in {has} mode: call model.{wants}() and rewrite again.")
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of nn.Module. A mask or scale that was proven from a buffer is not read from it any more.
+
+        Raises:
+            RewriteError: another value of such a buffer is to be loaded; nothing is loaded then.
+        """
+        for name in sorted(self.meta.get(PROVEN_BUFFERS, ())):
+            old, new = self.get_buffer(name), state_dict.get(name)
+            if new is not None and new.shape == old.shape and not torch.equal(new.to(old), old):
+                raise RewriteError(
+                    f"the value of buffer {name!r} is part of what was proven, and another one is to be loaded: "
+                    "load it into the model, and rewrite that."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __reduce__(self) -> Any:
+        """A pickle of a graph has no shapes, which a rewritten model checks its arguments with."""
+        raise RewriteError(
+            "a rewritten model can't be pickled: save its state_dict() and rewrite the model again, "
+            "or save torch.export.export(rewritten, ...) with torch.export.save."
+        )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, checked against what was captured."""

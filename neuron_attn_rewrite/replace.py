@@ -103,8 +103,18 @@ def graft(module: fx.GraphModule, plans: Sequence[Plan], changed: frozenset[fx.N
     return grafts
 
 
-def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> None:
-    """Let the accepted grafts take over, and drop every node that nothing reads. The module's code is not made anew."""
+def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
+    """Let the accepted grafts take over, and drop every node that nothing reads. The module's code is not made anew.
+
+    Returns:
+        The buffers that no kernel call reads, as their values are part of what it says: masks and scales.
+    """
+    said = frozenset(
+        str(node.target)
+        for g in accepted
+        for node in _constants(g.plan.site.output, g) - _constants(g.result, g)
+        if str(node.target) in dict(module.named_buffers(remove_duplicate=False))
+    )
     for g in accepted:
         for user in list(g.plan.site.output.users):
             if user not in g.added:
@@ -112,6 +122,22 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> None:
         _allow_any_strides(g.result)
     eliminate_dead_code(module.graph)
     module.graph.lint()
+    return said
+
+
+def _constants(end: fx.Node, g: Graft) -> set[fx.Node]:
+    """The stored tensors from which a node is made, but for those behind the operands of the attention."""
+    assert g.plan.form
+    site, form = g.plan.site, g.plan.form.site
+    reached = {o.node for s in (site, form) for o in (s.query, s.key, s.value)}
+    stack, found = [end], set()
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack += node.all_input_nodes
+            found |= {node} if node.op == "get_attr" else set()
+    return found
 
 
 def _allow_any_strides(node: fx.Node) -> None:

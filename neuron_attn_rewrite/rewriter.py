@@ -24,7 +24,7 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.launch import sdk_is_here
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
-from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
@@ -91,7 +91,8 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     chosen = [plan for plan in plans if isinstance(plan, Plan) and plan.decision.kernel != NATIVE]
     grafts = graft(module, chosen, prover.writes.changed)
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
-    commit(module, [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.coarsest)])
+    accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.plan.site.coarsest)]
+    module.meta[PROVEN_BUFFERS] = commit(module, accepted)
     report = make_report(module.graph, before, plans, grafts, errors, config)
     demand(report, config)
     return report

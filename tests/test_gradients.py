@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.config import TOLERANCES
@@ -59,3 +59,65 @@ def test_gradients_are_those_of_the_model(name: str) -> None:
         assert (old.grad is None) == (new.grad is None)
         if old.grad is not None and new.grad is not None:
             assert relative_error(new.grad, old.grad) <= 10 * TOLERANCES[torch.float32]
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """An attention some of whose rows see no key, beside a way around it."""
+    hidden = torch.ones(4, 4, dtype=torch.bool).tril(-1)
+    return v + torch.softmax((q @ k.mT / 2).masked_fill(~hidden, torch.finfo(q.dtype).min), -1) @ (v + b)
+
+
+def rewritten_and_inputs() -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, 2, 4, 4) for _ in range(4))
+    rewritten = rewrite(Function(biased), inputs, config=RewriteConfig(policy="always"))
+    assert len(kernel_calls(rewritten)) == 1
+    return rewritten, inputs
+
+
+def test_second_derivatives_are_those_of_the_model() -> None:
+    rewritten, inputs = rewritten_and_inputs()
+    found = []
+    for run in (biased, rewritten):
+        given = tuple(t.clone().requires_grad_() for t in inputs)
+        first = torch.autograd.grad(run(*given).square().sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), given))
+    for old, new in zip(*found, strict=True):
+        assert relative_error(new, old) <= 10 * TOLERANCES[torch.float32]
+
+
+def test_derivatives_forwards_are_those_of_the_model() -> None:
+    rewritten, inputs = rewritten_and_inputs()
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+    old, new = (torch.func.jvp(run, inputs, tangents)[1] for run in (biased, rewritten))
+    assert relative_error(new, old) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_the_result(dtype: torch.dtype) -> None:
+    """The model casts the results of its projections, and a rotation makes float32 of two of them again."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(2, 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            turn = torch.cos(torch.arange(6.0))[:, None]
+            return F.scaled_dot_product_attention(q * turn, k * turn, v)
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 6, 8)
+    rewritten = rewrite(model, (x,), config=RewriteConfig(policy="always"))
+    assert len(kernel_calls(rewritten)) == 1
+    results = []
+    for run in (model, rewritten):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype):
+            y = run(x)
+        y.float().square().sum().backward()
+        results.append((y.detach(), model.qkv.weight.grad.clone()))  # type: ignore[union-attr]
+    for old, new in zip(*results, strict=True):
+        assert old.dtype == new.dtype
+        assert relative_error(new, old) <= 4 * TOLERANCES[dtype]

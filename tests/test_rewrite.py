@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 import warnings
 from typing import Any
 
@@ -127,6 +128,41 @@ def test_state_dict_goes_both_ways(model: Attention) -> None:
     expected = other(x, mask)["y"]
     rewritten.load_state_dict(torch.load(file))
     assert relative_error(rewritten(x, mask)["y"], expected) < 2e-5
+
+
+class Masked(nn.Module):
+    """Its mask and scale are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shown", torch.ones(6, 6, dtype=torch.bool).tril())
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.register_buffer("offset", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.offset
+        scores = (x @ x.mT * self.scale).masked_fill(~self.shown, -torch.inf)
+        return torch.softmax(scores, -1) @ x
+
+
+def test_another_value_of_what_was_proven_is_not_loaded() -> None:
+    model, x = Masked(), torch.randn(1, 2, 6, 4)
+    rewritten = rewrite(model, (x,), config=ALWAYS)
+    assert str(rewritten.report.sites[0].mask) == "causal(offset=0)"
+    other = Masked()
+    other.offset += 1
+    rewritten.load_state_dict(other.state_dict())
+    assert relative_error(rewritten(x), other(x)) < 2e-5
+    for name in ("shown", "scale"):
+        state = {**Masked().state_dict(), name: torch.ones_like(model.get_buffer(name))}
+        with pytest.raises(RewriteError, match=f"value of buffer '{name}' is part of what was proven"):
+            copy.deepcopy(rewritten).load_state_dict(state)
+    assert float(rewritten.get_buffer("offset")[0]) == 1
+
+
+def test_a_pickle_is_one_clear_error(model: Attention) -> None:
+    with pytest.raises(RewriteError, match=r"can't be pickled: save its state_dict"):
+        pickle.dumps(rewrite(model, example(), config=ALWAYS))
 
 
 def test_the_result_moves_copies_and_is_captured_again(model: Attention) -> None:

@@ -32,12 +32,13 @@ Arguments that do not fit raise `InputError`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from neuron_attn_rewrite.kernels import cpu, launch, paged, prior, reference, simulated, vendor
 from neuron_attn_rewrite.kernels.arguments import UNSHARDED, check, orders_of
@@ -63,6 +64,9 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
+
+TENSORS = ("bias", "sink", "key_padding", "bounds")
+"""Tensors among the options."""
 
 Computed: TypeAlias = Callable[[Tensor, Tensor, Tensor, Terms], Tensor]
 
@@ -116,6 +120,8 @@ def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
 
 def _autograd(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     bias, sink = options.get("bias"), options.get("sink")
+    if any(map(_has_tangent, (query, key, value, bias, sink))):
+        return _decomposed(query, key, value, **options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias, sink)):
         result: Tensor = cast(Any, _Attention).apply(query, key, value, bias, sink, options)
         return result
@@ -128,8 +134,23 @@ def _below_autograd(query: Tensor, key: Tensor, value: Tensor, options: dict[str
         return result
 
 
+def _has_tangent(tensor: Tensor | None) -> bool:
+    """Whether a derivative is computed forwards from this tensor, as by torch.func.jvp."""
+    inside = getattr(forward_ad, "_current_level", -1) >= 0
+    return tensor is not None and inside and cast(Any, forward_ad).unpack_dual(tensor).tangent is not None
+
+
+def _autocast(device: str, key_set: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Under autocast query, key and value get its dtype, as those of scaled_dot_product_attention do."""
+    with torch._C._ExcludeDispatchKeyGuard(key_set):
+        dtype = torch.get_autocast_dtype(device)
+        given = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+        result: Tensor = torch.ops.neuron_attn.flash_fwd.default(*given, **options)
+        return result
+
+
 class _Attention(torch.autograd.Function):
-    """`flash_fwd`, with `flash_bwd` for its gradients."""
+    """`flash_fwd`, with `flash_bwd` for its gradients; where those are to have gradients, they are plain operators."""
 
     @staticmethod
     def forward(
@@ -142,16 +163,20 @@ class _Attention(torch.autograd.Function):
         options: dict[str, Any],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
-        tensors = ("bias", "sink", "key_padding", "bounds")
-        ctx.numbers = {k: v for k, v in options.items() if k not in (*tensors, "strategy", "kernel", "orders")}
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*TENSORS, "strategy", "kernel", "orders")}
         ctx.orders = orders_of(options)
         return _below_autograd(query, key, value, options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, sink, key_padding, bounds = ctx.saved_tensors
         needed, orders = ctx.needs_input_grad, ctx.orders
+        if torch.is_grad_enabled():
+            terms = dict(zip(TENSORS, (bias, sink, key_padding, bounds), strict=True))
+            out = _decomposed(query, key, value, **ctx.numbers, **terms, orders=str(orders))
+            wanted = [t for t, is_needed in zip(ctx.saved_tensors[:5], needed, strict=False) if is_needed]
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            return (*(next(found) if is_needed else None for is_needed in needed[:5]), None)
         query, key, value = orders.to(AS_GIVEN, query, key, value)
         grad = turned(grad, orders.result, PLAIN)
         grads = torch.ops.neuron_attn.flash_bwd.default(
@@ -227,6 +252,9 @@ def _like_operands(grads: tuple[Tensor, ...], query: Tensor, terms: Terms) -> tu
 
 LIBRARY.impl("flash_fwd", _autograd, "Autograd")
 LIBRARY.impl("flash_fwd", _xla, "XLA")
+for _device in ("CPU", "CUDA", "XLA"):
+    _keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{_device}"))
+    LIBRARY.impl("flash_fwd", partial(_autocast, _device.lower(), _keys), f"Autocast{_device}")
 LIBRARY.impl("flash_bwd", backward_on_device, "XLA")
 for _op, _on_cpu, _elsewhere, _meta in (
     ("flash_fwd", _cpu, _decomposed, _fake),
