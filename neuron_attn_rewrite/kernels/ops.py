@@ -141,11 +141,12 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _autocast(device: str, key_set: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Under autocast query, key and value get its dtype, as those of scaled_dot_product_attention do."""
+    """Operators in front may leave operands of two dtypes: they get that of autocast. Those of one are left alone."""
+    operands = (query, key, value)
+    if len({t.dtype for t in operands} - {torch.float64}) > 1:
+        operands = tuple(t.to(torch.get_autocast_dtype(device)) for t in operands)  # type: ignore[assignment]
     with torch._C._ExcludeDispatchKeyGuard(key_set):
-        dtype = torch.get_autocast_dtype(device)
-        given = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-        result: Tensor = torch.ops.neuron_attn.flash_fwd.default(*given, **options)
+        result: Tensor = torch.ops.neuron_attn.flash_fwd.default(*operands, **options)
         return result
 
 
