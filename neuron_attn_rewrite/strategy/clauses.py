@@ -156,3 +156,24 @@ def shipped(since: str, until: str) -> Clause:
         f"it comes with SDK {since} to {until}, not with {{s.sdk}}",
         lambda _, s: s.parameters is not None or since <= s.sdk <= until,
     )
+
+
+NARROW = (SIZES, GROUPS, ONE_HEAD_DIM, ROUNDED, SCALE, NO_SOFTCAP)
+"""What every kernel of the SDK demands but attention_cte."""
+GRADIENTS = (
+    *NARROW,
+    NO_BIAS,
+    NO_PADDING,
+    NEVER_EMPTY,
+    Clause(
+        "kernel-mask",
+        "the mask must be none, or causal or a causal window with as many queries as keys, and is {p.mask}",
+        lambda p, _: mask(p) == Mask("full") or (mask(p).kind == "causal" and p.q_len == p.kv_len),
+    ),
+)
+SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0, lambda p: 2 * p.query_bytes)
+
+
+def causal_band(problem: AttentionProblem) -> Band:
+    """The band of a mask that the SDK's kernels call causal, with its window: of no other they skip anything."""
+    return problem.mask.band if mask(problem).kind == "causal" else Band()

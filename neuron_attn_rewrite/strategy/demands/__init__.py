@@ -1,0 +1,1 @@
+"""What each kernel demands: one module a generation, as in `kernels.vendor`."""

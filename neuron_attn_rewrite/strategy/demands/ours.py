@@ -1,0 +1,68 @@
+"""What our own kernel demands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.strategy.clauses import (
+    DTYPES,
+    GROUPS,
+    SCALE,
+    SIZES,
+    Clause,
+    Kernel,
+    mask,
+)
+
+OURS = "flash_fwd"
+"""Our own kernel."""
+MAX_HEAD_DIM = 256
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {
+        OURS: Kernel(
+            (
+                SIZES,
+                GROUPS,
+                Clause(
+                    "head-dim",
+                    f"head_dim {{p.head_dim}} must be at most {MAX_HEAD_DIM}",
+                    lambda p, _: p.head_dim <= MAX_HEAD_DIM,
+                ),
+                Clause(
+                    "head-dim",
+                    f"v_head_dim {{p.v_head_dim}} must be at most {MAX_HEAD_DIM}",
+                    lambda p, _: p.v_head_dim <= MAX_HEAD_DIM,
+                ),
+                Clause(
+                    "dtype",
+                    f"dtype {{p.dtype}} must be one of {', '.join(map(str, DTYPES))}",
+                    lambda p, _: p.dtype in DTYPES,
+                ),
+                SCALE,
+                Clause(
+                    "softcap-sign",
+                    "softcap {p.softcap} must be positive",
+                    lambda p, _: p.softcap is None or p.softcap > 0,
+                ),
+                Clause(
+                    "empty-rows",
+                    "a query that sees no key must give zeros or the mean of all values, and here gives neither; "
+                    'empty_rows="any" or padding="right" says that such rows do not matter',
+                    lambda p, _: p.empty_rows is not EmptyRows.OTHER,
+                ),
+                Clause(
+                    "kernel-target",
+                    "band and row masks need an instruction that {s.target} lacks, and the mask is {p.mask}",
+                    lambda p, s: s.target in ("trn2", "trn3") or mask(p).kind == "full",
+                ),
+            ),
+            folds_groups=True,
+            # Bounds are a tensor on the device, whose values are not known when the kernel is built.
+            skips=lambda p: p.mask.band,
+        ),
+    }
+)
+"""By its name."""
