@@ -178,7 +178,7 @@ class _Emitter:
             "empty_rows": "mean" if proof.empty_rows is EmptyRows.MEAN else None,
             "strategy": decision.strategy.name,
             "lnc": decision.lnc,
-            "kernel": decision.kernel,
+            "kernel_name": decision.kernel,
             "orders": None if form.orders == AS_GIVEN else str(form.orders),
         }
         result = self._new(

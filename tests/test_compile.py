@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -391,9 +389,6 @@ def test_pass_ids() -> None:
     always = RewriteConfig(policy="always")
     assert pass_id(always) == pass_id(RewriteConfig(policy="always"))
     assert len({pass_id(c) for c in (always, RewriteConfig(), RewriteConfig(tolerances={torch.float32: 1e-3}))}) == 3
-    script = "from neuron_attn_rewrite.backends.inductor import *; print(pass_id(RewriteConfig(policy='always')))"
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == pass_id(always)
 
 
 def test_the_hook_of_inductor() -> None:

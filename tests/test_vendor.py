@@ -297,7 +297,7 @@ def test_paged(block_size: int, kv_tile: int, monkeypatch: pytest.MonkeyPatch) -
     adapter = vendor.find(PAGED)
     assert adapter is not None
     actual = adapter.call(*operands, reference.Terms(0.2), 1)
-    expected = torch.ops.neuron_attn.flash_paged(*operands, scale=0.2, kernel=PAGED)
+    expected = torch.ops.neuron_attn.flash_paged(*operands, scale=0.2, kernel_name=PAGED)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert [grid for grid, _ in kernel.calls] == [(1, tensors[1].shape[1])]
     for terms, words in ((reference.Terms(0.2, softcap=1.0), "no softcap"), (reference.Terms(0.2), "multiple of 512")):
@@ -310,7 +310,7 @@ def test_paged_kernels_have_names() -> None:
     batch = Batch((150,), (0,))
     schedule = make_schedule((150,), (0,), batch.tables(), 32)
     with pytest.raises(InputError, match=f"one of flash_paged, {PAGED}, not 'flash'"):
-        torch.ops.neuron_attn.flash_paged(*batch.tensors(), *fields(schedule), scale=0.2, kernel="flash")
+        torch.ops.neuron_attn.flash_paged(*batch.tensors(), *fields(schedule), scale=0.2, kernel_name="flash")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_rewritten_graph_names_the_kernel(kernel: str, q_len: int, kv_len: int
     config = RewriteConfig(policy="always", sdk="2.32", kernels=(kernel,))
     rewritten = rewrite(Function(attend), inputs(), config=config)
     (call,) = kernel_calls(rewritten)
-    assert call.kwargs["kernel"] == rewritten.report.sites[0].kernel == kernel
+    assert call.kwargs["kernel_name"] == rewritten.report.sites[0].kernel == kernel
     assert any("the scale goes into the query" in reason for reason in rewritten.report.sites[0].reasons)
     fresh = inputs()
     torch.testing.assert_close(rewritten(*fresh), attend(*fresh), rtol=0, atol=3e-2)

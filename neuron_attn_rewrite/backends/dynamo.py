@@ -7,9 +7,12 @@ what comes out is normalised like any capture.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,7 +155,11 @@ def spell_out_autocast(graph: fx.Graph) -> None:
 
 
 def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:
-    """Let the very graph object of `target` compute what `source` computes; its placeholders stay as they are."""
+    """Let the very graph object of `target` compute what `source` computes; its placeholders stay as they are.
+
+    Kernel calls have the id of our sources in their names, by which compile caches tell graphs apart: what AOTAutograd
+    keeps was traced through the gradients of this version.
+    """
     graph = target.graph
     placeholders = graph.find_nodes(op="placeholder")
     device = next(v.device for n in placeholders if isinstance(v := value(n), Tensor))
@@ -172,11 +179,38 @@ def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:
             mapping[node].meta = dict(node.meta)
     results = graph.graph_copy(source.graph, mapping)
     for node in graph.nodes:
+        if getattr(node.target, "namespace", None) == "neuron_attn":
+            node._rename(f"{op_name(node)}_{sources()[:12]}")
         if "val" in node.meta:
             node.meta.setdefault("example_value", node.meta["val"])
     graph.output(tuple(results) if isinstance(results, (list, tuple)) else results)
     graph.lint()
     target.recompile()
+
+
+@functools.cache
+def sources() -> str:
+    """Changes with any line of this package."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def make_in_graph(module: fx.GraphModule, names: Collection[str]) -> None:
+    """Let the graph make these buffers of the module itself."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target not in names:
+            continue
+        held = getattr(module, node.target)
+        with module.graph.inserting_before(node):
+            like = {"dtype": held.dtype, "device": held.device}
+            flat = module.graph.call_function(torch.tensor, (held.flatten().tolist(),), like)
+            made = module.graph.call_function(torch.reshape, (flat, tuple(held.shape)))
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        module.graph.erase_node(node)
+    for name in names:
+        delattr(module, name)
+    module.recompile()
 
 
 def declare_constants(module: fx.GraphModule) -> None:

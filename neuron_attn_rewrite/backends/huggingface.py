@@ -221,7 +221,7 @@ def _attention(
         sink=s_aux,
         strategy=decision.strategy.name,
         lnc=decision.lnc,
-        kernel=decision.kernel,
+        kernel_name=decision.kernel,
         orders=str(Orders(result="BSHD")),
     )
     return out, None

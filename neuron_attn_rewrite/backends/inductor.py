@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from neuron_attn_rewrite.backends.compile import GraphReport, publish, rewrite_dynamo_graph
+from neuron_attn_rewrite.backends.dynamo import make_in_graph, sources
 from neuron_attn_rewrite.config import RewriteConfig
 
 
@@ -30,7 +29,10 @@ class InductorPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
         assert isinstance(module, fx.GraphModule) and module.graph is graph
+        before = dict(module.named_buffers())
         publish(GraphReport(rewrite_dynamo_graph(module, None, self.config), "inductor"))
+        # Inductor may have listed before what the module holds.
+        make_in_graph(module, dict(module.named_buffers()).keys() - before)
 
     def uuid(self) -> str:
         """Changes with the configuration, with torch, and with any line of this package."""
@@ -39,10 +41,4 @@ class InductorPass(CustomGraphPass):
 
 def pass_id(config: RewriteConfig) -> str:
     """What a compile cache must know of a rewrite with this configuration."""
-    return hashlib.sha256(f"{_sources()}{torch.__version__}{config!r}".encode()).hexdigest()
-
-
-@functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(f"{sources()}{torch.__version__}{config!r}".encode()).hexdigest()

@@ -38,7 +38,7 @@ def check(
     empty_rows: str = "zero",
     strategy: str = UNSHARDED,
     lnc: int = 1,
-    kernel: str = "flash_fwd",
+    kernel_name: str = "flash_fwd",
     orders: str = str(AS_GIVEN),
     op: str = "flash_fwd",
 ) -> Terms:
@@ -101,8 +101,8 @@ def check(
         raise InputError(f"{op}: strategy must be one of {', '.join(names)}, not {strategy!r}.")
     if lnc not in (1, 2):
         raise InputError(f"{op}: lnc must be 1 or 2, not {lnc}.")
-    if kernel not in KERNELS:
-        raise InputError(f"{op}: kernel must be one of {', '.join(KERNELS)}, not {kernel!r}.")
+    if kernel_name not in KERNELS:
+        raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {kernel_name!r}.")
     return Terms(scale, band_lower, band_upper, key_padding, bounds, bias, softcap, sink, empty_rows)
 
 

@@ -20,11 +20,11 @@ Query row i of batch element b sees key j iff all of these hold that are given:
 
 `softcap` replaces scores s by `softcap * tanh(s / softcap)`; `sink`, float [num_heads], is the logit of one more
 column, whose probability is thrown away. A row that sees no key gives zeros, or with `empty_rows="mean"` the mean
-of all values of its kv head. `strategy`, `lnc` and `kernel` (ours, or one of the SDK's by its name in
-`kernels.vendor.ADAPTERS`) say what to launch and how, and change no number; STRIDED_CONTEXT_PARALLEL_KERNEL promises
-that the mask is bounds alone, and row i ends with key `i * (kv_len // q_len) + rank`. `orders` says how query, key,
-value and the result lie, each in an order of `kernels.orders.ORDERS`: "BSHD,BSHD,BSHD,BSHD" has all of them as
-[batch, length, heads, dim].
+of all values of its kv head. `strategy`, `lnc` and `kernel_name` (ours, or one of the SDK's by its name in
+`kernels.vendor.ADAPTERS`; Inductor takes `kernel` for itself) say what to launch and how, and change no number;
+STRIDED_CONTEXT_PARALLEL_KERNEL promises that the mask is bounds alone, and row i ends with key
+`i * (kv_len // q_len) + rank`. `orders` says how query, key, value and the result lie, each in an order of
+`kernels.orders.ORDERS`: "BSHD,BSHD,BSHD,BSHD" has all of them as [batch, length, heads, dim].
 
 Arguments that do not fit raise `InputError`.
 """
@@ -55,7 +55,8 @@ _untyped: Any = torch.library
 LIBRARY = _untyped.Library("neuron_attn", "DEF")
 LIBRARY.define(
     f"flash_fwd(Tensor query, Tensor key, Tensor value, *, {TERMS}, "
-    'str strategy="UNSHARDED_KERNEL", int lnc=1, str kernel="flash_fwd", str orders="BHSD,BHSD,BHSD,BHSD") -> Tensor',
+    'str strategy="UNSHARDED_KERNEL", int lnc=1, str kernel_name="flash_fwd", '
+    'str orders="BHSD,BHSD,BHSD,BHSD") -> Tensor',
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -107,7 +108,7 @@ def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     plain = orders.to(AS_GIVEN, query, key, value)
     terms = check(*plain, **options)
     how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
-    kernel = options.get("kernel", "flash_fwd")
+    kernel = options.get("kernel_name", "flash_fwd")
     return launch.on_xla(
         kernel,
         (query, key, value),
@@ -164,7 +165,7 @@ class _Attention(torch.autograd.Function):
         options: dict[str, Any],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, bias, sink, options.get("key_padding"), options.get("bounds"))
-        ctx.numbers = {k: v for k, v in options.items() if k not in (*TENSORS, "strategy", "kernel", "orders")}
+        ctx.numbers = {k: v for k, v in options.items() if k not in (*TENSORS, "strategy", "kernel_name", "orders")}
         ctx.orders = orders_of(options)
         return _below_autograd(query, key, value, options)
 
@@ -291,7 +292,7 @@ def _register(op: ModuleType) -> None:
         return cast(Tensor, op.decomposed(*tensors, **options))
 
     def launched(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
-        kernel = options.get("kernel", op.NAME)
+        kernel = options.get("kernel_name", op.NAME)
         if kernel == op.NAME:
             return launch.run(op.launch(*tensors, **options, target=launch.generation()))
         terms = Terms(options["scale"], softcap=options.get("softcap"), sink=options.get("sink"))

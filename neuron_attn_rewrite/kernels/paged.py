@@ -7,7 +7,7 @@
 
 A row sees, of each tile of the schedule that is about it, the columns within its bounds, and of the new keys those
 within its active bounds, never one behind it. scale, softcap, sink, lnc, the dtypes and the result are those of
-`flash_fwd`; a row that sees nothing gives zeros. `kernel` is ours or one of `kernels.vendor.PAGED`, and changes no
+`flash_fwd`; a row that sees nothing gives zeros. `kernel_name` is ours or one of `kernels.vendor.PAGED`, and changes no
 number. `schedule.make_schedule` makes the schedule from lengths and tables.
 """
 
@@ -30,7 +30,7 @@ NAME = "flash_paged"
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor tile_q, Tensor tile_kv, "
     "Tensor kv_blocks, Tensor tile_bounds, Tensor active_bounds, *, float scale, float? softcap=None, "
-    'Tensor? sink=None, int lnc=1, str kernel="flash_paged") -> Tensor'
+    'Tensor? sink=None, int lnc=1, str kernel_name="flash_paged") -> Tensor'
 )
 
 
@@ -45,12 +45,14 @@ def check(
     kv_blocks: Tensor,
     tile_bounds: Tensor,
     active_bounds: Tensor,
-    kernel: str = NAME,
+    kernel_name: str = NAME,
     **others: Any,
 ) -> None:
     """Raise InputError for arguments beyond those of `flash_fwd` that do not fit."""
-    if kernel != NAME and kernel not in vendor.PAGED:
-        raise InputError(f"flash_paged: kernel must be one of {', '.join((NAME, *vendor.PAGED))}, not {kernel!r}.")
+    if kernel_name != NAME and kernel_name not in vendor.PAGED:
+        raise InputError(
+            f"flash_paged: kernel_name must be one of {', '.join((NAME, *vendor.PAGED))}, not {kernel_name!r}."
+        )
     q_len = query.shape[2]
     if query.shape[0] != 1:
         raise _error("query", "must have a batch of 1: requests lie one behind the other", query)
@@ -84,7 +86,7 @@ def _error(name: str, rule: str, tensor: Tensor) -> InputError:
     return InputError(f"flash_paged: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}.")
 
 
-def decomposed(query: Tensor, *tensors: Tensor, lnc: int = 1, kernel: str = NAME, **options: Any) -> Tensor:
+def decomposed(query: Tensor, *tensors: Tensor, lnc: int = 1, kernel_name: str = NAME, **options: Any) -> Tensor:
     """All tiles at once, and every row against every key: the plain meaning, without a look at any value."""
     key, value, key_cache, value_cache, tile_q, tile_kv, kv_blocks, tile_bounds, active_bounds = tensors
     q_len, (tiles, columns) = query.shape[2], (len(tile_q), kv_blocks.shape[1] * key_cache.shape[2])
@@ -100,7 +102,7 @@ def decomposed(query: Tensor, *tensors: Tensor, lnc: int = 1, kernel: str = NAME
     return reference.attention(query, torch.cat([keys, key], 2), torch.cat([values, value], 2), terms)
 
 
-def on_cpu(query: Tensor, *tensors: Tensor, lnc: int = 1, kernel: str = NAME, **options: Any) -> Tensor:
+def on_cpu(query: Tensor, *tensors: Tensor, lnc: int = 1, kernel_name: str = NAME, **options: Any) -> Tensor:
     """A tile of rows at a time, against the tiles of keys that it meets and the new keys before its end."""
     key, value, key_cache, value_cache, tile_q, tile_kv, kv_blocks, tile_bounds, active_bounds = tensors
     out = query.new_empty(*query.shape[:3], value.shape[3])
@@ -141,7 +143,7 @@ def launch(
     softcap: float | None = None,
     sink: Tensor | None = None,
     lnc: int = 1,
-    kernel: str = NAME,
+    kernel_name: str = NAME,
     target: str = "gen3",
 ) -> Launch:
     """The launch of the op. A row of a cache is one token of one head."""

@@ -49,7 +49,7 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
             orders = orders_of(options)
             terms = check(*orders.to(AS_GIVEN, *args), **options)
             how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
-            return launch(args[0], args[1], args[2], terms, options.get("kernel", "flash_fwd"), how, launcher)
+            return launch(args[0], args[1], args[2], terms, options.get("kernel_name", "flash_fwd"), how, launcher)
 
     def gradients(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with mode:
