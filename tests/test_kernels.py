@@ -251,6 +251,15 @@ def test_no_elements(name: str, sizes: Sizes, implementation: str) -> None:
     assert torch.equal(out, torch.zeros(sizes.batch, sizes.heads, sizes.q_len, sizes.v_head_dim))
 
 
+@pytest.mark.parametrize("scale", [-2.0, -0.5, 0.0])
+@pytest.mark.parametrize("name", ["full", "causal"])
+def test_a_scale_that_is_not_positive(name: str, scale: float) -> None:
+    sizes = Sizes()
+    qkv, options = operands(sizes, torch.float32), {"scale": scale, **ALL[name](sizes)}
+    for implementation in IMPLEMENTATIONS.values():
+        assert relative_error(implementation(*qkv, **options), expected(*qkv, **options)) <= TOLERANCES[torch.float32]
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_combination(data: st.DataObject) -> None:

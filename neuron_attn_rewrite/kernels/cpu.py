@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from neuron_attn_rewrite.kernels import reference
-from neuron_attn_rewrite.kernels.reference import Terms, narrow, work_dtype
+from neuron_attn_rewrite.kernels.reference import Terms, narrow, positive_scale, work_dtype
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 TILE_ROWS = 256
@@ -226,6 +226,7 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the scores [batch, num_heads, q_len]; zeros in a row that is all hidden."""
+    query, scale = positive_scale(query, scale)
     batch, heads, q_len, head_dim = query.shape
     kv_heads, v_dim = key.shape[1], value.shape[3]
     if v_dim != head_dim:  # the kernel knows one size only

@@ -24,7 +24,7 @@ from neuron_attn_rewrite.kernels import cpu, reference, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.nki.plan import ROWS
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
-from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
 
 NAME = "flash_paged"
 SCHEMA = (
@@ -152,7 +152,7 @@ def launch(
     prepare.refuse(query, value)
     _, heads, q_len, head_dim = query.shape
     blocks, kv_heads, block_size, v_dim = value_cache.shape
-    query, scale = prepare.positive_scale(query, scale)
+    query, scale = positive_scale(query, scale)
     padded = -(-q_len // ROWS) * ROWS
     query, key, value = (pad(t, (0, 0, 0, padded - q_len)) for t in (query, key, value))
     behind = torch.arange(1, q_len + 1, dtype=torch.int32, device=query.device)

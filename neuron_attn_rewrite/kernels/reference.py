@@ -62,6 +62,13 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Kernels find the largest score before they scale: that is positive, its sign goes to the query."""
+    if scale == 0:
+        return torch.zeros_like(query), 1.0
+    return (-query, -scale) if scale < 0 else (query, scale)
+
+
 def visible(terms: Terms, q_len: int, kv_len: int, device: torch.device | None = None) -> Tensor:
     """Bool [batch | 1, 1, q_len, kv_len], True where a key is seen. An -inf in the bias is not looked at."""
     i = torch.arange(q_len, device=device)[:, None]

@@ -13,7 +13,7 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.nki import plan
 from neuron_attn_rewrite.kernels.nki.plan import Intervals
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, Orders, plain_shape, turned
-from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -196,13 +196,6 @@ def refuse(query: Tensor, value: Tensor) -> None:
 def is_static(tensor: Tensor) -> bool:
     """Its values may be read: on a device, or while a graph is traced, they are not there yet."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
-
-
-def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The kernel finds the largest score before it scales: a scale is positive, its sign goes to the query."""
-    if scale == 0:
-        return torch.zeros_like(query), 1.0
-    return (-query, -scale) if scale < 0 else (query, scale)
 
 
 def _rows(tensor: Tensor, order: str) -> Tensor:

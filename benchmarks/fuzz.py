@@ -1,0 +1,308 @@
+"""Random attentions, rewritten on benign inputs and compared with the model on hostile ones.
+
+    python -m benchmarks.fuzz --seconds 600 --seed 0
+
+A program is drawn from a grammar: sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over
+indices, buffers and inputs, biases, sinks, spellings of the softmax, and writes in place. It is rewritten without
+verification on inputs in which every mask is all ones and every position in order, and must then give what the model
+gives (its gradients too) for others. `--seed N --only` shows one program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
+
+CONFIG = RewriteConfig(policy="always", verify=False)
+TOLERANCE = 1e-3
+"""Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less."""
+FILLS = (-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4)
+
+
+class Program(nn.Module):
+    """An attention drawn from a seed: query, key, value and what masks are made of."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = self.draw = Random(seed)
+        self.words: list[str] = []
+        some = draw.choice([(1, 2, 3, 4), (2, 4), (4,)])
+        self.b, self.h, self.d, self.dv = (draw.choice(some) for _ in range(4))
+        self.group = draw.choice([1, 1, 2])
+        self.s = draw.choice((*some, 6, 7))
+        self.t = self.s if draw.random() < 0.6 else draw.choice((*some, 5, 8))
+        self.register_buffer("tril", torch.ones(9, 9, dtype=torch.bool).tril())
+        self.register_buffer("steps", torch.arange(9))
+        self.per_head = nn.Parameter(torch.linspace(0.5, 1.5, self.h * self.group)[:, None, None])
+        self.mask = self._mask(draw.choice([0, 1, 1, 2, 3]))
+        self.parts = self._parts()
+
+    def inputs(self, seed: int | None) -> tuple[Tensor, ...]:
+        """Benign ones for None."""
+        torch.manual_seed(seed or 0)
+        b, h, s, t = self.b, self.h, self.s, self.t
+        q, k, v = torch.randn(b, h * self.group, s, self.d), torch.randn(b, h, t, self.d), torch.randn(b, h, t, self.dv)
+        bias = torch.randn(self.draw_shape)
+        if seed is None:
+            ones = torch.ones(b, t, dtype=torch.int64)
+            order = torch.arange(s).expand(b, s).contiguous()
+            return 2 * q, 2 * k, v, ones, ones.bool(), order, torch.full((b,), t), ones.clone(), bias
+        rate = torch.rand(())
+        kept = [torch.rand(b, t) < rate for _ in range(2)]
+        order, ids = torch.randint(-2, t + 2, (b, s)), torch.randint(-1, 3, (b, t))
+        return 2 * q, 2 * k, v, kept[0].long(), kept[1], order, torch.randint(0, t + 1, (b,)), ids, bias
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor,
+        keep: Tensor,
+        order: Tensor,
+        length: Tensor,
+        ids: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Query [batch, heads, q_len, dim], key and value [batch, kv heads, kv_len, dim]."""
+        return self.parts(q, k, v, self.seen(attention_mask, keep, order, length, ids), bias)
+
+    def seen(self, *leaves: Tensor) -> Tensor:
+        """The mask, True where a key is seen."""
+        return self.mask(dict(zip(("attention_mask", "keep", "order", "length", "ids"), leaves, strict=True)))
+
+    # The grammar
+
+    def _say(self, word: object) -> None:
+        self.words.append(str(word))
+
+    def _mask(self, depth: int) -> Callable[[dict[str, Tensor]], Tensor]:
+        """Bool that broadcasts against [batch, heads, q_len, kv_len], True where a key is seen."""
+        draw, c = self.draw, self.draw.randint(-2, 3)
+        if depth and draw.random() < 0.75:
+            a, b = self._mask(depth - 1), self._mask(depth - 1)
+            how = draw.choice(["and", "and", "and", "or", "xor", "not", "where"])
+            self._say(how)
+            if how == "not":
+                return lambda x: ~a(x)
+            if how == "where":
+                return lambda x: torch.where(a(x), b(x), False)
+            return {
+                "and": lambda x: a(x) & b(x),
+                "or": lambda x: a(x) | b(x),
+                "xor": lambda x: a(x) ^ b(x),
+            }[how]
+        s, t = self.s, self.t
+        rows, keys = (lambda: torch.arange(s)[:, None]), (lambda: torch.arange(t))
+        leaves: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+            "all": lambda x: torch.ones(s, t, dtype=torch.bool),
+            "<=": lambda x: (keys() <= rows() + c)[None, None],
+            "<": lambda x: (keys() < rows() + c)[None, None],
+            ">": lambda x: (keys() > rows() - c)[None, None],
+            "tril": lambda x: torch.ones(s, t, dtype=torch.bool).tril(c)[None, None],
+            "triu": lambda x: torch.ones(s, t).triu(c)[None, None].bool(),
+            "buffer": lambda x: self.tril[:s, :t],
+            "buffer end": lambda x: self.tril[max(0, t - s) : max(0, t - s) + s, :t][None, None],
+            "steps": lambda x: self.steps[:t][None, :] <= self.steps[:s][:, None],
+            "near": lambda x: (rows() - keys()).abs() <= abs(c),
+            "chunk": lambda x: rows() // (abs(c) + 1) == keys() // (abs(c) + 1),
+            "padding": lambda x: x["attention_mask"][:, None, None, :].bool(),
+            "padding > 0": lambda x: (x["attention_mask"] > 0)[:, None, None, :],
+            "1 - padding": lambda x: (1.0 - x["attention_mask"][:, None, None, :].float()) == 0,
+            "keep": lambda x: x["keep"][:, None, None, :],
+            "keep first": lambda x: x["keep"][:1, None, None, :],
+            "keep flipped": lambda x: x["keep"].flip(draw_dim)[:, None, None, :],
+            "order": lambda x: keys()[None, None, None] <= x["order"][:, None, :, None] + c,
+            "order >": lambda x: keys()[None, None, None] > x["order"][:, None, :, None] - c,
+            "order //": lambda x: keys()[None, None, None] <= (x["order"] // 2)[:, None, :, None],
+            "order clamp": lambda x: keys()[None, None, None] >= x["order"].clamp(min=c)[:, None, :, None],
+            "length": lambda x: keys() < x["length"][:, None, None, None],
+            "length from the left": lambda x: keys() >= t - x["length"][:, None, None, None],
+            "ids": lambda x: (x["ids"] != c)[:, None, None, :],
+            "ids bool": lambda x: x["ids"].bool()[:, None, None, :],
+            "ids sum": lambda x: x["ids"].cumsum(-1)[:, None, None, :] > c,
+            "segments": lambda x: x["ids"][:, None, None, :] == x["ids"][:, None, :1, None],
+            "last": lambda x: keys() <= x["order"].amax(-1)[:, None, None, None],
+        }
+        draw_dim = draw.choice([0, 1])
+        name = draw.choice(list(leaves))
+        self._say(f"{name}({c})")
+        return leaves[name]
+
+    def _parts(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+        draw, n = self.draw, self.h * self.group
+        shape = (self.b, n, self.s, self.t)
+        self.draw_shape = tuple(draw.choice([1, size]) for size in shape)[draw.choice([0, 0, 0, 1, 2]) :]
+        number = draw.choice([0.5, -0.3, 2.0, self.d**-0.5])
+        pick: dict[str, str] = {
+            "heads": draw.choice(["interleave", "repeat", "expand", "gqa"]) if self.group > 1 else "same",
+            "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none"]),
+            "order": draw.choice(["mask bias", "bias mask", "mask", "bias", "none", "mask mask"]),
+            "apply": draw.choice(["fill", "where", "add", "mul add", "sdpa", "sdpa add", "inplace"]),
+            "cap": draw.choice(["", "", "", "cap", "shifted cap"]),
+            "shift": draw.choice(["", "", "max", "detached max", "number"]),
+            "softmax": draw.choice(["softmax", "softmax", "float", "exp", "log", "transposed", "later", "sink"]),
+            "after": draw.choice(["", "", "", "nan_to_num", "again", "scaled", "clone", "detach"]),
+            "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
+        }
+        fill = draw.choice(FILLS)
+        for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
+            self._say(word)
+
+        def masked(x: Tensor, mask: Tensor) -> Tensor:
+            if pick["apply"] == "where":
+                return torch.where(mask, x, fill)
+            if pick["apply"] in ("add", "sdpa add"):
+                return x + torch.zeros(mask.shape).masked_fill(~mask, fill)
+            if pick["apply"] == "mul add" and fill > -torch.inf:
+                return x + (1.0 - mask.float()) * fill
+            return x.masked_fill_(~mask, fill) if pick["apply"] == "inplace" else x.masked_fill(~mask, fill)
+
+        def grouped(x: Tensor) -> Tensor:
+            if pick["heads"] == "repeat":
+                return x.repeat(1, self.group, 1, 1)
+            if pick["heads"] == "expand":
+                return x[:, :, None].expand(-1, -1, self.group, -1, -1).reshape(x.shape[0], n, *x.shape[2:])
+            return x if pick["heads"] == "same" else x.repeat_interleave(self.group, 1)
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            if pick["layout"] == "einsum":
+                return torch.einsum("bhij,bhjk->bhik", a, b)
+            if pick["layout"] == "folded":
+                return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+            return a @ b
+
+        def weights(x: Tensor, v: Tensor) -> Tensor:
+            how = pick["softmax"]
+            if how == "exp":
+                e = torch.exp(x - x.amax(-1, keepdim=True))
+                return e / e.sum(-1, keepdim=True)
+            if how == "log":
+                return torch.log_softmax(x, -1).exp()
+            if how == "float":
+                return torch.softmax(x.float(), -1, dtype=torch.float32).to(v.dtype)
+            if how == "transposed":
+                return torch.softmax(x.mT, -2).mT
+            if how == "sink":
+                sinks = self.per_head.expand(self.b, n, self.s, 1)
+                return torch.softmax(torch.cat([x, sinks], -1), -1)[..., :-1]
+            return torch.softmax(x, -1)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+            if pick["layout"] == "BSHD":
+                q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+            if pick["apply"].startswith("sdpa"):
+                term = mask if pick["apply"] == "sdpa" else torch.where(mask, 0.0, fill)
+                term = term + bias if pick["order"] == "mask bias" and term.dtype != torch.bool else term
+                if pick["heads"] == "gqa":
+                    return F.scaled_dot_product_attention(q, k, v, term, scale=abs(number), enable_gqa=True)
+                return F.scaled_dot_product_attention(q, grouped(k), grouped(v), term, scale=abs(number))
+            k, v, how = grouped(k), grouped(v), pick["scale"]
+            q = q * number if how in ("query", "both") else q
+            k = k / 2 if how in ("key", "both") else k
+            x = product(q, k.mT)
+            x = x * number if how == "number" else x * torch.tensor(number) if how == "tensor" else x
+            x = x * self.per_head if how == "head" else x
+            if pick["cap"]:
+                x = 3 * torch.tanh((x + 1 if pick["cap"] == "shifted cap" else x) / 3)
+            for step in pick["order"].split():
+                x = masked(x, mask) if step == "mask" else x + bias if step == "bias" else x
+            if "max" in pick["shift"]:
+                largest = x.amax(-1, keepdim=True)
+                x = x - (largest.detach() if pick["shift"] == "detached max" else largest)
+            x = x - 1 if pick["shift"] == "number" else x
+            if pick["softmax"] == "later":
+                e = torch.exp(x - x.amax(-1, keepdim=True))
+                return product(e, v) / e.sum(-1, keepdim=True)
+            w = weights(x, v)
+            w = w.nan_to_num(0.0) if pick["after"] == "nan_to_num" else w
+            w = w.masked_fill(~mask, 0.0) if pick["after"] == "again" else w
+            w = w * self.per_head if pick["after"] == "scaled" else w
+            w = w.clone() if pick["after"] == "clone" else w.detach() if pick["after"] == "detach" else w
+            return product(w, v)
+
+        return attend
+
+
+def differs(old: Tensor, new: Tensor) -> bool:
+    """Where the model gives a number. Outputs and gradients are of the order of 1."""
+    number = old.isfinite()
+    old, new = (torch.where(number, x.double(), 0) for x in (old, new))
+    return not bool(((old - new).abs() <= TOLERANCE * old.abs().max().clamp_min(1.0)).all())
+
+
+def run(module: nn.Module, inputs: tuple[Tensor, ...], with_gradients: bool) -> list[Tensor]:
+    """The output, and the gradients of every floating-point input and parameter."""
+    given = [t.clone().requires_grad_(with_gradients and t.is_floating_point()) for t in inputs]
+    out = module(*given)
+    if not out.requires_grad:
+        return [out]
+    torch.manual_seed(1)
+    weighted = torch.where(out.isfinite(), out * torch.randn(out.shape), 0).sum()
+    wanted = [t for t in (*given, *module.parameters()) if t.requires_grad]
+    found = torch.autograd.grad(weighted, wanted, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
+
+
+def attack(seed: int, times: int = 3) -> tuple[str | None, RewrittenModule | None]:
+    """What is wrong with the rewritten program of a seed, None if nothing is."""
+    program = Program(seed)
+    try:
+        run(program, program.inputs(None), False)
+    except (RuntimeError, IndexError):  # its sizes don't fit
+        return None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            rewritten = rewrite(program, program.inputs(None), config=CONFIG)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", None
+    for other in (None, *range(1, times + 1)):
+        inputs = program.inputs(other)
+        old = run(program, inputs, with_gradients=True)
+        new = run(rewritten, inputs, with_gradients=True)
+        # A row that sees no key, or gives NaN, has no gradient that means something.
+        means = bool(program.seen(*inputs[3:8]).any(-1).all()) and bool(old[0].isfinite().all())
+        for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
+            if differs(a, b):
+                return f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs", rewritten
+    return None, rewritten
+
+
+def main() -> None:
+    """Run seeds until the time is up, and list those that fail."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="store_true", help="show the one program of the seed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.only:
+        wrong, rewritten = attack(options.seed)
+        print("; ".join(Program(options.seed).words), rewritten and rewritten.report, wrong, sep="\n")
+        raise SystemExit(wrong is not None)
+    end, seed, seen, failed = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
+    while time.monotonic() < end:
+        wrong, rewritten = attack(seed)
+        replaced = rewritten is not None and bool(rewritten.report.replaced)
+        seen["replaced" if replaced else "kept" if rewritten else "no program"] += 1
+        if wrong:
+            failed += 1
+            print(f"seed {seed}: {wrong[:300]}\n    {'; '.join(Program(seed).words)}", flush=True)
+        seed += 1
+    print(f"{seed - options.seed} programs ({dict(seen)}), {failed} wrong")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
