@@ -17,6 +17,7 @@ from neuron_attn_rewrite.kernels.orders import ORDERS, PLAIN, Accepted, Orders
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, permute, plan
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import CASTS, after
+from neuron_attn_rewrite.sizes import is_number
 
 WORST = 99
 """Permutes of what can't be laid out."""
@@ -55,6 +56,13 @@ def permutes(layout: Layout | None) -> int:
     return WORST if layout is None else sum(step.op == "permute" for step in layout)
 
 
+def _is_open(layout: Layout) -> bool:
+    """Whether a step needs a size that is a symbol: one of ours would have to read it of some input, and that ties
+    inputs to each other when the result is exported again.
+    """
+    return any(step.op != "permute" and not all(map(is_number, step.arg)) for step in layout)
+
+
 def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str, int]:
     """The source and order with the fewest permutes, the model's own included; as it is where none is better. And how
     many more permutes it takes than the model.
@@ -66,9 +74,10 @@ def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str,
         own = permutes(plan(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
         sources = [(operand.node, operand.dims, own), (origin, dims, 0)]
     choices = [
-        (has + permutes(plan(dims, permute(operand.target, ORDERS[order]), full=True)) + (order not in accepted), s, o)
+        (has + permutes(layout) + (order not in accepted), s, o)
         for s, (_, dims, has) in enumerate(sources)
         for o, order in enumerate(ORDERS)
+        if not ((layout := plan(dims, permute(operand.target, ORDERS[order]), full=True)) and s and _is_open(layout))
     ]
     least, s, o = min(choices)
     order = list(ORDERS)[o]

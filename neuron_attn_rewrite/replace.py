@@ -7,6 +7,7 @@ lets the accepted ones take over, and what nobody reads any more goes.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -25,7 +26,7 @@ from neuron_attn_rewrite.patterns.axes import Layout, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.problem import EmptyRows
-from neuron_attn_rewrite.sizes import input_sizes, parts_of
+from neuron_attn_rewrite.sizes import input_sizes, is_number, parts_of
 from neuron_attn_rewrite.strategy.choose import Decision
 
 aten = torch.ops.aten
@@ -159,6 +160,9 @@ class _Emitter:
         self._known: dict[str, fx.Node] = {}
         self._mode = fake_mode(self.graph)
         self._body = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        # Of inputs that share a size the model reads one: to read it of another would tie them when it is exported.
+        sizes = self.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        self._read = Counter({(n.args[0], n.args[1]): len(n.users) for n in sizes})
 
     def kernel_call(self, form: Form, decision: Decision) -> fx.Node:
         """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
@@ -314,7 +318,11 @@ class _Emitter:
         return self._on(self._cast(node, torch.int64), aten.reshape.default, sizes)
 
     def _order_or_sizes(self, op: str, arg: tuple[int, ...]) -> list[Any]:
-        return list(arg) if op == "permute" else [self._size(size) for size in arg]
+        if op == "permute":
+            return list(arg)
+        # One size that is a symbol follows from the others, as models write it: it then is read of no input.
+        follows = op == "reshape" and sum(not is_number(size) for size in arg) == 1
+        return [-1 if follows and not is_number(size) else self._size(size) for size in arg]
 
     def _size(self, number: int, more: int = 0) -> fx.Node | int:
         """A size of the analysis, plus a number, as an argument: a node where it is a symbol."""
@@ -330,11 +338,12 @@ class _Emitter:
         """The node that gives a size: of an input, or computed by the model."""
         if expression not in _sizes_of_inputs(self.graph):
             return computed_sizes(self.graph)[expression]
-        node, dim = next(
-            (n, d)
-            for n, d, s in input_sizes(self.graph)
-            if isinstance(s, torch.SymInt) and str(s.node.expr) == expression
-        )
+        given = [
+            (node, dim)
+            for node, dim, size in input_sizes(self.graph)
+            if isinstance(size, torch.SymInt) and str(size.node.expr) == expression
+        ]
+        node, dim = max(given, key=lambda size: self._read[size])
         return node if dim is None else self._insert(self._body, aten.sym_size.int, node, dim)
 
     def _number(self, target: Any, node: fx.Node, number: fx.Node | int) -> fx.Node:

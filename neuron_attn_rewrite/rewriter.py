@@ -163,7 +163,7 @@ def _chosen(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> 
 
     @cache
     def laid_out(i: int, kernel: str) -> Form:
-        return _arranged(possible[i], kernel, prover)
+        return arranged(possible[i], vendor.accepted(kernel), prover.evaluator.changed)
 
     problems = [form.problem for form in possible]
     i, decision = choose_among(problems, config, possible[0].site.name, lambda i, kernel: laid_out(i, kernel).turned)
@@ -175,15 +175,6 @@ def _with_gradients(decision: Decision, form: Form, config: RewriteConfig) -> De
     sdk = None if sdk_is_here() else config.sdk
     name, reason = told(form.problem, config.target, decision.lnc, sdk)
     return replace(decision, gradients=name, reasons=(*decision.reasons, reason))
-
-
-def _arranged(form: Form, kernel: str, prover: Prover) -> Form:
-    """The form in the orders that spare transposes. Where sizes are symbols all stays as the model has it: a step of
-    ours would read a size of one input where the model reads it of another, and tie the two when it is exported again.
-    """
-    if prover.is_dynamic:
-        return form
-    return arranged(form, vendor.accepted(kernel), prover.evaluator.changed)
 
 
 def _open_sizes(site: AttentionSite, prover: Prover) -> tuple[Reason, ...]:

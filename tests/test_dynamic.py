@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from torch.export import Dim
 
-from neuron_attn_rewrite import CaptureError, InputError, RewrittenModule, rewrite
+from neuron_attn_rewrite import CaptureError, InputError, RewrittenModule, collect_reports, rewrite
 from neuron_attn_rewrite.config import TOLERANCES
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 from tests.models import FAMILIES, VOCABULARY
@@ -198,3 +198,62 @@ def test_a_size_from_data_stays_native() -> None:
     assert site.reasons[-1].code == "data-sizes"  # type: ignore[attr-defined]
     fewer = torch.arange(16) % 5 > 2
     assert torch.equal(rewritten(q, fewer), KeysFromData()(q, fewer))
+
+
+class Beside(torch.nn.Module):
+    """Heads beside each other in a row: operands and result are transposed, the operands behind a split or not."""
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.split = split
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, length = query.shape[:2]
+        if self.split:
+            query, key, value = (t.view(batch, length, 2, 8) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), is_causal=True)
+        return out.transpose(1, 2).reshape(batch, length, 16)
+
+
+@pytest.mark.parametrize(("split", "orders"), [(False, "BSHD,BSHD,BSHD,BSHD"), (True, "BHSD,BHSD,BHSD,BSHD")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transposes_vanish_at_every_size(split: bool, orders: str, compiled: bool) -> None:
+    """But where ours would have to name a size that the model's own view names."""
+
+    def operands(batch: int, length: int) -> tuple[Tensor, ...]:
+        sizes = (batch, length, 16) if split else (batch, length, 2, 8)
+        return tuple(3 * torch.randn(sizes) for _ in range(3))
+
+    model = Beside(split)
+    if compiled:
+        options = {"policy": "always", "inner": "eager"}
+        with collect_reports() as collected:
+            changed: Any = torch.compile(model, backend="neuron_attn_rewrite", options=options)
+            first = operands(2, 12)
+            for tensor in first:
+                for dim in (0, 1):
+                    torch._dynamo.mark_dynamic(tensor, dim)
+            changed(*first)
+        report = collected.report
+    else:
+        sizes = {0: Dim("batch", max=64), 1: Dim("length", max=64)}
+        shapes = dict.fromkeys(("query", "key", "value"), sizes)
+        changed = rewrite(model, operands(2, 12), config=ALWAYS, dynamic_shapes=shapes)
+        report = changed.report
+        torch.export.export(changed, operands(2, 12), dynamic_shapes=shapes, strict=False)
+    (site,) = report.sites
+    assert (site.transposes_saved, any(orders in node.call for node in site.after)) == (1 if split else 4, True)
+    for batch, length in ((1, 5), (3, 40)):
+        call = operands(batch, length)
+        assert relative_error(changed(*call), model(*call)) <= TOLERANCES[torch.float32]
+    torch._dynamo.reset()
+
+
+def test_a_head_dim_that_is_a_symbol_gives_no_scale() -> None:
+    """torch.compile(dynamic=True) makes a symbol of every size; where the scale is written it is a number."""
+    with collect_reports() as collected:
+        compiled = torch.compile(Beside(False), backend="neuron_attn_rewrite", dynamic=True, options={"inner": "eager"})
+        compiled(*(torch.randn(2, 12, 2, 8) for _ in range(3)))
+    (site,) = collected.report.sites
+    assert site.reasons[-1].code == "scale-unknown" and not site.is_replaced
+    torch._dynamo.reset()

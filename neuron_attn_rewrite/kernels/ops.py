@@ -43,7 +43,7 @@ from torch.autograd import forward_ad
 from neuron_attn_rewrite.kernels import cpu, launch, paged, prior, reference, simulated, vendor
 from neuron_attn_rewrite.kernels.arguments import UNSHARDED, check, orders_of
 from neuron_attn_rewrite.kernels.nki import prepare
-from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, turned
+from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, turned
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
 
@@ -80,12 +80,18 @@ def _in_order(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     return turned(out, PLAIN, orders.result).contiguous()
 
 
-def _empty(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
+def _result(query: Tensor, value: Tensor, orders: Orders) -> list[int]:
+    """The shape of the result, for operands in the order of the op's words."""
+    shape = (*query.shape[:3], value.shape[3])
+    return [shape[i] for i in ORDERS[orders.result]]
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return _in_order(query, key, value, options, _empty)
+    orders = orders_of(options)
+    plain = orders.to(AS_GIVEN, query, key, value)
+    check(*plain, **options)
+    # Made as it lies: to turn it and ask whether it is contiguous would be a guard on sizes that are symbols.
+    return query.new_empty(_result(plain[0], plain[2], orders))
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -113,7 +119,7 @@ def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         kernel,
         (query, key, value),
         options,
-        result=turned(_empty(*plain, terms), PLAIN, orders.result).shape,
+        result=_result(plain[0], plain[2], orders),
         launched=lambda: launch.launch(query, key, value, terms, kernel, how),
         decomposed=lambda: _decomposed(query, key, value, **options),
     )

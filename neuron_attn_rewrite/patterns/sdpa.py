@@ -16,6 +16,7 @@ from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.sizes import expression_of, is_number
 
 PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
 
@@ -54,6 +55,8 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     rows, keys, features, v_features = (axis_dim(next(fresh), n) for n in (q_len, kv_len, head_dim, v_head_dim))
     scores = (*lead, rows, keys)
     scale = values.get("scale")
+    if scale is None and not is_number(head_dim):
+        return unknown("scale-unknown", f"its scale is by the head_dim {expression_of(head_dim)}, which is a symbol")
     found = Found(
         pattern=op_name(node),
         anchor=node,
