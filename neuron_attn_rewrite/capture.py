@@ -60,6 +60,8 @@ def capture(
         InputError: the example inputs are missing or don't fit the model's signature.
         CaptureError: no tracer gets the model into one graph.
     """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError(f"kwargs must be a dict of example inputs by name, not {type(kwargs).__name__}.")
     args, kwargs = (args,) if isinstance(args, torch.Tensor) else args, dict(kwargs or {})
     if not isinstance(args, (tuple, list)):
         raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}.")
@@ -69,6 +71,8 @@ def capture(
         program, training = model, False
         if not given and model.example_inputs:
             (args, kwargs), given = model.example_inputs, True
+    elif isinstance(model, torch.jit.ScriptModule):
+        raise InputError("model must be the module itself, and not what torch.jit has made of it.")
     elif not isinstance(model, nn.Module):
         raise InputError(
             f"model must be an nn.Module, an ExportedProgram or an FX GraphModule, not {type(model).__name__}."

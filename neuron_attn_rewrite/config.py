@@ -147,6 +147,17 @@ class RewriteConfig:
         object.__setattr__(self, "kernels", tuple(self.kernels))
         object.__setattr__(self, "tolerances", {**TOLERANCES, **self.tolerances})
 
+    @classmethod
+    def of(cls, config: RewriteConfig | None) -> RewriteConfig:
+        """The defaults in the place of None.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config must be a RewriteConfig(...), not {type(config).__name__}.")
+        return config or cls()
+
     @property
     def logical_cores(self) -> int:
         """`lnc`, or the target's default."""

@@ -62,7 +62,12 @@ def rewrite(
         CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs.
         RewriteError: `config.require` is not met.
     """
-    config = config or RewriteConfig()
+    config = RewriteConfig.of(config)
+    if isinstance(model, RewrittenModule):
+        words = (
+            "this model is rewritten already: its kernel calls stay as they are. Rewrite the original to choose anew."
+        )
+        warnings.warn(words, RewriteWarning, stacklevel=2)
     captured = capture(model, args, kwargs, dynamic_shapes)
     drift = capture_error(model, captured) if config.verify else None
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)

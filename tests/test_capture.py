@@ -219,6 +219,7 @@ class Named(nn.Module):
         ((torch.ones(1),), None, r"do not fit Named\.forward"),
         ((torch.ones(1),), {"scal": torch.ones(1)}, r"do not fit Named\.forward"),
         ("text", None, "args must be a tuple"),
+        ((torch.ones(1),), ["scale"], "kwargs must be a dict"),
     ],
 )
 def test_wrong_example_inputs(args: Any, kwargs: Any, message: str) -> None:

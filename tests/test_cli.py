@@ -48,7 +48,15 @@ def branches():
 
 def wrong():
     return Attention()
+
+def plain():
+    return nn.Identity(), torch.randn(3)
+
+def fails():
+    return {}["nothing"]
 """
+SMALL_CONFIG = """{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32,
+"num_hidden_layers": 1, "vocab_size": 64}"""
 
 
 @pytest.fixture
@@ -178,8 +186,14 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["explain", "llama", "--seq-len", "0"], "--seq-len"),
         (["explain", "patchtst"], "file.py:function"),
         (["explain", "FILE:make", "--reproducer", "nothing"], "no site 'nothing'"),
-        (["explain", "FILE:make", "--html", "DIRECTORY/none/r.html"], "No such file or directory"),
-        (["diff", "FILE", "FILE"], "not JSON"),
+        (["explain", "FILE:make", "--html", "DIRECTORY/none/r.html"], "does not exist"),
+        (["explain", "FILE"], "made.py:make"),
+        (["explain", "FILE:fails"], "made.py:fails fails: KeyError"),
+        (["explain", "DIRECTORY/../wrong.json"], "/wrong.json"),
+        (["explain", "DIRECTORY/../part.json"], "not a valid JSON file"),
+        (["verify", "DIRECTORY/../cut", "--seq-len", "8"], "transformers can't build"),
+        (["explain", "llava", "--part", "vison"], "those with inputs of their own are "),
+        (["diff", "FILE", "FILE"], "made.py: this is not JSON"),
         (["diff", "nothing.json", "nothing.json"], "does not exist"),
         (["nothing"], "No such command"),
     ],
@@ -189,11 +203,46 @@ def test_an_error_is_one_line(
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    (tmp_path / "wrong.json").write_text('{"model_type": "bert", "hidden_size": "abc"}', encoding="utf-8")
+    (tmp_path / "part.json").write_text('{"model_type": ', encoding="utf-8")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text(SMALL_CONFIG, encoding="utf-8")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut short")
     given = [a.replace("FILE", file).replace("DIRECTORY", str(empty)) for a in arguments]
     assert run(given) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.startswith("error: "), printed.err
     assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_model_type_needs_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(["explain", "llama"]) == 2
+    assert capsys.readouterr().err == "error: models by type or config need transformers: pip install transformers\n"
+
+
+def test_notes(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A field that looks like a slip, a tower that sees no input, and a model without attention."""
+    path = tmp_path / "config.json"
+    path.write_text(SMALL_CONFIG.replace("layers", "layer"), encoding="utf-8")
+    (note,) = load(Asked(str(path), seq_len=8, size="tiny")).notes
+    assert "has 'num_hidden_layer', which a config of bert does not: did you mean 'num_hidden_layers'?" in note
+    path.write_text(SMALL_CONFIG, encoding="utf-8")
+    assert not load(Asked(str(path), seq_len=8)).notes
+    assert run(["explain", f"{file}:plain"]) == 0
+    assert capsys.readouterr().err == "note: Identity has no attention that is found.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"), [("llava", "vision_tower"), ("qwen2_vl", "visual"), ("qwen2_audio", "audio_tower")]
+)
+def test_a_tower_that_sees_no_input_is_a_part(name: str, tower: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(Asked(name, seq_len=32)).notes == (
+        f"{tower} is not run, as the inputs are text: --part {tower} explains it.",
+    )
+    assert run(["explain", name, *SHORT, "--part", tower]) == 0
+    printed = capsys.readouterr()
+    assert re.match(r"([12]) of \1 attentions replaced", printed.out) and not printed.err, printed
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from neuron_attn_rewrite import (
+    ConfigError,
     FlashAttentionStrategy,
     InputError,
     RewriteConfig,
     RewriteError,
     RewriteWarning,
+    explain,
     rewrite,
 )
 from neuron_attn_rewrite.verify import measure
@@ -184,7 +186,8 @@ def test_the_result_moves_copies_and_is_captured_again(model: Attention) -> None
 
 def test_a_rewritten_module_is_rewritten_to_itself(model: Attention) -> None:
     rewritten = rewrite(model, example(), config=ALWAYS)
-    again = rewrite(rewritten, example(), config=ALWAYS)
+    with pytest.warns(RewriteWarning, match="is rewritten already"):
+        again = rewrite(rewritten, example(), config=ALWAYS)
     assert len(kernel_calls(again)) == 1
     assert again.report.sites == ()
 
@@ -345,6 +348,12 @@ def test_counts_come_from_the_graph(model: Attention) -> None:
     names = {node.name for node in rewritten.graph.nodes}
     assert set(report.sites[0].added_nodes) <= names
     assert not set(report.sites[0].removed_nodes) & names
+
+
+def test_a_config_that_is_none(model: Attention) -> None:
+    for call in (rewrite, explain):
+        with pytest.raises(ConfigError, match=r"config must be a RewriteConfig\(...\), not dict"):
+            call(model, example()[0], config={"policy": "always"})  # type: ignore[arg-type]
 
 
 def test_nothing_to_do_is_no_error() -> None:

@@ -29,7 +29,7 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
     Raises:
         InputError: the example inputs are missing or don't fit.
     """
-    config = replace(config or RewriteConfig(), require=None)
+    config = replace(RewriteConfig.of(config), require=None)
     model = getattr(model, "_orig_mod", model)
     try:
         captured = capture(model, args, kwargs)

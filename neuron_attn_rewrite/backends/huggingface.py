@@ -92,7 +92,7 @@ def register_with_transformers(config: RewriteConfig | None = None, *, name: str
         raise RewriteError(
             "register_with_transformers needs transformers >= 4.57: pip install 'transformers>=4.57'."
         ) from error
-    registration = Registration(config or RewriteConfig())
+    registration = Registration(RewriteConfig.of(config))
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any

@@ -24,7 +24,7 @@ class InductorPass(CustomGraphPass):
     """
 
     def __init__(self, config: RewriteConfig | None = None) -> None:
-        self.config = replace(config or RewriteConfig(), verify=False)
+        self.config = replace(RewriteConfig.of(config), verify=False)
 
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module

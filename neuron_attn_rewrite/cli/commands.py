@@ -15,10 +15,11 @@ from typing import Any
 import click
 import torch
 
+from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.cli import doctor as diagnosis
 from neuron_attn_rewrite.cli.models import DTYPES, Asked, Loaded, load
 from neuron_attn_rewrite.config import CHOICES, RewriteConfig
-from neuron_attn_rewrite.errors import RewriteError
+from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str] | None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
-        return _failed(f"{type(error).__name__}: {error}", debug)
+        return _failed(f"{type(error).__name__}: {error} (--debug shows where)", debug)
 
 
 def _failed(message: str, debug: bool) -> int:
@@ -113,6 +114,7 @@ MODEL = _options(
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True),
     click.option("--attn", metavar="NAME", help="Attention implementation of transformers: eager, sdpa."),
     click.option("--mask/--no-mask", default=True, help="Whether an attention_mask is among the inputs."),
+    click.option("--part", metavar="NAME", help="Only this part of the model, such as its vision_tower."),
     click.option("--set", "changes", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Change the config."),
 )
 CONFIG = _options(
@@ -123,7 +125,19 @@ CONFIG = _options(
     _choice("padding", help='"right" promises padding on the right.'),
     _choice("empty_rows", help='"any" says that rows which see no key don\'t matter.'),
 )
-OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+class _Output(click.Path):
+    """A file that can be written, which is known before the work and not after it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"the directory {str(path.parent)!r} does not exist.", param, ctx)
+        return path
+
+
+OUTPUT = _Output(dir_okay=False, writable=True)
 
 
 @app.command(
@@ -138,6 +152,7 @@ MODEL is
 Examples:
   {NAME} explain llama --size full --seq-len 8192 --html report.html
   {NAME} explain mistral --set sliding_window=1024 --attn eager
+  {NAME} explain llava --part vision_tower
   {NAME} explain bert --policy always --no-mask"""
 )
 @MODEL
@@ -153,7 +168,7 @@ def explain(
     html: Path | None, json: Path | None, markdown: Path | None, dot: Path | None, site: str | None, **given: Any
 ) -> None:
     """Say what would be replaced, by what, and why. Weights need no values, so a model of any size will do."""
-    report = _rewritten(given, verify=False)[1].report
+    report = _report(given)
     for path, text in (
         (html, report.to_html),
         (json, report.to_json),
@@ -179,8 +194,10 @@ Examples:
 @CONFIG
 def verify(**given: Any) -> int:
     """Rewrite, run both models on fresh inputs, and compare. Exit code 1 if they differ by more than the tolerance."""
-    loaded, rewritten = _rewritten(given, verify=True)
-    report, limit = rewritten.report, _config(given, True).tolerance(_dtype_of(loaded))
+    config, loaded = _config(given, True), _loaded(given, numbers=True)
+    with _working(f"rewriting {type(loaded.model).__name__}"), _quiet():
+        rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
+    report, limit = rewritten.report, config.tolerance(_dtype_of(loaded))
     with torch.no_grad(), _working("running both models"):
         old, new = (
             torch.utils._pytree.tree_leaves(m(*loaded.args, **loaded.kwargs)) for m in (loaded.model, rewritten)
@@ -251,10 +268,17 @@ def _plain(demand: str) -> str:
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def diff(old: Path, new: Path) -> int:
     """What changed between two reports that `explain --json` wrote. Exit code 1 if something did."""
-    before, after = (RewriteReport.from_json(path.read_bytes()) for path in (old, new))
+    before, after = map(_read, (old, new))
     change = before.diff(after)
     click.echo(str(change))
     return 1 if change else 0
+
+
+def _read(path: Path) -> RewriteReport:
+    try:
+        return RewriteReport.from_json(path.read_bytes())
+    except RewriteError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 @app.command()
@@ -268,7 +292,7 @@ def profile(out: Path, repeats: int, **given: Any) -> None:
     from neuron_attn_rewrite.strategy.profile import device, measure
 
     device()
-    report = _rewritten({**given, "policy": "always"}, verify=False)[1].report
+    report = _report({**given, "policy": "always"})
     config = _config(given, False)
     count = measure(calls(report), str(out), target=config.target, cores=config.logical_cores, repeats=repeats)
     click.echo(f"wrote {count} times to {out}")
@@ -294,16 +318,34 @@ def _config(given: dict[str, Any], verify: bool) -> RewriteConfig:
     return RewriteConfig(lnc=int(lnc) if lnc else None, verify=verify, **{name: given[name] for name in names})
 
 
-def _rewritten(given: dict[str, Any], verify: bool) -> tuple[Loaded, Any]:
-    config = _config(given, verify)
-    asked = Asked(
-        **{n: given[n] for n in ("model", "size", "seq_len", "batch", "dtype", "attn", "mask", "changes")},
-        numbers=verify,
-    )
+def _loaded(given: dict[str, Any], numbers: bool) -> Loaded:
+    names = ("model", "size", "seq_len", "batch", "dtype", "attn", "mask", "changes", "part")
+    asked = Asked(**{name: given[name] for name in names}, numbers=numbers)
     with _working(f"building {asked.model}"), _quiet():
         loaded = load(asked)
-    with _working(f"rewriting {type(loaded.model).__name__}"), _quiet():
-        return loaded, rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
+    for note in loaded.notes:
+        _note(note)
+    return loaded
+
+
+def _report(given: dict[str, Any]) -> RewriteReport:
+    """What would be replaced; of a small model that is no single graph, by running it."""
+    config, loaded = _config(given, False), _loaded(given, numbers=False)
+    kind = type(loaded.model).__name__
+    with _working(f"rewriting {kind}"), _quiet():
+        try:
+            report = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config).report
+        except CaptureError:
+            if not loaded.is_small:
+                raise
+            report = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config)
+    if not report.sites:
+        _note(f"{kind} has no attention that is found.")
+    return report
+
+
+def _note(words: str) -> None:
+    click.echo(f"note: {words}", err=True)
 
 
 def _dtype_of(loaded: Loaded) -> torch.dtype:

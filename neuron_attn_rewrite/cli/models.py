@@ -6,8 +6,10 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuron_attn_rewrite.cli.shrink import COUNTS, VOCABULARY, WIDTHS, no_extras, shrink
+from neuron_attn_rewrite.cli.shrink import COUNTS, VOCABULARY, WIDTHS, arguments, no_extras, shrink
 from neuron_attn_rewrite.errors import InputError, RewriteError
 
 FULL: Mapping[str, Mapping[str, Any]] = {
@@ -56,6 +58,8 @@ class Asked:
     """Fields of the config that get other values."""
     numbers: bool = False
     """Whether weights must have values, because the model is to be run."""
+    part: str | None = None
+    """The submodule that is meant, such as a vision tower; None means the model."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Loaded:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """What its user may not expect, in words."""
+    is_small: bool = False
+    """Whether it can be run here in no time."""
 
 
 def load(asked: Asked) -> Loaded:
@@ -77,7 +85,12 @@ def load(asked: Asked) -> Loaded:
     file, colon, function = asked.model.rpartition(":")
     if colon and file.endswith(".py"):
         return _from_function(Path(file), function)
+    if asked.model.endswith(".py"):
+        raise InputError(
+            f"{asked.model} is Python: name its function that returns (model, inputs), {asked.model}:make."
+        )
     config = _config(asked.model)
+    slips = () if _is_type(asked.model) else _slips(config, Path(asked.model))
     size = asked.size or ("tiny" if _is_type(asked.model) else "full")
     if size == "full" and _is_type(asked.model):
         for name, value in FULL.get(asked.model, {}).items():
@@ -90,7 +103,51 @@ def load(asked: Asked) -> Loaded:
     no_extras(config)
     weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
     model = _build(config, asked, weights)
-    return Loaded(model, (), inputs(model, asked))
+    part = model if asked.part is None else _part(model, asked.part)
+    given = inputs(part, asked)
+    return Loaded(part, (), given, (*slips, *(_left_out(model, given) if part is model else ())), size == "tiny")
+
+
+def _slips(config: Any, path: Path) -> tuple[str, ...]:
+    """Fields of a config's file that its class doesn't know, and that look like one that is not there."""
+    where = path / "config.json" if path.is_dir() else path
+    given = json.loads(where.read_text(encoding="utf-8"))
+    known = {*arguments(type(config)), *getattr(config, "attribute_map", {})}
+    close = {name: difflib.get_close_matches(name, known - given.keys(), 1, 0.85) for name in given.keys() - known}
+    return tuple(
+        f"{where} has {name!r}, which a config of {config.model_type} does not: did you mean {match[0]!r}?"
+        for name, match in sorted(close.items())
+        if match
+    )
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    known = [path for path, part in model.named_modules() if path and hasattr(part, "main_input_name")]
+    if name not in known:
+        raise InputError(
+            f"--part {name}: {type(model).__name__} has no such part; those with inputs of their own are "
+            f"{', '.join(known) or 'none'}."
+        )
+    return model.get_submodule(name)
+
+
+def _left_out(model: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The towers that see no input, in words: images and sound that stand in a text are left out of it."""
+    if {"pixel_values", "input_features", "input_values"} & given.keys():
+        return ()
+    parts: list[Any] = [getattr(model.config, name, None) for name in ("vision_config", "audio_config")]
+    kinds = {part.model_type for part in parts if hasattr(part, "model_type")}
+    towers: list[str] = []
+    for name, part in model.named_modules():
+        of_kind = getattr(getattr(part, "config", None), "model_type", None) in kinds
+        if (
+            name
+            and of_kind
+            and hasattr(part, "main_input_name")
+            and not name.startswith(tuple(f"{t}." for t in towers))
+        ):
+            towers.append(name)
+    return tuple(f"{name} is not run, as the inputs are text: --part {name} explains it." for name in towers)
 
 
 def _from_function(file: Path, function: str) -> Loaded:
@@ -103,13 +160,15 @@ def _from_function(file: Path, function: str) -> Loaded:
     sys.path.insert(0, str(file.parent))
     try:
         sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
+        with _blaming(str(file)):
+            spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
     made = getattr(module, function, None)
     if not callable(made):
         raise InputError(f"{file} has no function {function!r}.")
-    result = made()
+    with _blaming(f"{file}:{function}"):
+        result = made()
     model, given = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
     if not isinstance(model, nn.Module) or not isinstance(given, (tuple, list, dict, Tensor)):
         raise InputError(
@@ -118,6 +177,15 @@ def _from_function(file: Path, function: str) -> Loaded:
     if isinstance(given, dict):
         return Loaded(model, (), given)
     return Loaded(model, (given,) if isinstance(given, Tensor) else tuple(given), {})
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """An error of the user's own code is reported as one."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what} fails: {type(error).__name__}: {error} (--debug shows where)") from error
 
 
 def _transformers() -> Any:
@@ -141,8 +209,9 @@ def _config(word: str) -> Any:
             raise InputError(f"{path} has no config.json.")
         try:
             return transformers.AutoConfig.from_pretrained(str(where))
-        except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{where} is not a config of transformers: {_first_line(error)}") from error
+        except Exception as error:  # whatever transformers meets in a file of somebody's
+            words = " ".join(str(error).split())
+            raise InputError(f"{where} is not a config of transformers: {words}") from error
     known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
     if word not in known:
         close = difflib.get_close_matches(word, known, n=3)
@@ -217,7 +286,7 @@ def _build(config: Any, asked: Asked, weights: str | None) -> nn.Module:
         else:
             with _Weightless():
                 model = auto.from_config(config, **options)
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, AttributeError) as error:
+    except Exception as error:  # whatever transformers meets in a config, or in the weights
         raise InputError(f"transformers can't build {asked.model}: {_first_line(error)}") from error
     give_stand_ins(model)
     model.eval()
@@ -249,8 +318,8 @@ def _auto_class(transformers: Any, config: Any) -> Any:
         return _FromClass(getattr(transformers, named))
     kinds = transformers.models.auto.modeling_auto
     kind = config.model_type
-    if config.is_encoder_decoder:
-        has_head = kind in kinds.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    has_head = kind in kinds.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if config.is_encoder_decoder or (has_head and kind not in kinds.MODEL_MAPPING_NAMES):
         return transformers.AutoModelForSeq2SeqLM if has_head else transformers.AutoModel
     is_decoder = kind in kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in kinds.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return transformers.AutoModelForCausalLM if is_decoder else transformers.AutoModel
@@ -285,6 +354,12 @@ def inputs(model: Any, asked: Asked) -> dict[str, Any]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     main = model.main_input_name
     given: dict[str, Any] = {}
+    if {"hidden_states", "grid_thw"} <= takes.keys():  # images of 16 by 16 patches, each patch one row
+        patch = config.patch_size**2 * getattr(config, "temporal_patch_size", 1) * getattr(config, "in_channels", 3)
+        return {
+            "hidden_states": torch.randn(batch * 256, patch, dtype=dtype),
+            "grid_thw": torch.tensor([[1, 16, 16]] * batch),
+        }
     if main == "input_ids":
         given["input_ids"] = ids
         if asked.mask and "attention_mask" in takes:
