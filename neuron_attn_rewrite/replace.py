@@ -19,7 +19,7 @@ from torch import fx
 from neuron_attn_rewrite.forms import Form
 from neuron_attn_rewrite.graph import PERMUTES, dtype, eliminate_dead_code, fake_mode, op_name, shape
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
-from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Size
+from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Size
 from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
@@ -286,6 +286,8 @@ class _Emitter:
         for of, coefficient in end.terms:
             if isinstance(of, Element):
                 node = self._elements(of, site)
+            elif isinstance(of, Below):
+                node = self._below(of, site)
             elif isinstance(of, Index):
                 node = self._join(aten.arange.default, before, self._size(site.q_len), **self._whole(site))
                 node = self._on(node, aten.unsqueeze.default, 0)
@@ -302,20 +304,30 @@ class _Emitter:
 
     def _elements(self, of: Element, site: AttentionSite) -> fx.Node:
         """The elements that the queries of each batch element read, int64 [batch | 1, q_len | 1]."""
-        node, dim = of.node, 0
-        sizes: list[fx.Node | int] = [1, 1]
-        for index in of.index:
+        axes = [along.axis for index in of.index for along, _ in index.terms if isinstance(along, Index)]
+        sizes = [self._size(site.batch) if 0 in axes else 1, self._size(site.q_len) if 2 in axes else 1]
+        return self._on(self._cast(self._read(of.node, of.index, site), torch.int64), aten.reshape.default, sizes)
+
+    def _below(self, of: Below, site: AttentionSite) -> fx.Node:
+        """How many elements of a row are less than the number of each query, int64 [batch | 1, q_len | 1]."""
+        row = self._on(self._read(of.node, of.row, site), aten.unsqueeze.default, -2)
+        number = self._on(self._end(of.number, site), aten.unsqueeze.default, -1)
+        return self._on(self._join(aten.lt.Tensor, site.output, row, number), aten.sum.dim_IntList, [-1])
+
+    def _read(self, node: fx.Node, at: tuple[Affine, ...], site: AttentionSite) -> fx.Node:
+        """The leading dims of a tensor, each at one place or along the batch or the queries."""
+        dim = 0
+        for index in at:
             if not index.terms:
                 node = self._on(node, aten.select.int, dim, index.constant)
                 continue
             ((along, _),) = index.terms
             assert isinstance(along, Index)
             length = site.batch if along.axis == 0 else site.q_len
-            sizes[0 if along.axis == 0 else 1] = self._size(length)
             if shape(node)[dim] != length:
                 node = self._on(node, aten.slice.Tensor, dim, index.constant, self._size(length, index.constant))
             dim += 1
-        return self._on(self._cast(node, torch.int64), aten.reshape.default, sizes)
+        return node
 
     def _order_or_sizes(self, op: str, arg: tuple[int, ...]) -> list[Any]:
         if op == "permute":

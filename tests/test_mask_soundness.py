@@ -50,7 +50,19 @@ def _span(mask: Tensor) -> Tensor:
 
 
 def _same_part(parts: Tensor) -> Tensor:
-    return (parts[:, None] == parts)[None, None]
+    return _pairs(parts, torch.eq)
+
+
+def _pairs(values: Tensor, compare: Any) -> Tensor:
+    """What a comparison says of the value of each key and that of each query, [BATCH | 1, 1, LENGTH, LENGTH]."""
+    values = values.reshape(-1, LENGTH)
+    found: Tensor = compare(values[:, None, None, :], values[:, None, :, None])
+    return found
+
+
+def _breaks(positions: Tensor, step: int = 1) -> Tensor:
+    """The number of the sequence that each position belongs to, if sequences are packed one behind the other."""
+    return (positions.diff(dim=1, prepend=positions[:, :1] - step) != step).cumsum(1)
 
 
 def _put(mask: Tensor) -> Tensor:
@@ -277,18 +289,22 @@ NUMBERS: dict[str, Any] = {
     "later positions": lambda p, c, n: (key() <= F.pad(c[1:], (0, 1), value=3)[:, None])[None, None],
     "the larger": lambda p, c, n: (key() <= torch.maximum(c[:, None], row()))[None, None],
     "clamped": lambda p, c, n: (key() <= c.clamp(min=1)[:, None])[None, None],
-    "packed": lambda p, c, n: (
-        ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, None, :])
-        == ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, :, None])
-    ),
-    "packed by positions": lambda p, c, n: (
-        (
-            ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, None, :])
-            == ((p.diff(dim=1, prepend=p[:, :1] - 1) != 1).cumsum(1)[:, None, :, None])
-        )
-        & (p[:, None, None, :] <= p[:, None, :, None])
-    ),
-    "segments of a sum": lambda p, c, n: p.cumsum(1)[:, None, None, :] == p.cumsum(1)[:, None, :, None],
+    "packed": lambda p, c, n: _same_part(_breaks(p)),
+    "packed by positions": lambda p, c, n: _same_part(_breaks(p)) & _pairs(p, torch.le),
+    "packed windows": lambda p, c, n: _same_part(_breaks(p)) & _pairs(p, lambda k, q: k > q - 2),
+    "packed without the first": lambda p, c, n: _same_part(F.pad((p.diff(dim=1) != 1).cumsum(1), (1, 0))),
+    "packed backwards": lambda p, c, n: _same_part(_breaks(p, -1)) & _pairs(p, torch.ge),
+    "packed, positions of another batch": lambda p, c, n: _same_part(_breaks(p)) & _pairs(p.flip(0), torch.le),
+    "packed, positions shifted": lambda p, c, n: _same_part(_breaks(p)) & _pairs(p.roll(1, 1), torch.le),
+    "packed, other positions": lambda p, c, n: _same_part(_breaks(p)) & _pairs(c[None] + 0 * p, torch.le),
+    "parts in order": lambda p, c, n: _pairs(_breaks(p), torch.le),
+    "parts behind": lambda p, c, n: _pairs(_breaks(p), torch.gt),
+    "the part and the one before": lambda p, c, n: _pairs(_breaks(p), lambda k, q: (k <= q) & (k + 1 >= q)),
+    "part of a number": lambda p, c, n: _breaks(p)[:, None, None, :] <= c[:, None],
+    "parts of the first": lambda p, c, n: _same_part(_breaks(p)[:1]),
+    "parts across the batch": lambda p, c, n: _same_part((p != 1).cumsum(0)),
+    "sums that fall": lambda p, c, n: _pairs((p - 1).cumsum(1), torch.le),
+    "segments of a sum": lambda p, c, n: _same_part(p.cumsum(1)),
     "chunks from a position on": lambda p, c, n: (key() // 2 == c[:, None] // 2)[None, None],
     "chunks that move": lambda p, c, n: _at(key(), n) // 3 == _at(row(), n) // 3,
     "chunks not before": lambda p, c, n: _at(key(), n) // 2 >= _at(row(), n) // 2,
@@ -342,6 +358,19 @@ def test_every_claim_about_numbers_holds(attention: str, programs: Any, addend: 
             "key >= 2 * (cache_position_1[query] // 2) & key <= 2 * (cache_position_1[query] // 2) + 1",
         ),
         ("a product of numbers", "key <= mul[batch, 0, query, 0] - 1"),
+        (
+            "packed",
+            "key >= first(cumsum >= cumsum[batch, query]) & key <= first(cumsum >= cumsum[batch, query] + 1) - 1",
+        ),
+        ("packed by positions", "causal(offset=0) & key >= first(cumsum >= cumsum[batch, query])"),
+        ("packed backwards", "causal(offset=0) & key >= first(cumsum >= cumsum[batch, query])"),
+        ("part of a number", "key <= first(cumsum >= cache_position_1[query] + 1) - 1"),
+        ("packed, positions of another batch", "none"),
+        ("packed, positions shifted", "none"),
+        ("packed, other positions", "none"),
+        ("parts across the batch", "none"),
+        ("sums that fall", "none"),
+        ("segments of a sum", "none"),
         ("remainders", "none"),
         ("segments", "none"),
         ("two positions", "none"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import gcd
 from typing import TypeAlias
@@ -53,7 +53,16 @@ class Floor:
     by: int
 
 
-Variable: TypeAlias = Index | Size | Element | Truth | Floor
+@dataclass(frozen=True)
+class Below:
+    """How many elements of a row of an integer tensor are less than a number; the rows never decrease."""
+
+    node: fx.Node
+    row: tuple[Affine, ...]
+    number: Affine
+
+
+Variable: TypeAlias = Index | Size | Element | Truth | Floor | Below
 
 
 @dataclass(frozen=True)
@@ -68,18 +77,27 @@ class Affine:
         return not self.terms
 
     def variables(self) -> Iterator[Variable]:
-        """Everything on which it depends, also inside of a `Floor`."""
+        """Everything on which it depends, also inside of a `Floor` or of what is counted."""
         for of, _ in self.terms:
             if isinstance(of, Floor):
                 yield from of.of.variables()
-            else:
-                yield of
+                continue
+            yield of
+            if isinstance(of, Below):
+                yield from of.number.variables()
 
     def coefficient(self, variable: Variable) -> int:
         return next((c for v, c in self.terms if v == variable), 0)
 
     def without(self, variable: Variable) -> Affine:
         return Affine(self.constant, frozenset(t for t in self.terms if t[0] != variable))
+
+    def put(self, old: Variable, new: Affine) -> Affine:
+        """The same sum with a variable replaced by a sum, also where it is an index of an element."""
+        total = Affine(self.constant)
+        for of, coefficient in self.terms:
+            total += (new if of == old else _put(of, old, new)) * coefficient
+        return total
 
     def __add__(self, other: Affine | int) -> Affine:
         if isinstance(other, int):
@@ -104,6 +122,12 @@ class Affine:
 
 def variable(of: Variable) -> Affine:
     return Affine(0, frozenset([(of, 1)]))
+
+
+def _put(of: Variable, old: Variable, new: Affine) -> Affine:
+    if isinstance(of, (Element, Truth)):
+        return variable(replace(of, index=tuple(i.put(old, new) for i in of.index)))
+    return variable(replace(of, of=of.of.put(old, new)) if isinstance(of, Floor) else of)
 
 
 Guard: TypeAlias = frozenset[Affine]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from neuron_attn_rewrite.graph import tensor
-from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Index, Truth, variable
+from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Truth, variable
 from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown, is_one
+from neuron_attn_rewrite.masks.growing import grows, straightened, two_of_a_row
 from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.site import Term
@@ -28,6 +29,9 @@ class Limit:
     is_lower: bool
     end: Affine
     """A sum of sizes, elements of integer inputs, and the index of the query."""
+
+    shows_itself: bool = False
+    """Whether it lets each query see the key of its own index."""
 
     @property
     def is_runtime(self) -> bool:
@@ -71,12 +75,14 @@ def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Ele
             return Unproven(Reason("mask-bias", "it adds numbers that are neither 0 nor low enough to hide a key"))
         (seen if visible else hidden).append(case)
         fills |= {fill} if fill is not None else set()
-    shared = _shared(seen, hidden, evaluator)
+    shared = _shared([replace(c, guard=straightened(c.guard, evaluator)) for c in seen], hidden, evaluator)
     if shared is None:
         return Unproven(Reason("mask-symbolic", "the visible keys are not what bounds and paddings leave"))
+    key, query = (names.get(dims[axis]) for axis in (KEY, QUERY))
     found = Conditions(fill=fills.pop() if len(fills) == 1 else None, assumed=tuple(evaluator.assumed))
-    for inequality in shared:
-        more = _with(found, inequality, names.get(dims[KEY]), evaluator)
+    for inequality in _without_implied(shared, evaluator):
+        itself = sizes[QUERY] == sizes[KEY] and _shows_itself(inequality, key, query, evaluator)
+        more = _with(found, inequality, key, itself, evaluator)
         if more is None:
             return Unproven(Reason("mask-symbolic", "it asks for more than bounds of keys and paddings"))
         found = more
@@ -105,13 +111,33 @@ def _shared(seen: list[Case], hidden: list[Case], evaluator: Elements) -> list[A
         return None
     candidates = {_solved(g) for case in seen for g in case.guard}
     shared = [g for g in candidates if all(evaluator.always(g, case.guard) for case in seen)]
-    if any(not evaluator.impossible([*case.guard, *shared]) for case in hidden):
+    if any(not evaluator.impossible(straightened([*case.guard, *shared], evaluator)) for case in hidden):
         return None
     for inequality in sorted(shared, key=lambda g: -len(g.terms)):
         others = [g for g in shared if g != inequality]
         if evaluator.always(inequality, others):
             shared = others
     return shared
+
+
+def _without_implied(shared: list[Affine], evaluator: Elements) -> list[Affine]:
+    """Without comparisons in rows that never decrease, where the indices say it already."""
+
+    def is_implied(inequality: Affine) -> bool:
+        pair = two_of_a_row(inequality)
+        if pair is None or inequality.constant < 0 or not grows(pair[0].node, pair[0].index[:-1], evaluator):
+            return False
+        return evaluator.always(pair[0].index[-1] - pair[1].index[-1], [g for g in shared if g != inequality])
+
+    return [g for g in shared if not is_implied(g)]
+
+
+def _shows_itself(inequality: Affine, key: Affine | None, query: Affine | None, evaluator: Elements) -> bool:
+    """Whether it holds for the key of the query's own index."""
+    if key is None or query is None:
+        return False
+    ((of, _),) = key.terms
+    return evaluator.always(inequality.put(of, query))
 
 
 def _solved(inequality: Affine) -> Affine:
@@ -127,28 +153,47 @@ def _is_key(of: object) -> bool:
     return isinstance(of, Index) and of.axis == KEY
 
 
-def _with(found: Conditions, inequality: Affine, key: Affine | None, evaluator: Elements) -> Conditions | None:
+def _with(
+    found: Conditions, inequality: Affine, key: Affine | None, itself: bool, evaluator: Elements
+) -> Conditions | None:
     """The conditions and one more; None if it is not one that a kernel knows."""
     truths = [v for v, _ in inequality.terms if isinstance(v, Truth)]
     if truths:
         padding = _padding(inequality, truths[0], key, evaluator)
         return None if padding is None else replace(found, paddings=(*found.paddings, padding))
-    ((key_index, _),) = key.terms if key is not None else ((None, 0),)
-    slope = inequality.coefficient(key_index) if key_index else 0
-    if abs(slope) != 1 or key_index is None:
+    bound = _bound(inequality, key, evaluator) if key is not None else None
+    if bound is None or any(not _is_known(v) for v, _ in bound.end.terms):
         return None
-    end = inequality.without(key_index) * -slope
-    if any(not _is_known(v) for v, _ in end.terms):
-        return None
+    end = bound.end
     queries = [(v, c) for v, c in end.terms if isinstance(v, Index)]
     if len(end.terms) == 1 and queries and queries[0][1] == 1:
         band = found.band
-        if slope > 0:
+        if bound.is_lower:
             band = Band(end.constant if band.lower is None else max(band.lower, end.constant), band.upper)
         else:
             band = Band(band.lower, end.constant if band.upper is None else min(band.upper, end.constant))
         return replace(found, band=band)
-    return replace(found, limits=(*found.limits, Limit(slope > 0, end)))
+    return replace(found, limits=(*found.limits, replace(bound, shows_itself=itself)))
+
+
+def _bound(inequality: Affine, key: Affine, evaluator: Elements) -> Limit | None:
+    """An inequality as a bound on the key: it compares the key, or the key's element of a row that never decreases."""
+    ((key_index, _),) = key.terms
+    slope = inequality.coefficient(key_index)
+    if abs(slope) == 1:
+        return Limit(slope > 0, inequality.without(key_index) * -slope)
+    of_key = [
+        (of, c) for of, c in inequality.terms if isinstance(of, Element) and key_index in of.index[-1].variables()
+    ]
+    if slope or len(of_key) != 1:
+        return None
+    ((element, slope),) = of_key
+    *row, place = element.index
+    if abs(slope) != 1 or not grows(element.node, tuple(row), evaluator):
+        return None
+    number = inequality.without(element) * -slope + (slope < 0)
+    end = variable(Below(element.node, tuple(row), number)) - (place - key) - (slope < 0)
+    return Limit(slope > 0, end)
 
 
 def _is_known(of: object) -> bool:
@@ -157,15 +202,18 @@ def _is_known(of: object) -> bool:
         return of.axis == QUERY
     if isinstance(of, Floor):
         return all(map(_is_known, of.of.variables()))
+    if isinstance(of, Below):
+        return _runs_along(of.row, {BATCH}) and all(map(_is_known, of.number.variables()))
     if not isinstance(of, Element):
         return not isinstance(of, Truth)
-    axes = [_axis(i) for i in of.index]
-    known = [a for a in axes if a is not None]
-    return (
-        set(known) <= {BATCH, QUERY}
-        and known == sorted(set(known))
-        and all(a is not None or i.is_constant for a, i in zip(axes, of.index, strict=True))
-    )
+    return _runs_along(of.index, {BATCH, QUERY})
+
+
+def _runs_along(at: tuple[Affine, ...], axes: set[int]) -> bool:
+    """Whether each index is a number, or runs over the whole of one of the axes, in their order."""
+    along = [_axis(i) for i in at if not i.is_constant]
+    known = [axis for axis in along if axis in axes]
+    return known == along == sorted(set(known))
 
 
 def _axis(index: Affine) -> int | None:
@@ -200,6 +248,8 @@ def _text(end: Affine) -> str:
             return ("batch", "head", "query", "key")[of.axis]
         if isinstance(of, Element):
             return f"{of.node.name}[{', '.join(_text(i) for i in of.index)}]"
+        if isinstance(of, Below):
+            return f"first({of.node.name} >= {_text(of.number)})"
         if isinstance(of, Floor):
             text = _text(of.of)
             return f"({text if ' ' not in text else f'({text})'} // {of.by})"

@@ -209,9 +209,10 @@ class Prover:
     def _with_empty_rows(self, proof: Proof, site: AttentionSite, effects: list[Effect]) -> Proof:
         """What the model gives for a row that sees no key, if there can be one."""
         possible = (
-            bool(proof.paddings or proof.limits)
+            bool(proof.paddings)
+            or not all(limit.shows_itself for limit in proof.limits)
             or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
-            or not _sees_a_key(proof.mask, site)
+            or not _sees_a_key(proof, site)
         )
         if not possible:
             given = EmptyRows.NEVER
@@ -270,13 +271,18 @@ def _is_of_a_mask(node: fx.Node) -> bool:
     return node.op == "placeholder" and "mask" in node.name
 
 
-def _sees_a_key(mask: MaskSpec, site: AttentionSite) -> bool:
-    """Whether each row sees a key, were it not for what is known at run time only."""
-    if is_number(site.q_len) and is_number(site.kv_len):
-        return bool((mask.rows(site.q_len, site.kv_len)[:, 1] > 0).all())
-    lower, upper = mask.band.lower or 0, mask.band.upper or 0
-    sees_itself = site.q_len == site.kv_len and lower <= 0 <= upper
-    return not mask.runs.claims and (mask.band == Band() or sees_itself)
+def _sees_a_key(proof: Proof, site: AttentionSite) -> bool:
+    """Whether each row sees a key, were it not for paddings, and limits that may hide a query's own key."""
+    mask = proof.mask
+    if not is_number(site.q_len) or not is_number(site.kv_len):
+        lower, upper = mask.band.lower or 0, mask.band.upper or 0
+        sees_itself = site.q_len == site.kv_len and lower <= 0 <= upper
+        return all(isinstance(c, Limited) for c in mask.runs.claims) and (mask.band == Band() or sees_itself)
+    rows = mask.rows(site.q_len, site.kv_len)
+    if not proof.limits:
+        return bool((rows[:, 1] > 0).all())
+    itself = torch.arange(site.q_len)
+    return bool(((rows[:, 0] <= itself) & (itself < rows[:, 1])).all())
 
 
 def vectors_of(node: fx.Node) -> int:
