@@ -39,29 +39,32 @@ def plain_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_masks() -> Iterator[None]:
-    """Let transformers 4 build its masks by broadcasting: torch.export can't trace its torch.vmap for open sizes.
-
-    These are the library's own functions for export. Newer releases broadcast anyway, and have none.
-    """
+    """Let transformers build its masks by broadcasting: torch.export can't trace its torch.vmap for open sizes."""
     try:
-        without_vmap = importlib.import_module("transformers.integrations.executorch").sdpa_mask_without_vmap
-        functions = importlib.import_module("transformers.masking_utils").ALL_MASK_ATTENTION_FUNCTIONS
-    except (ImportError, AttributeError):
+        masking = importlib.import_module("transformers.masking_utils")
+    except ImportError:
         yield
         return
-    registered = functions._global_mapping
-    before = dict(registered)
-
-    def eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
-        seen = without_vmap(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_torch_fix": False})
-        return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
-
-    registered.update(sdpa=without_vmap, eager=eager_mask)
+    before = {name: getattr(masking, name) for name in VMAPS if hasattr(masking, name)}
+    vars(masking).update(dict.fromkeys(before, _broadcast))
     try:
         yield
     finally:
-        registered.clear()
-        registered.update(before)
+        vars(masking).update(before)
+
+
+VMAPS = ("_vmap_for_bhqkv", "_vmap_expansion_sdpa")
+"""What maps a function of four indices over all of them, in transformers 4 and 5."""
+
+
+def _broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of one (batch, head, query, key) as one of a vector of each, [batch, heads, query, key]."""
+
+    def mask(*indices: Tensor) -> Tensor:
+        apart = [i.reshape([-1 if axis == d else 1 for d in range(4)]) for axis, i in enumerate(indices)]
+        return function(*apart).expand([i.shape[0] for i in indices])
+
+    return mask
 
 
 # Operators that hold an attention

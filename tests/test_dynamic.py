@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,23 @@ def test_models_of_any_batch_and_length(name: str, implementation: str) -> None:
     assert_same_tokens(model, rewritten)
     again = torch.export.export(rewritten, (), call, dynamic_shapes=shapes, strict=False)
     assert_same_tokens(model, again.module())
+
+
+@pytest.mark.parametrize(("name", "second"), [("mistral", "sliding_window(16)"), ("gemma2", "causal(offset=0)")])
+def test_packed_sequences_of_any_batch_and_length(name: str, second: str) -> None:
+    """Masks that are more than padding and one window for all layers."""
+    torch.manual_seed(0)
+    model = next(f for f in FAMILIES if f.name == name).build("eager")
+    example = {"input_ids": torch.randint(3, VOCABULARY, (3, 24)), "position_ids": torch.arange(24).repeat(3, 1)}
+    rewritten = rewrite(model, (), example, config=ALWAYS, dynamic_shapes=dict.fromkeys(example, SIZES))
+    masks = [re.sub(r"cumsum_\d+", "cumsum", str(site.mask)) for site in rewritten.report.sites]
+    part = "key >= first(cumsum >= cumsum[batch, query])"
+    assert masks == [f"sliding_window(16) & {part}", f"{second} & {part}"]
+    for sizes in ((1, 9), (5, 31), (2, 64)):
+        positions = (torch.arange(sizes[1]) >= sizes[1] // 3).cumsum(0).repeat(sizes[0], 1)
+        call = {"input_ids": torch.randint(3, VOCABULARY, sizes), "position_ids": positions}
+        with torch.no_grad():
+            assert relative_error(rewritten(**call)[0], model(**call)[0]) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("as_module", [False, True])
