@@ -306,15 +306,15 @@ class _Emitter:
         """The elements that the queries of each batch element read, int64 [batch | 1, q_len | 1]."""
         axes = [along.axis for index in of.index for along, _ in index.terms if isinstance(along, Index)]
         sizes = [self._size(site.batch) if 0 in axes else 1, self._size(site.q_len) if 2 in axes else 1]
-        return self._on(self._cast(self._read(of.node, of.index, site), torch.int64), aten.reshape.default, sizes)
+        return self._on(self._cast(self._along(of.node, of.index, site), torch.int64), aten.reshape.default, sizes)
 
     def _below(self, of: Below, site: AttentionSite) -> fx.Node:
         """How many elements of a row are less than the number of each query, int64 [batch | 1, q_len | 1]."""
-        row = self._on(self._read(of.node, of.row, site), aten.unsqueeze.default, -2)
+        row = self._on(self._along(of.node, of.row, site), aten.unsqueeze.default, -2)
         number = self._on(self._end(of.number, site), aten.unsqueeze.default, -1)
         return self._on(self._join(aten.lt.Tensor, site.output, row, number), aten.sum.dim_IntList, [-1])
 
-    def _read(self, node: fx.Node, at: tuple[Affine, ...], site: AttentionSite) -> fx.Node:
+    def _along(self, node: fx.Node, at: tuple[Affine, ...], site: AttentionSite) -> fx.Node:
         """The leading dims of a tensor, each at one place or along the batch or the queries."""
         dim = 0
         for index in at:

@@ -33,6 +33,8 @@ VISION = {
     "patch_size": 8,
 }
 TEXT = {**DECODER, "head_dim": 16, "max_position_embeddings": 64}
+PART = "key >= first(cumsum >= cumsum[batch, query])"
+"""The keys of a query's own sequence begin there."""
 Call = dict[str, Any]
 
 
@@ -103,10 +105,11 @@ def prefixes() -> Iterator[Call]:
 
 
 def packed() -> Iterator[Call]:
-    """Sequences of these lengths, one behind the other."""
-    for lengths in ((10, 8, 6), (24,), (1,) * 24, (23, 1)):
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        yield {"input_ids": tokens(1), "position_ids": positions}
+    """Sequences of these lengths, one behind the other; also positions that a tokenizer would not make."""
+    rows = [torch.cat([torch.arange(n) for n in lengths]) for lengths in ((24,), (10, 8, 6), (1,) * 24, (23, 1))]
+    rows += [torch.arange(24) + 7, torch.arange(24).flip(0), torch.randint(0, 3, (24,)), torch.arange(24) // 2]
+    for pair in zip(rows, [*rows[1:], rows[0]], strict=True):
+        yield {"input_ids": tokens(), "position_ids": torch.stack(pair)}
 
 
 def several_images() -> Iterator[Call]:
@@ -178,9 +181,9 @@ CASES = {
             "causal(offset=0) & key_padding(attention_mask)",
         },
     ),
-    "packed sequences": Case(build("LlamaModel", "LlamaConfig", **DECODER), packed, {"none"}),
+    "packed sequences": Case(build("LlamaModel", "LlamaConfig", **DECODER), packed, {f"causal(offset=0) & {PART}"}),
     "packed sequences with windows": Case(
-        build("MistralModel", "MistralConfig", **DECODER, sliding_window=5), packed, {"none"}
+        build("MistralModel", "MistralConfig", **DECODER, sliding_window=5), packed, {f"sliding_window(5) & {PART}"}
     ),
 }
 
