@@ -6,7 +6,7 @@ import operator
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -70,7 +70,7 @@ def dtype(node: fx.Node) -> torch.dtype:
     return value.dtype
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and tensor(value) is not None
 
 

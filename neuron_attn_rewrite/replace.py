@@ -163,6 +163,8 @@ class _Emitter:
         # Of inputs that share a size the model reads one: to read it of another would tie them when it is exported.
         sizes = self.graph.find_nodes(op="call_function", target=aten.sym_size.int)
         self._read = Counter({(n.args[0], n.args[1]): len(n.users) for n in sizes})
+        self._top = list(self.graph.find_nodes(op="placeholder"))[-1]
+        """The last input, then the last size: sizes are before everything else that is added."""
 
     def kernel_call(self, form: Form, decision: Decision) -> fx.Node:
         """The kernel's operands, its call right behind the output, and the way back to the output's shape."""
@@ -356,13 +358,19 @@ class _Emitter:
             if isinstance(size, torch.SymInt) and str(size.node.expr) == expression
         ]
         node, dim = max(given, key=lambda size: self._read[size])
-        return node if dim is None else self._insert(self._body, aten.sym_size.int, node, dim)
+        return node if dim is None else self._at_top(aten.sym_size.int, node, dim)
 
     def _number(self, target: Any, node: fx.Node, number: fx.Node | int) -> fx.Node:
         """A product or sum of sizes, at the top of the graph."""
         if number == (1 if target is operator.mul else 0):
             return node
-        return self._insert(self._body, target, node, number)
+        return self._at_top(target, node, number)
+
+    def _at_top(self, target: Any, *args: Any) -> fx.Node:
+        node = self._insert(self._top.next, target, *args)
+        if node.prev is self._top:
+            self._top = node
+        return node
 
     def _whole(self, site: AttentionSite) -> dict[str, Any]:
         """The options of a tensor of integers beside the query."""

@@ -175,6 +175,36 @@ def test_a_mask_means_the_same_at_every_size(name: str) -> None:
                 assert relative_error(rewritten(*call), model(*call)) <= TOLERANCES[torch.float32], size
 
 
+LENGTHS = {"q": {2: Dim("length", max=64)}, "k": {2: Dim("length", max=64)}, "v": {2: Dim("length", max=64)}}
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT * (q.shape[2] / 64), -1) @ v
+
+
+class Queries(torch.nn.Module):
+    """A mask of whole rows, which is laid out by two sizes of the inputs."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=shown[:, None, :, None])
+
+
+@pytest.mark.parametrize(("model", "replaced"), [(Scaled(), 0), (Queries(), 1)])
+def test_sizes_as_numbers(model: torch.nn.Module, replaced: int) -> None:
+    """A scale made of a size is none that is known; sizes are there before what is laid out by them."""
+    shapes: dict[str, Any] = {**LENGTHS, **({"shown": {1: Dim("length", max=64)}} if replaced else {})}
+
+    def call(length: int) -> tuple[Tensor, ...]:
+        return (*inputs(2, length, length)[:3], *([torch.rand(2, length) < 0.7] if replaced else []))
+
+    rewritten = rewrite(model, call(12), config=ALWAYS, dynamic_shapes=shapes)
+    assert len(kernel_calls(rewritten)) == replaced, str(rewritten.report)
+    for length in (2, 20):
+        given = call(length)
+        assert relative_error(rewritten(*given), model(*given)) <= TOLERANCES[torch.float32]
+
+
 def rewritten_padding() -> RewrittenModule:
     length = Dim("length", max=32)
     shapes = open_sizes(Dim("batch", max=8), length, length)

@@ -179,8 +179,7 @@ def scaled_by_number(evaluator: Evaluator, node: fx.Node) -> tuple[fx.Node, floa
     left, right = node.args[:2]
     for tensor, factor in ((left, right), (right, left))[: 1 if name == "div" else 2]:
         number = evaluator.constant(factor)
-        if is_tensor(tensor) and number and shape(tensor) == shape(node):  # type: ignore[arg-type]
-            assert isinstance(tensor, fx.Node)
+        if is_tensor(tensor) and number and shape(tensor) == shape(node):
             return tensor, 1 / number if name == "div" else number
     return None
 

@@ -44,7 +44,7 @@ def _complement(walk: Walk, scores: Scores) -> Scores | None:
     """`x * b + c * (1 - b)` for a b of 0 and 1 (GPT): c stands in place of the scores where b is 0."""
     node, term = scores.node, next(iter(scores.terms), None)
     for inner, kept in (node.args[:2], node.args[1::-1]):
-        if not isinstance(inner, fx.Node) or not isinstance(kept, fx.Node) or shape(inner) != shape(node):
+        if not is_tensor(inner) or not is_tensor(kept) or shape(inner) != shape(node):
             continue
         if term and term.kind == "add" and term.dims == views.broadcast(kept, scores.dims):
             fill = _fill_where_zero(walk, kept, term.node)
@@ -79,13 +79,13 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
     sides = [(left, right, 1.0, sign * weight), (right, left, sign * weight, 1.0)]
     blocked = Blocked(node, Reason("no-product", "neither side leads to a product"))
     for inner, other, inner_weight, other_weight in sides:
-        if not isinstance(inner, fx.Node) or shape(inner) != shape(node):
+        if not is_tensor(inner) or shape(inner) != shape(node):
             continue
         shift = walk.constant(other)
         vanishes = scores.softcap is None and scores.sink is None
         if vanishes and shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
             return scores.to(inner, trail="shift").scaled(inner_weight)
-        if not isinstance(other, fx.Node):
+        if not is_tensor(other):
             continue
         if vanishes and inner_weight == 1.0 and _is_row_statistic(other, inner, scores):
             return scores.to(inner, trail="row maximum")
@@ -150,7 +150,7 @@ def uniform(evaluator: Evaluator, value: object) -> float | None:
 
 def _filled(scores: Scores, inner: object, mask: object, fill: float | None, where: bool) -> Scores:
     node = scores.node
-    if fill is None or not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node) or shape(inner) != shape(node):
+    if fill is None or not is_tensor(inner) or not is_tensor(mask) or shape(inner) != shape(node):
         raise Blocked(node, Reason("fill-unknown", "the filled value is not a number"))
     return scores.hidden(mask, fill, where).to(inner, trail="masked_fill" if where else "where")
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, shape, tensor
+from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, is_tensor, op_name, shape, tensor
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import as_product
@@ -124,11 +124,11 @@ def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         return views.source(node), node.args[1], True
     if op_name(node) == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
         for kept, other, where in ((node.args[1], node.args[2], False), (node.args[2], node.args[1], True)):
-            if isinstance(kept, fx.Node) and shape(kept) == shape(node) and _is_zero(other):
+            if is_tensor(kept) and shape(kept) == shape(node) and _is_zero(other):
                 return kept, node.args[0], where
     if op_name(node) == "mul":
         for kept, mask in (node.args[:2], node.args[1::-1]):
-            if isinstance(kept, fx.Node) and isinstance(mask, fx.Node) and shape(kept) == shape(node):
+            if is_tensor(kept) and is_tensor(mask) and shape(kept) == shape(node):
                 source = _bool_behind(mask)
                 if source is not None:
                     return kept, source, False
