@@ -142,6 +142,18 @@ def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
     return Writes(graph).changed
 
 
+def grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """Whether each node is computed with gradients, in a graph that switches between the two; empty for any other."""
+    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    if not switches:
+        return {}
+    modes, mode = {}, not switches[0].args[0]
+    for node in graph.nodes:
+        mode = bool(node.args[0]) if node in switches else mode
+        modes[node] = mode
+    return modes
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode in which the graph's fake tensors live."""
     return next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))

@@ -490,3 +490,33 @@ def test_the_entry_point() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert '[project.entry-points.torch_dynamo_backends]\nneuron_attn_rewrite = "neuron_attn_rewrite.backends' in text
     assert NAME in torch._dynamo.list_backends()
+
+
+def without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        w = torch.softmax(q @ k.mT, -1)
+    return w @ v
+
+
+def beside_no_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    values = v.transpose(1, 2).transpose(1, 2)
+    with torch.no_grad():
+        turn = torch.cos(torch.arange(float(q.shape[2])))[:, None]
+    return torch.softmax((q * turn) @ k.mT, -1) @ values
+
+
+@pytest.mark.parametrize(("attention", "replaced"), [(without_gradient, 0), (beside_no_gradient, 1)])
+def test_a_region_without_gradients(attention: Any, replaced: int) -> None:
+    torch._dynamo.reset()
+    given = [[torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3)]]
+    given.append([t.detach().clone().requires_grad_() for t in given[0]])
+    with collect_reports() as reports:
+        options = {"policy": "always", "verify": False}
+        compiled = torch.compile(attention, backend="neuron_attn_rewrite", options=options)
+        for run, tensors in zip((attention, compiled), given, strict=True):
+            run(*tensors).square().sum().backward()
+    assert [len(graph.report.replaced) for graph in reports.graphs] == [replaced]
+    for old, new in zip(*given, strict=True):
+        assert (old.grad is None) == (new.grad is None)
+        if old.grad is not None and new.grad is not None:
+            assert torch.allclose(old.grad, new.grad, rtol=1e-3, atol=1e-4)
