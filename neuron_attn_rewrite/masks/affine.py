@@ -127,7 +127,11 @@ def variable(of: Variable) -> Affine:
 def _put(of: Variable, old: Variable, new: Affine) -> Affine:
     if isinstance(of, (Element, Truth)):
         return variable(replace(of, index=tuple(i.put(old, new) for i in of.index)))
-    return variable(replace(of, of=of.of.put(old, new)) if isinstance(of, Floor) else of)
+    if isinstance(of, Floor):
+        return variable(replace(of, of=of.of.put(old, new)))
+    if isinstance(of, Below):
+        return variable(replace(of, row=tuple(i.put(old, new) for i in of.row), number=of.number.put(old, new)))
+    return variable(of)
 
 
 Guard: TypeAlias = frozenset[Affine]

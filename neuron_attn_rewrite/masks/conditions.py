@@ -79,14 +79,14 @@ def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Ele
     if shared is None:
         return Unproven(Reason("mask-symbolic", "the visible keys are not what bounds and paddings leave"))
     key, query = (names.get(dims[axis]) for axis in (KEY, QUERY))
-    found = Conditions(fill=fills.pop() if len(fills) == 1 else None, assumed=tuple(evaluator.assumed))
+    found = Conditions(fill=fills.pop() if len(fills) == 1 else None)
     for inequality in _without_implied(shared, evaluator):
         itself = sizes[QUERY] == sizes[KEY] and _shows_itself(inequality, key, query, evaluator)
         more = _with(found, inequality, key, itself, evaluator)
         if more is None:
             return Unproven(Reason("mask-symbolic", "it asks for more than bounds of keys and paddings"))
         found = more
-    return found
+    return replace(found, assumed=tuple(evaluator.assumed))
 
 
 def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
