@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.kernels import ops, reference, vendor
 from neuron_attn_rewrite.kernels.vendor.adapter import How
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
 from neuron_attn_rewrite.strategy.clauses import mask
@@ -58,6 +58,10 @@ def problems(draw: st.DrawFn, kind: str) -> tuple[AttentionProblem, dict[str, An
         rows = tuple((i * kv_len // q_len // 2, kv_len - i % 3) for i in range(q_len))
         claims.append(Intervals(rows))
         options["bounds"] = torch.tensor([rows])
+    elif kind in ("decode", "wide") and draw(st.integers(0, 2)) == 0:
+        claims.append(Limited("key >= first[batch, query]"))
+        first = torch.randint(0, kv_len // 2 + 1, (batch, q_len))
+        options["bounds"] = torch.stack([first, torch.full_like(first, kv_len)], -1)
     if kind in ("decode", "wide") and draw(st.integers(0, 2)) == 0:
         claims.append(KeyPadding("mask"))
         options["key_padding"] = torch.rand(batch, kv_len) > 0.3
@@ -78,7 +82,8 @@ def problems(draw: st.DrawFn, kind: str) -> tuple[AttentionProblem, dict[str, An
         options["sink"] = torch.randn(heads)
     mask = MaskSpec(tuple(claims))
     rows_seen = mask.rows(q_len, kv_len)
-    empty = "key_padding" in options or bool((rows_seen[:, 0] >= rows_seen[:, 1]).any())
+    hidden = "key_padding" in options or any(isinstance(claim, Limited) for claim in claims)
+    empty = hidden or bool((rows_seen[:, 0] >= rows_seen[:, 1]).any())
     problem = AttentionProblem(
         batch=batch,
         num_heads=heads,
@@ -102,6 +107,7 @@ def features_of(problem: AttentionProblem) -> set[str]:
     found = {
         "grouped": problem.num_heads != problem.num_kv_heads,
         "chunks": any(isinstance(claim, Chunked) for claim in claims),
+        "limits": any(isinstance(claim, Limited) for claim in claims),
         "padding": any(isinstance(claim, KeyPadding) for claim in claims),
         "window": mask(problem).window is not None,
         "bias": problem.bias_shape is not None,
@@ -112,8 +118,8 @@ def features_of(problem: AttentionProblem) -> set[str]:
 
 
 TAKEN = {
-    "attention_cte": {"grouped", "chunks", "padding", "window", "bias", "sink", "other v_head_dim"},
-    "attention_tkg": {"grouped", "chunks", "padding", "window", "sink"},
+    "attention_cte": {"grouped", "chunks", "limits", "padding", "window", "bias", "sink", "other v_head_dim"},
+    "attention_tkg": {"grouped", "chunks", "limits", "padding", "window", "sink"},
     "attention_segmented_cte": {"grouped", "window", "sink"},
     "attention_isa_kernel": {"grouped"},
     "neuronxcc_flash_fwd": {"grouped", "window", "bias"},

@@ -173,6 +173,7 @@ def test_a_table_of_the_caller() -> None:
 
 PADDED = MaskSpec((KeyPadding("m"),))
 BACK = MaskSpec((Band(upper=1024),))
+LIMITED = MaskSpec((Limited("key >= first[batch, query]"),))
 ROWS = MaskSpec((Intervals(((0, 5),) * 2048),))
 ONE = {"q_len": 1, "mask": FULL}
 D128 = {"head_dim": 128, "v_head_dim": 128}
@@ -214,6 +215,14 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("attention_cte", {}, {"empty_rows": EmptyRows.ANY}, {"empty_rows": EmptyRows.ZERO}, "undefined"),
     ("attention_cte", {"sdk": "2.29"}, {"mask": ROWS}, {}, ""),
     ("attention_cte", {"sdk": "2.28"}, {"mask": WINDOW}, {"mask": ROWS}, "before SDK 2.29"),
+    ("attention_cte", {"sdk": "2.31"}, {"mask": LIMITED}, {}, ""),
+    (
+        "attention_cte",
+        {"sdk": "2.30"},
+        {"mask": LIMITED, "batch": 1},
+        {"mask": LIMITED, "batch": 2},
+        "each of the batch",
+    ),
     ("attention_cte", {"sdk": "2.31"}, {"bias_shape": (1, 1, 2048, 2048)}, {}, ""),
     ("attention_cte", {"sdk": "2.30"}, {}, {"bias_shape": (1, 1, 2048, 2048)}, "before SDK 2.31"),
     (

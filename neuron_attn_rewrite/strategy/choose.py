@@ -12,11 +12,10 @@ import torch
 
 from neuron_attn_rewrite.config import TOLERANCES, RewriteConfig
 from neuron_attn_rewrite.kernels import vendor
-from neuron_attn_rewrite.masks.spec import Limited
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
-from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, broken
+from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, broken, is_limited
 from neuron_attn_rewrite.strategy.cost import Time
 from neuron_attn_rewrite.strategy.legality import OURS, bridged, illegal
 from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
@@ -82,7 +81,7 @@ def _is_rank(problem: AttentionProblem, degree: int, rows_are_its: bool) -> bool
 
 def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
     """Row i is token `i * degree + rank`, and sees itself and what is before it, whatever the inputs are."""
-    if degree > MOST_RANKS or any(isinstance(claim, Limited) for claim in problem.mask.claims):
+    if degree > MOST_RANKS or is_limited(problem):
         return False
     ends = torch.arange(problem.q_len) * degree + rank + 1
     rows = problem.mask.rows(problem.q_len, problem.kv_len)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask, mask_of
-from neuron_attn_rewrite.masks.spec import Band, KeyPadding
+from neuron_attn_rewrite.masks.spec import Band, KeyPadding, Limited
 from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
 from neuron_attn_rewrite.reasons import Reason
 
@@ -89,6 +89,11 @@ def mask(problem: AttentionProblem) -> Mask:
 def is_padded(problem: AttentionProblem) -> bool:
     """Whether some keys are hidden by a run-time vector."""
     return any(isinstance(claim, KeyPadding) for claim in problem.mask.claims)
+
+
+def is_limited(problem: AttentionProblem) -> bool:
+    """Whether some bounds are known at run time only, and may be others for each of the batch."""
+    return any(isinstance(claim, Limited) for claim in problem.mask.claims)
 
 
 SINCE: Mapping[str, Mapping[str, str]] = MappingProxyType(

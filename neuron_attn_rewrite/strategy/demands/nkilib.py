@@ -28,6 +28,7 @@ from neuron_attn_rewrite.strategy.clauses import (
     Clause,
     Kernel,
     causal_band,
+    is_limited,
     is_padded,
     mask,
     shipped,
@@ -104,6 +105,11 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     "kernel-mask",
                     "before SDK 2.29 it has no bounds, and the mask is {p.mask}",
                     lambda p, s: mask(p).kind != "rows" or takes("attention_cte", "bound_min", s),
+                ),
+                Clause(
+                    "kernel-mask",
+                    "before SDK 2.31 it has no bounds for each of the batch {p.batch}, and the mask is {p.mask}",
+                    lambda p, s: p.batch == 1 or not is_limited(p) or takes("attention_cte", "position_bias", s),
                 ),
                 Clause(
                     "kernel-bias",
