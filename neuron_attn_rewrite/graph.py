@@ -39,6 +39,21 @@ def op_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", ""))
 
 
+SHAPE_ONLY = frozenset(
+    """
+    new_ones new_zeros new_full new_empty ones_like zeros_like full_like empty_like sym_size getattr
+    """.split()
+)
+SHAPE_OF_SECOND = frozenset("expand_as type_as view_as reshape_as".split())
+
+
+def values_read(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The inputs of which an operator reads more than the shape, the dtype or the device."""
+    inputs = tuple(node.all_input_nodes)
+    name = op_name(node)
+    return () if name in SHAPE_ONLY else inputs[:1] if name in SHAPE_OF_SECOND else inputs
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by their names in the schema, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload)

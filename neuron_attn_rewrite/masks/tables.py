@@ -13,7 +13,7 @@ nothing is assumed; and integer inputs with `mask` in their name, which by the c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import draws, op_name, tensor
+from neuron_attn_rewrite.graph import draws, op_name, tensor, values_read
 from neuron_attn_rewrite.masks.regions import Region, restrict
 
 MOST_CELLS = 2**24
@@ -41,11 +41,6 @@ MOVEMENT = frozenset(
     view reshape _unsafe_view flatten unflatten unsqueeze squeeze expand expand_as broadcast_to permute transpose
     t mT movedim slice select narrow index index_select gather cat stack clone contiguous alias detach
     lift_fresh_copy flip roll repeat repeat_interleave constant_pad_nd diagonal tile
-    """.split()
-)
-SHAPE_ONLY = frozenset(
-    """
-    new_ones new_zeros new_full new_empty ones_like zeros_like full_like empty_like sym_size getattr
     """.split()
 )
 
@@ -168,7 +163,6 @@ class Evaluator:
         return result
 
     def _kind(self, node: fx.Node) -> Kind:
-        name = op_name(node)
         if not _is_sized(node):
             return Kind.OPAQUE
         if node.op == "placeholder":
@@ -179,12 +173,7 @@ class Evaluator:
             return Kind.OPAQUE if no_value or isinstance(held, torch.nn.Parameter) else Kind.CONSTANT
         if node.op != "call_function" or draws(node):
             return Kind.OPAQUE
-        inputs: Iterable[fx.Node] = node.all_input_nodes
-        if name in SHAPE_ONLY:
-            return Kind.CONSTANT
-        if name in ("expand_as", "type_as", "view_as", "reshape_as"):
-            inputs = node.all_input_nodes[:1]
-        kind = max((self._kinds[n] for n in inputs), default=Kind.CONSTANT)
+        kind = max((self._kinds[n] for n in values_read(node)), default=Kind.CONSTANT)
         return Kind.CELLS if kind is Kind.OPAQUE and _is_bool(node) and _is_small(node) else kind
 
     def _compute(self, node: fx.Node) -> Any:
@@ -198,10 +187,8 @@ class Evaluator:
         if op_name(node) == "getattr":
             return torch.device("cpu")
         name = op_name(node)
-        needs = node.all_input_nodes if name not in SHAPE_ONLY else []
+        needs = values_read(node)
         values = {n: self.value(n) if n in needs else _shape_stand_in(n) for n in node.all_input_nodes}
-        if name in ("expand_as", "type_as", "view_as", "reshape_as"):
-            values |= {n: _shape_stand_in(n) for n in node.all_input_nodes[1:]}
         opaque = next((v for v in values.values() if isinstance(v, Opaque)), None)
         result = opaque or self._apply(node, name, values)
         return self._new_leaf(node) if isinstance(result, Opaque) and _is_bool(node) else result

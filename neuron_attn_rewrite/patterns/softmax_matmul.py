@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import is_tensor, module_path, op_name, shape, tensor
+from neuron_attn_rewrite.graph import is_tensor, module_path, op_name, shape, tensor, values_read
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
@@ -36,7 +36,7 @@ def find_softmax_matmul(
         ends = _products(walk, weights)
         last = [start.division or product.node for _, product in ends]
         inside = between(first.node, last, order)
-        made = inside - set(last)
+        made = _made_of(first.node, inside) - set(last)
         readers = (*_readers(inside, set(last), softmax, order), *_operands_made(made, ends, softmax, order))
         return [_build(walk, softmax, start, first, *end, readers) for end in ends]
     except Blocked as blocked:
@@ -157,6 +157,11 @@ def between(first: fx.Node, ends: list[fx.Node], order: Mapping[fx.Node, int]) -
     last = max(order[end] for end in ends)
     after = _closure([first], lambda node: (u for u in node.users if order[u] <= last))
     return _closure(ends, lambda node: (n for n in node.all_input_nodes if n in after))
+
+
+def _made_of(first: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """What holds values of the first node, and not its shape alone."""
+    return _closure([first], lambda node: (u for u in node.users if u in inside and node in values_read(u)))
 
 
 def _closure(start: list[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
