@@ -26,7 +26,9 @@ from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
 CONFIG = RewriteConfig(policy="always", verify=False)
 TOLERANCE = 1e-3
 """Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less."""
-FILLS = (-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4)
+ROUNDING = (-1e9, -1e4)
+"""Fills that leave some digits of a score."""
+FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
 
 
 class Program(nn.Module):
@@ -155,7 +157,7 @@ class Program(nn.Module):
             "after": draw.choice(["", "", "", "nan_to_num", "again", "scaled", "clone", "detach"]),
             "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
         }
-        fill = draw.choice(FILLS)
+        fill = self.fill = draw.choice(FILLS)
         for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
             self._say(word)
 
@@ -271,8 +273,12 @@ def attack(seed: int, times: int = 3) -> tuple[str | None, RewrittenModule | Non
         inputs = program.inputs(other)
         old = run(program, inputs, with_gradients=True)
         new = run(rewritten, inputs, with_gradients=True)
-        # A row that sees no key, or gives NaN, has no gradient that means something.
-        means = bool(program.seen(*inputs[3:8]).any(-1).all()) and bool(old[0].isfinite().all())
+        # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
+        # are rounded to what is left of them beside a large number.
+        sees = program.seen(*inputs[3:8]).any(-1, keepdim=True)
+        means = bool(sees.all()) and bool(old[0].isfinite().all())
+        if program.fill in ROUNDING:
+            old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
         for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
             if differs(a, b):
                 return f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs", rewritten
