@@ -78,6 +78,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_blocks": 1, "num_self_attends_per_block": 2},
     "rf_detr": {"num_queries": 16},
     "pvt_v2": {"image_size": [64, 64]},
+    "pvt": {"image_size": 64},
     "seggpt": {"image_size": [64, 32], "merge_index": 0, "intermediate_hidden_state_indices": [0, 1]},
     "transfo-xl": {"cutoffs": [64, 128, 192], "proj_share_all_but_first": True},
     "xlnet": {"d_head": 16, "n_head": 4, "d_model": 64},
