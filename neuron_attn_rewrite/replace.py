@@ -110,12 +110,10 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
     Returns:
         The buffers that no kernel call reads, as their values are part of what it says: masks and scales.
     """
-    said = frozenset(
-        str(node.target)
-        for g in accepted
-        for node in _constants(g.plan.site.output, g) - _constants(g.result, g)
-        if str(node.target) in dict(module.named_buffers(remove_duplicate=False))
-    )
+    unread = {
+        str(node.target) for g in accepted for node in _constants(g.plan.site.output, g) - _constants(g.result, g)
+    }
+    said = frozenset(unread & dict(module.named_buffers(remove_duplicate=False)).keys())
     for g in accepted:
         for user in list(g.plan.site.output.users):
             if user not in g.added:

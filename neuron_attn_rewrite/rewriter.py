@@ -19,7 +19,7 @@ from neuron_attn_rewrite.config import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteError, RewriteWarning
 from neuron_attn_rewrite.exact import inside
 from neuron_attn_rewrite.forms import Form, at_example, forms, size_from_data
-from neuron_attn_rewrite.graph import Writes, grad_modes
+from neuron_attn_rewrite.graph import Writes
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.launch import sdk_is_here
 from neuron_attn_rewrite.masks.prove import Proof, Prover
@@ -152,7 +152,7 @@ def make_plan(site: AttentionSite | UnknownAttention, prover: Prover, config: Re
     if isinstance(proof, Unproven):
         return Plan(site, proof, None, _native(proof.reason.behind("unproven: "), config), at_example(site, values))
     possible = forms(site, proof, values)
-    no = _shared(site, config) or _written(site, prover.writes) or _detached(site)
+    no = _shared(site, config) or _written(site, prover.writes) or _detached(site, prover.grad_modes)
     no = no or _unknown_size(site, proof, prover, config)
     form, decision = (possible[0], _native(no, config)) if no else _chosen(possible, prover, config)
     if config.gradients and decision.kernel != NATIVE:
@@ -229,9 +229,8 @@ def _written(site: AttentionSite, writes: Writes) -> Reason | None:
     return None
 
 
-def _detached(site: AttentionSite) -> Reason | None:
+def _detached(site: AttentionSite, modes: Mapping[fx.Node, bool]) -> Reason | None:
     """Why one kernel call does not have the attention's gradients; None if it has."""
-    modes = grad_modes(site.output.graph)
     nodes, _ = inside(site) if modes else ((), ())
     other = next((node for node in nodes if modes[node] != modes[site.output]), None)
     return Reason("gradient", f"at {other.name}: a part of it is computed without gradients") if other else None

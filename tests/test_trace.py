@@ -218,7 +218,7 @@ def test_the_op_dissolves_into_the_kernels_own_node(monkeypatch: pytest.MonkeyPa
             assert grid == (2,)
             return inner
 
-    monkeypatch.setattr(torch_neuron, "launch", fake_launch)
+    monkeypatch.setattr(launch, "launch", fake_launch)
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:

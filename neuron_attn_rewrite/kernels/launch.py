@@ -83,6 +83,7 @@ def sdk_is_here() -> bool:
 
 
 def has(package: str, attribute: str) -> bool:
+    """Whether a package is installed and holds what an empty one of its name does not."""
     try:
         return find_spec(package) is not None and hasattr(import_module(package), attribute)
     except (ImportError, ValueError):

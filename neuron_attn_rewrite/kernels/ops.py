@@ -109,18 +109,26 @@ def _decomposed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Te
     return _in_order(query, key, value, options, reference.attention)
 
 
+def forward_on_device(
+    query: Tensor, key: Tensor, value: Tensor, *, launcher: Launch = nki_jit, **options: Any
+) -> Tensor:
+    """`flash_fwd` by the kernel that was chosen."""
+    orders = orders_of(options)
+    terms = check(*orders.to(AS_GIVEN, query, key, value), **options)
+    how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
+    return launch.launch(query, key, value, terms, options.get("kernel_name", "flash_fwd"), how, launcher)
+
+
 def _xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     orders = orders_of(options)
     plain = orders.to(AS_GIVEN, query, key, value)
-    terms = check(*plain, **options)
-    how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
-    kernel = options.get("kernel_name", "flash_fwd")
+    check(*plain, **options)
     return launch.on_xla(
-        kernel,
+        options.get("kernel_name", "flash_fwd"),
         (query, key, value),
         options,
         result=_result(plain[0], plain[2], orders),
-        launched=lambda: launch.launch(query, key, value, terms, kernel, how),
+        launched=lambda: forward_on_device(query, key, value, **options),
         decomposed=lambda: _decomposed(query, key, value, **options),
     )
 

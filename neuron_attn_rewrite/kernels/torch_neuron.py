@@ -8,13 +8,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from neuron_attn_rewrite.kernels.arguments import UNSHARDED, check, orders_of
-from neuron_attn_rewrite.kernels.launch import has, launch
-from neuron_attn_rewrite.kernels.ops import backward_on_device
-from neuron_attn_rewrite.kernels.orders import AS_GIVEN
-from neuron_attn_rewrite.kernels.vendor.adapter import How
+from neuron_attn_rewrite.kernels.launch import has
+from neuron_attn_rewrite.kernels.ops import backward_on_device, forward_on_device
 
 WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
 """Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""
@@ -43,23 +39,18 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
         launched: Callable[..., Any] = wrap(kernel)[(lnc,)]
         return launched
 
-    def rule(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-        options = dict(kwargs or {})
-        with mode:
-            orders = orders_of(options)
-            terms = check(*orders.to(AS_GIVEN, *args), **options)
-            how = How(options.get("lnc", 1), options.get("strategy", UNSHARDED), orders)
-            return launch(args[0], args[1], args[2], terms, options.get("kernel_name", "flash_fwd"), how, launcher)
+    def rule(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def on_device(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            with mode:
+                return compute(*args, **(kwargs or {}), launcher=launcher)
 
-    def gradients(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        with mode:
-            return backward_on_device(*args, **(kwargs or {}), launcher=launcher)
+        return on_device
 
     untyped: Any = torch.library
     library = untyped.Library("neuron_attn", "FRAGMENT")
     try:
-        for op, body in (("flash_fwd", rule), ("flash_bwd", gradients)):
-            untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, body, lib=library)
+        for op, compute in (("flash_fwd", forward_on_device), ("flash_bwd", backward_on_device)):
+            untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, rule(compute), lib=library)
         yield
     finally:
         library._destroy()

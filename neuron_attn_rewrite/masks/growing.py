@@ -18,20 +18,20 @@ from neuron_attn_rewrite.masks.cases import At, Case, Elements, Unknown
 
 def grows(node: fx.Node, row: At, e: Elements) -> bool:
     """Whether a row of a tensor never decreases: it is the running sum of zeros and ones."""
-    _, addends = _addends(node, row, e)
-    return bool(addends) and all(case.value in (Affine(), Affine(1)) for case in addends)
+    return bool(_addends(node, row, e)[1])
 
 
 def _addends(node: fx.Node, row: At, e: Elements) -> tuple[Affine, tuple[Case, ...]]:
-    """What a running sum adds at an index of its own; nothing if the tensor is none."""
+    """What a running sum of zeros and ones adds at an index of its own; nothing if the tensor is none."""
     value = tensor(node)
     if op_name(node) != "cumsum" or value is None or arguments(node)["dim"] % value.dim() != len(row):
         return Affine(), ()
     place = e.bind(e.size(value.shape[-1]))
     try:
-        return place, e.cases(arguments(node)["self"], (*row, place))
+        addends = e.cases(arguments(node)["self"], (*row, place))
     except Unknown:
         return place, ()
+    return place, addends if all(case.value in (Affine(), Affine(1)) for case in addends) else ()
 
 
 def straightened(inequalities: Iterable[Affine], e: Elements) -> frozenset[Affine]:
@@ -67,7 +67,7 @@ def _steps(number: Element, e: Elements) -> list[tuple[Affine, Index, int]]:
     """Rows that rise by a fixed step wherever a running sum stays the same: an element, the sum's index, the step."""
     place, addends = _addends(number.node, number.index[:-1], e)
     same = [c for c in addends if c.value == Affine() and not e.impossible([*c.guard, place - 1])]
-    if not same or any(case.value not in (Affine(), Affine(1)) for case in addends):
+    if not same:
         return []
     rises = ({rise for g in case.guard if -g in case.guard and (rise := _rise(g, place))} for case in same)
     return sorted(set.intersection(*rises), key=str)

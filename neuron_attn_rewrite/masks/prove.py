@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.graph import Writes, arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph import Writes, arguments, grad_modes, is_tensor, op_name, shape
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
@@ -84,6 +84,7 @@ class Prover:
         self.evaluator = Evaluator(module, self.writes.changed)
         self.symbolic = SymbolicEvaluator(module, changed=self.writes.changed)
         self.named = SymbolicEvaluator(module, changed=self.writes.changed, names_numbers=True)
+        self.grad_modes = grad_modes(module.graph)
         self.is_dynamic = has_symbols(module.graph)
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 

@@ -31,11 +31,11 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         )
     }
 )
-"""By the name that a decision and the op's `kernel` give it; of equally fast ones the first is taken."""
+"""By the name that a decision and the op's `kernel_name` give it; of equally fast ones the first is taken."""
 BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
 """Those that `flash_bwd` can run as, in the order in which they are asked."""
 PAGED: Mapping[str, Adapter] = MappingProxyType({FLASH_PAGED.name: FLASH_PAGED})
-"""Those that `flash_paged` can run as, by its `kernel`."""
+"""Those that `flash_paged` can run as, by its `kernel_name`."""
 _ALL = {**ADAPTERS, **BACKWARD, **PAGED}
 
 
