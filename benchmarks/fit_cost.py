@@ -16,8 +16,9 @@ import torch
 
 from benchmarks import traces
 from benchmarks.measurements import KERNEL, NATIVE, Point
+from neuron_attn_rewrite.hardware import HARDWARE
 from neuron_attn_rewrite.strategy import cost
-from neuron_attn_rewrite.strategy.cost import HARDWARE, LONG, Fit
+from neuron_attn_rewrite.strategy.cost import LONG, Fit, tile_bound
 from neuron_attn_rewrite.strategy.legality import KERNELS
 
 HERE = Path(cost.__file__).parent
@@ -37,7 +38,7 @@ def fit_kernel(points: Sequence[Point]) -> tuple[float, float, float]:
     """fixed, per_group and slack, by least squares of the relative error."""
     rows = []
     for p in points:
-        _, bound = HARDWARE["trn2"].tile_bound(p.head_dim, p.head_dim, 2)
+        _, bound = tile_bound(HARDWARE["trn2"], p.head_dim, p.head_dim, 2)
         groups, tiles = cost.work(p.problem, p.cores, KERNELS["attention_cte"])
         rows.append([value / p.micros for value in (1.0, groups, bound * tiles)])
     solution = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), torch.ones(len(rows), 1).double())

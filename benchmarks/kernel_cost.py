@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from neuron_attn_rewrite.kernels import simulated, simulator
+from neuron_attn_rewrite import simulator
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.simulator.cost import bound
+from neuron_attn_rewrite.ops import simulated
+from neuron_attn_rewrite.simulator.cost import bound
 
 LENGTHS = (2048, 8192, 16384)
 HEAD_DIM = 128

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.kernel_mutations import BROKEN
 
 ROOT = Path(__file__).parents[1]
-SIMULATOR = "neuron_attn_rewrite/kernels/simulator"
+SIMULATOR = "neuron_attn_rewrite/simulator"
 TESTS = ("tests/test_simulator.py", "tests/test_simulator_ops.py", "tests/test_simulator_rules.py")
 
 

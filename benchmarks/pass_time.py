@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from neuron_attn_rewrite import RewriteConfig
-from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
 LAYERS = (2, 8, 32, 64)

@@ -23,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.graph import op_name
+from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.patterns.sdpa import is_sdpa
 from tests.find import test_inductor, test_spellings
 from tests.find.cases import Keep, Match, as_module

@@ -19,7 +19,7 @@ def measure(implementation: str, length: int) -> str:
     import transformers
 
     from neuron_attn_rewrite import RewriteConfig
-    from neuron_attn_rewrite.capture import capture
+    from neuron_attn_rewrite.capture.export import capture
     from neuron_attn_rewrite.masks.prove import Proof, Prover
     from neuron_attn_rewrite.patterns.find import find
     from neuron_attn_rewrite.patterns.site import AttentionSite

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, EmptyRows, KeyPadding, Limited, MaskSpec
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy import cost
 from neuron_attn_rewrite.strategy.choose import NATIVE, by_table, candidates, choose_among, fastest, notes, time_of
 from neuron_attn_rewrite.strategy.legality import OURS
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DOCS = Path(__file__).parents[1] / "docs" / "strategies.md"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

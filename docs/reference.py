@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import neuron_attn_rewrite
-from neuron_attn_rewrite.kernels import ops, paged, prior
 from neuron_attn_rewrite.masks import spec
+from neuron_attn_rewrite.ops import definitions, paged, prior
 from neuron_attn_rewrite.reasons import Reason
 
 
@@ -49,7 +49,7 @@ def api() -> str:
                 if wanted(name, thing):
                     yield from entry(name, thing)
         yield "\n## Operators"
-        for module in (ops, prior, paged):
+        for module in (definitions, prior, paged):
             words = inspect.getdoc(module) or ""
             yield f"\n### `{module.__name__}`\n\n{words}"
 

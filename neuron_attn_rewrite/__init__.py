@@ -4,12 +4,12 @@ from neuron_attn_rewrite.backends.compile import collect_reports
 from neuron_attn_rewrite.backends.explain import explain
 from neuron_attn_rewrite.backends.huggingface import register_with_transformers
 from neuron_attn_rewrite.backends.trace import TraceCheck, rewrite_for_trace, verify_trace
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import CaptureError, ConfigError, InputError, RewriteError, RewriteWarning, TraceError
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
 from neuron_attn_rewrite.rewriter import rewrite
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 __all__ = [
     "CaptureError",

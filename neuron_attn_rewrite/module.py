@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.errors import InputError, RewriteError
-from neuron_attn_rewrite.sizes import bind
+from neuron_attn_rewrite.graph.sizes import bind
 
 if TYPE_CHECKING:
     from neuron_attn_rewrite.report.model import RewriteReport

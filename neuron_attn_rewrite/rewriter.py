@@ -12,31 +12,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import neuron_attn_rewrite.kernels.ops  # noqa: F401  registers torch.ops.neuron_attn
-from neuron_attn_rewrite.arrange import arranged
-from neuron_attn_rewrite.capture import capture
-from neuron_attn_rewrite.config import RewriteConfig
+import neuron_attn_rewrite.ops.definitions  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import RewriteError, RewriteWarning
-from neuron_attn_rewrite.exact import inside
-from neuron_attn_rewrite.forms import Form, at_example, forms, size_from_data
-from neuron_attn_rewrite.graph import Writes
+from neuron_attn_rewrite.graph.nodes import Writes
+from neuron_attn_rewrite.graph.sizes import examples, expression_of
 from neuron_attn_rewrite.kernels import vendor
-from neuron_attn_rewrite.kernels.launch import sdk_is_here
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
+from neuron_attn_rewrite.ops.launch import sdk_is_here
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Graft, Plan, commit, graft, missing_size
+from neuron_attn_rewrite.replace.exact import inside
+from neuron_attn_rewrite.replace.graft import Graft, Plan, commit, graft, missing_size
+from neuron_attn_rewrite.replace.verify import capture_error, measure, measure_exactly
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.model import RewriteReport
-from neuron_attn_rewrite.sizes import examples, expression_of
+from neuron_attn_rewrite.strategy.arrange import arranged
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
+from neuron_attn_rewrite.strategy.forms import Form, at_example, forms, size_from_data
 from neuron_attn_rewrite.strategy.gradients import told
 from neuron_attn_rewrite.strategy.legality import OURS
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.verify import capture_error, measure, measure_exactly
 
 
 def rewrite(

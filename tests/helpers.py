@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 
 ALWAYS = RewriteConfig(policy="always")
 

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import ops as ops
-from neuron_attn_rewrite.kernels import paged, prior, simulated
 from neuron_attn_rewrite.kernels.schedule import Schedule, make_schedule
+from neuron_attn_rewrite.ops import paged, prior, simulated
 from tests.test_kernels import relative_error
 
 flash_prior = torch.ops.neuron_attn.flash_prior.default

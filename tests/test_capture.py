@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import CaptureError, InputError, rewrite
-from neuron_attn_rewrite.capture import capture
-from neuron_attn_rewrite.graph import mutates, op_name
+from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.graph.nodes import mutates, op_name
 from tests.helpers import Function
 
 

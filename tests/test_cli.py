@@ -19,10 +19,10 @@ from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
 from neuron_attn_rewrite.cli import doctor, models
 from neuron_attn_rewrite.cli.commands import run
 from neuron_attn_rewrite.cli.models import Asked, load
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.strategy import profile
 from neuron_attn_rewrite.strategy.legality import KERNELS
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 SHORT = ["--seq-len", "32", "--policy", "always"]
 MODEL_FILE = """

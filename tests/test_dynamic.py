@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from neuron_attn_rewrite import CaptureError, InputError, RewrittenModule, collect_reports, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 from tests.models import FAMILIES, VOCABULARY
 

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import cpu, ops
+from neuron_attn_rewrite.kernels import cpu
+from neuron_attn_rewrite.ops import definitions
 
 flash_fwd = torch.ops.neuron_attn.flash_fwd.default
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": flash_fwd, "decomposed": ops._decomposed}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": flash_fwd, "decomposed": definitions._decomposed}
 BACKWARDS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "cpu": torch.ops.neuron_attn.flash_bwd.default,
-    "decomposed": ops.backward_decomposed,
+    "decomposed": definitions.backward_decomposed,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -510,7 +511,7 @@ def test_input_error_from_export() -> None:
 
 MEMORY = """
 import resource, torch
-from neuron_attn_rewrite.kernels import ops
+from neuron_attn_rewrite.ops import definitions
 query, key, value = torch.randn(3, 1, 1, 16384, 8).unbind(0)
 run = torch.ops.neuron_attn.flash_fwd.default
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_attn_rewrite import RewriteConfig, RewriteWarning, rewrite
-from neuron_attn_rewrite.capture import capture
+from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec

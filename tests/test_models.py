@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite import CaptureError, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import ALWAYS, kernel_calls
 from tests.models import FAMILIES, Family, variants
 

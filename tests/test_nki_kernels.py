@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite import simulator
+from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import ConfigError, InputError
-from neuron_attn_rewrite.kernels import ops, simulated, simulator
 from neuron_attn_rewrite.kernels.nki import plan, prepare
+from neuron_attn_rewrite.ops import definitions, simulated
 from tests.test_kernels import ALL, Sizes, bias, chunks, expected, operands, padding, relative_error, spans
 
 SMALL = Sizes(2, 2, 1, 150, 200, 16, 16)
@@ -28,7 +29,7 @@ def seed() -> None:
 
 
 def launch(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], **how: Any) -> prepare.Launch:
-    terms = ops.check(query, key, value, **options)
+    terms = definitions.check(query, key, value, **options)
     return prepare.flash_fwd(query, key, value, terms, **how)
 
 

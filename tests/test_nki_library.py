@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_attn_rewrite.kernels.simulator import active, language, run
+from neuron_attn_rewrite.simulator import active, language, run
 
 CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 LONGEST = int(os.environ.get("NKI_LIBRARY_LONGEST", "2048"))

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import rewrite
-from neuron_attn_rewrite.config import TOLERANCES
-from neuron_attn_rewrite.kernels.simulated import simulated
+from neuron_attn_rewrite.config.options import TOLERANCES
+from neuron_attn_rewrite.ops.simulated import simulated
 from tests.helpers import ALWAYS, kernel_calls
 from tests.models import DECODER, FAMILIES, Family
 

@@ -13,14 +13,15 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.graph import PERMUTES, op_name
-from neuron_attn_rewrite.kernels import ops, reference, vendor
+from neuron_attn_rewrite.graph.nodes import PERMUTES, op_name
+from neuron_attn_rewrite.kernels import reference, vendor
 from neuron_attn_rewrite.kernels.nki.prepare import ACCEPTED
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, plain_shape, turned
-from neuron_attn_rewrite.kernels.simulated import simulated
 from neuron_attn_rewrite.kernels.vendor.adapter import How
+from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.simulated import simulated
 from tests import stand_ins
 from tests.helpers import ALWAYS, Function, check, kernel_calls, relative_error
 from tests.models import FAMILIES
@@ -92,7 +93,7 @@ def test_our_kernel_in_other_orders(sizes: dict[str, int], orders: str, dtype: t
     operands = tuple(t.to(dtype) for t in inputs(**sizes))
     bounds = torch.tensor([[0, 0], [3, 9]]).repeat(operands[0].shape[2], 1)[None, : operands[0].shape[2]]
     options: dict[str, Any] = {"scale": 0.3, "bounds": bounds, "empty_rows": "mean"}
-    terms = ops.check(*operands, **options)
+    terms = definitions.check(*operands, **options)
     expected = reference.attention(*operands, terms)
     found = Orders.read(orders)
     with simulated("gen3"):
@@ -110,7 +111,7 @@ def test_adapters_in_other_orders(name: str, monkeypatch: pytest.MonkeyPatch) ->
     operands = inputs(1, 2, 2, q_len=3 if few else 512, kv_len=512, v_dim=8)
     options: dict[str, Any] = {"scale": 1.0} if few else {"scale": 1.0, "band_upper": 0}
     options |= {"band_lower": -40} if name == "sliding_window_flash_fwd" else {}
-    terms = ops.check(*operands, **options)
+    terms = definitions.check(*operands, **options)
     expected = reference.attention(*operands, terms)
     liked = Orders(*(orders[-1] for orders in astuple(adapter.accepts)))
     for orders in (*(Orders(o, o, o, o) for o in ORDERS), liked):
@@ -136,7 +137,7 @@ def test_the_flags_of_attention_cte(monkeypatch: pytest.MonkeyPatch) -> None:
         {"scale": 0.3, "key_padding": torch.rand(2, 56) > 0.3, "bias": torch.randn(1, 4, 40, 56)},
         {"scale": 0.3, "band_lower": -3, "band_upper": 9},
     ):
-        terms = ops.check(*operands, **options)
+        terms = definitions.check(*operands, **options)
         expected = reference.attention(*operands, terms)
         for orders in (Orders(*names) for names in itertools.product((PLAIN, "BHDS"), repeat=4)):
             out = adapter.attend(*lying(operands, orders), terms, How(1, orders=orders))

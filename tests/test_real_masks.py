@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations import executorch
 
 from neuron_attn_rewrite import CaptureError, RewriteConfig, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import kernel_calls, relative_error
 from tests.models import DECODER, VOCABULARY
 

@@ -24,7 +24,7 @@ from neuron_attn_rewrite import (
     explain,
     rewrite,
 )
-from neuron_attn_rewrite.verify import measure
+from neuron_attn_rewrite.replace.verify import measure
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuron_attn_rewrite.kernels.simulator import active, run
+from neuron_attn_rewrite.simulator import active, run
 
 SDK = os.environ.get("NEURON_SDK", "")
 if not SDK:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_attn_rewrite.kernels.simulator import active, run
+from neuron_attn_rewrite.simulator import active, run
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuron_attn_rewrite.kernels.simulator import Instruction, Trace, active, run
-from neuron_attn_rewrite.kernels.simulator.cost import bound
+from neuron_attn_rewrite.simulator import Instruction, Trace, active, run
+from neuron_attn_rewrite.simulator.cost import bound
 
 with active():
     import nki.isa as nisa

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from neuron_attn_rewrite.kernels.simulator import active, run
+from neuron_attn_rewrite.simulator import active, run
 
 with active():
     import nki

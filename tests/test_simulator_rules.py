@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuron_attn_rewrite.kernels.simulator import SimulatorError, active, run
+from neuron_attn_rewrite.simulator import SimulatorError, active, run
 
 with active():
     import nki

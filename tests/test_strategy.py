@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.rules import Case, Rule
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import ConfigError, DeviceError
+from neuron_attn_rewrite.hardware import HARDWARE
 from neuron_attn_rewrite.kernels import vendor
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, Intervals, KeyPadding, Limited, MaskSpec
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Setting
 from neuron_attn_rewrite.strategy.legality import BACKWARD, KERNELS, bridged, illegal
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.strategy.tables import TABLES, Case, Rule, first, table
+from neuron_attn_rewrite.strategy.tables import TABLES, first, table
 
 FULL = MaskSpec()
 CAUSAL = MaskSpec((Band(upper=0),))
@@ -423,7 +425,7 @@ OF_PLACES = {"kernel-target", "kernel-sdk"}
 def test_where_each_kernel_runs(
     kernel: str, targets: set[str], since: str, until: str, example: dict[str, Any]
 ) -> None:
-    places = [(target, sdk) for target in cost.HARDWARE for sdk in (*ALL, "2.30", "2.31")]
+    places = [(target, sdk) for target in HARDWARE for sdk in (*ALL, "2.30", "2.31")]
     found = {p for p in places if illegal(kernel, problem(**example), Setting(p[0], 1, p[1])) is None}
     assert found == {(target, sdk) for target, sdk in places if target in targets and since <= sdk <= until}
 
@@ -458,7 +460,7 @@ def test_inf2_is_as_trn1(name: str) -> None:
         choose(problem(2048), RewriteConfig(target=t, sdk="2.28", kernels=tuple(KERNELS))) for t in (name, "trn1")
     )
     assert (here.kernel, here.strategy, here.lnc) == (there.kernel, there.strategy, there.lnc)
-    assert cost.HARDWARE[name] == cost.HARDWARE["trn1"]
+    assert HARDWARE[name] == HARDWARE["trn1"]
 
 
 def test_an_installed_kernel_is_asked_what_it_takes() -> None:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from neuron_attn_rewrite import InputError, RewriteConfig, TraceCheck, TraceError, rewrite_for_trace, verify_trace
 from neuron_attn_rewrite.backends import activations, trace
-from neuron_attn_rewrite.kernels import launch, reference, torch_neuron
-from neuron_attn_rewrite.kernels.arguments import check
+from neuron_attn_rewrite.kernels import reference
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.kernels.vendor.adapter import How
+from neuron_attn_rewrite.ops import launch, torch_neuron
+from neuron_attn_rewrite.ops.arguments import check
 from tests.helpers import ALWAYS, relative_error
 from tests.models import FAMILIES
 

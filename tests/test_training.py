@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, collect_reports, rewrite
-from neuron_attn_rewrite.kernels import launch, ops, vendor
-from neuron_attn_rewrite.masks.spec import Band, Chunked, KeyPadding, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows, posed
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, KeyPadding, MaskSpec
+from neuron_attn_rewrite.ops import definitions, launch
+from neuron_attn_rewrite.ops.launch import posed
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.gradients import OPERATORS, gradients
 from tests import stand_ins
 
@@ -142,7 +144,7 @@ def test_before_and_when_they_are_taken_the_same_is_said(
         empty_rows=empty_rows,
     )
     query, key, value = torch.zeros(3, 1, 4, LENGTH, described.head_dim, dtype=described.dtype)
-    terms = ops.check(query, key, value, scale=0.3, **options)
+    terms = definitions.check(query, key, value, scale=0.3, **options)
     kernels = stand_ins.install(monkeypatch)
     monkeypatch.setenv(launch.PLATFORM, target)
     before = gradients(described, target, 1)[0]

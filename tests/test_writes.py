@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import kernel_calls, relative_error
 
 LENGTH = 6

@@ -26,10 +26,10 @@ from neuron_attn_rewrite.backends.dynamo import (
     tracing_as,
     transplant,
 )
-from neuron_attn_rewrite.capture import first_line
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.capture.export import first_line
+from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph import module_path
+from neuron_attn_rewrite.graph.nodes import module_path
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
 from neuron_attn_rewrite.rewriter import demand, rewrite_graph

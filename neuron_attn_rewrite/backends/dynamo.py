@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from neuron_attn_rewrite.capture import PASSES, first_line, follow_input_device, normalise
-from neuron_attn_rewrite.graph import aten, dtype, is_tensor, op_name
+from neuron_attn_rewrite.capture.export import PASSES, first_line, follow_input_device, normalise
+from neuron_attn_rewrite.graph.nodes import aten, dtype, is_tensor, op_name
 from neuron_attn_rewrite.reasons import Reason
 
 _ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
-from neuron_attn_rewrite.capture import capture
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph

@@ -20,16 +20,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import RewriteError
 from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.masks.fit import fit_rows
-from neuron_attn_rewrite.masks.spec import Band, KeyPadding, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, MaskSpec
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 NAME = "neuron_nki"
 MASK = "_neuron_attn_rewrite_mask"

@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from neuron_attn_rewrite.backends.compile import GraphReport, publish, rewrite_dynamo_graph
 from neuron_attn_rewrite.backends.dynamo import make_in_graph, sources
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig
 
 
 class InductorPass(CustomGraphPass):

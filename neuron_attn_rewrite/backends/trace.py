@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.activations import restore_activations
-from neuron_attn_rewrite.config import RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
-from neuron_attn_rewrite.kernels.launch import TARGET, placeholder_kernels
 from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.ops.launch import TARGET, placeholder_kernels
 from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
 from neuron_attn_rewrite.rewriter import rewrite
 

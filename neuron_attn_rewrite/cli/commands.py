@@ -18,14 +18,15 @@ import torch
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.cli import doctor as diagnosis
 from neuron_attn_rewrite.cli.models import DTYPES, Asked, Loaded, load
-from neuron_attn_rewrite.config import CHOICES, RewriteConfig
+from neuron_attn_rewrite.config.options import CHOICES, RewriteConfig
+from neuron_attn_rewrite.config.rules import SDKS
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite
 from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.strategy.tables import SDKS, table
+from neuron_attn_rewrite.strategy.tables import table
 
 NAME = "neuron-attn-rewrite"
 

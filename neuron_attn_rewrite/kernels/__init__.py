@@ -1,1 +1,1 @@
-"""The ops that replace attention; importing `neuron_attn_rewrite.kernels.ops` registers them."""
+"""The ops that replace attention; importing `neuron_attn_rewrite.ops.definitions` registers them."""

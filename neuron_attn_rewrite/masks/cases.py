@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph import tensor
+from neuron_attn_rewrite.graph.nodes import tensor
+from neuron_attn_rewrite.graph.sizes import LARGEST, expression_of, input_sizes, limits_of
 from neuron_attn_rewrite.masks.affine import (
     Affine,
     Floor,
@@ -31,7 +32,6 @@ from neuron_attn_rewrite.masks.affine import (
     negated,
     variable,
 )
-from neuron_attn_rewrite.sizes import LARGEST, expression_of, input_sizes, limits_of
 
 MOST_CASES = 64
 INDICES = (torch.int64, torch.int32)

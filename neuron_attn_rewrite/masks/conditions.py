@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import tensor
+from neuron_attn_rewrite.graph.nodes import tensor
 from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Truth, variable
 from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown, is_one
 from neuron_attn_rewrite.masks.growing import grows, straightened, two_of_a_row
-from neuron_attn_rewrite.masks.spec import MASKED, Band, Unproven
+from neuron_attn_rewrite.masks.spec import Band, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims
-from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.patterns.site import MASKED, Term
 from neuron_attn_rewrite.reasons import Reason
 
 BATCH, HEAD, QUERY, KEY = range(4)

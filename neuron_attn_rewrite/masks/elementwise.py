@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import dtype, is_tensor, op_name, tensor
+from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Guard, variable
 from neuron_attn_rewrite.masks.cases import MOST_CASES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, truth
 

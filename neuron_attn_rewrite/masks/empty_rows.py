@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import dtype, is_tensor, op_name
-from neuron_attn_rewrite.masks.spec import MASKED
-from neuron_attn_rewrite.masks.tables import Evaluator
-from neuron_attn_rewrite.patterns.site import AttentionSite, Term
-from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name
+from neuron_attn_rewrite.masks.spec import EmptyRows
+from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
+from neuron_attn_rewrite.values.tables import Evaluator
 
 MOST_HIDING = 6
 """Terms that hide keys of which every combination is looked at."""

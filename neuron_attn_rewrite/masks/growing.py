@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, op_name, tensor
+from neuron_attn_rewrite.graph.nodes import arguments, op_name, tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, variable
 from neuron_attn_rewrite.masks.cases import At, Case, Elements, Unknown
 

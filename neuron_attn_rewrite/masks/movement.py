@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import PERMUTES, arguments, dtype, op_name, permutation, tensor
+from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, op_name, permutation, tensor
 from neuron_attn_rewrite.masks.affine import Affine, negated
 from neuron_attn_rewrite.masks.cases import INDICES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, is_one
 

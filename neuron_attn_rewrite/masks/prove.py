@@ -12,21 +12,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.graph import Writes, arguments, grad_modes, is_tensor, op_name, shape
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.graph.nodes import Writes, arguments, grad_modes, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.sizes import has_symbols, is_number
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.read import read
-from neuron_attn_rewrite.masks.spec import MASKED, Band, Claim, KeyPadding, Limited, MaskSpec, Unproven
+from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
-from neuron_attn_rewrite.masks.tables import Evaluator
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan
-from neuron_attn_rewrite.patterns.site import AttentionSite, Term
+from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
-from neuron_attn_rewrite.problem import EmptyRows
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.sizes import has_symbols, is_number
+from neuron_attn_rewrite.values.tables import Evaluator
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuron_attn_rewrite.graph import shape
+from neuron_attn_rewrite.graph.nodes import shape
 from neuron_attn_rewrite.masks.fit import row_intervals
-from neuron_attn_rewrite.masks.regions import Region
-from neuron_attn_rewrite.masks.spec import MASKED, Unproven
-from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Opaque, Table
+from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, plan, run_layout
-from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.patterns.site import MASKED, Term
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.regions import Region
+from neuron_attn_rewrite.values.tables import UNKNOWN, Evaluator, Opaque, Table
 
 BLOCK = 2**20
 """Elements of a mask that are looked at together."""

@@ -7,15 +7,13 @@ that the graph accepts, and has one plain meaning, given by its `rows`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.reasons import Reason
-
-MASKED = -9984.0
-"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
 
 
 @dataclass(frozen=True)
@@ -163,3 +161,18 @@ class Unproven:
 
     def __str__(self) -> str:
         return f"unproven: {self.reason}"
+
+
+class EmptyRows(Enum):
+    """What the model gives for a query row that sees no key at all."""
+
+    NEVER = "never"
+    """The mask proves that no such row exists."""
+    ZERO = "zero"
+    """Zeros: a bool or -inf mask through scaled_dot_product_attention."""
+    MEAN = "mean"
+    """The mean of all values: every score is replaced by one finite number, such as finfo.min."""
+    ANY = "any"
+    """NaN, or the caller has said that such rows do not matter: whatever a kernel gives is right."""
+    OTHER = "other"
+    """Something no kernel computes, e.g. the softmax of scores that all carry the same finite -1e9."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph import draws, dtype, is_tensor, op_name
+from neuron_attn_rewrite.graph.nodes import draws, dtype, is_tensor, op_name
 from neuron_attn_rewrite.masks.affine import Affine, Element, negated, variable
 from neuron_attn_rewrite.masks.cases import (
     INDICES,
@@ -30,7 +30,7 @@ from neuron_attn_rewrite.masks.elementwise import COMPARISONS, elementwise
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.movement import MOVEMENTS
 from neuron_attn_rewrite.masks.spec import Band
-from neuron_attn_rewrite.masks.tables import ELEMENTWISE
+from neuron_attn_rewrite.values.tables import ELEMENTWISE
 
 RULES: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
     **dict.fromkeys((*ELEMENTWISE, *COMPARISONS), elementwise),

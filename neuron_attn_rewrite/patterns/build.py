@@ -9,14 +9,14 @@ from functools import reduce
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import dtype, module_path, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.graph.nodes import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged, plan
 from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Reader, Scaling, Term, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.tables import Evaluator
 
 NO_ELEMENTS = Reason("empty", "an operand has no elements")
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph import draws, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.tables import UNKNOWN, Evaluator, Table
+from neuron_attn_rewrite.graph.nodes import draws, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.tables import UNKNOWN, Evaluator, Table
 
 MOST_COMPARED = 2**24
 """Elements up to which masks are compared by value."""

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, op_name, shape, tensor
+from neuron_attn_rewrite.graph.nodes import arguments, op_name, shape, tensor
 from neuron_attn_rewrite.patterns.rules import Rules
 
 

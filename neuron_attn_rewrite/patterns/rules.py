@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import op_name
+from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.reasons import Reason
 
 NO_RULE = Reason("unknown-node", "no rule knows it")

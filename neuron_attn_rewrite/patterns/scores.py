@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, dtype, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator, Table, equal
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
@@ -16,6 +15,7 @@ from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.tables import Evaluator, Table, equal
 
 LARGEST_SHIFT = 1e3
 """A number that is added to all scores of a row vanishes in the softmax; a larger one takes their digits with it."""

@@ -9,14 +9,14 @@ from math import sqrt
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, dtype, module_path, op_name, shape
-from neuron_attn_rewrite.masks.tables import Evaluator
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, module_path, op_name, shape
+from neuron_attn_rewrite.graph.sizes import expression_of, is_number
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
 from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.sizes import expression_of, is_number
+from neuron_attn_rewrite.values.tables import Evaluator
 
 PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
 

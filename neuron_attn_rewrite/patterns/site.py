@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import dtype
+from neuron_attn_rewrite.graph.nodes import dtype
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, plan
 from neuron_attn_rewrite.reasons import Reason
+
+MASKED = -9984.0
+"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph import is_tensor, module_path, op_name, shape, tensor, values_read
+from neuron_attn_rewrite.graph.nodes import is_tensor, module_path, op_name, shape, tensor, values_read
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build

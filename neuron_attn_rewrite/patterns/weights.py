@@ -9,15 +9,15 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph import arguments, is_tensor, op_name, shape
-from neuron_attn_rewrite.masks.spec import MASKED
-from neuron_attn_rewrite.masks.tables import Table, equal
+from neuron_attn_rewrite.graph.nodes import arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
 from neuron_attn_rewrite.patterns.peel import Factor, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
+from neuron_attn_rewrite.patterns.site import MASKED
 from neuron_attn_rewrite.patterns.softmaxes import zeroed
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.tables import Table, equal
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.config import RewriteConfig
-from neuron_attn_rewrite.graph import tensor
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.graph.nodes import tensor
 from neuron_attn_rewrite.masks.prove import Proof
 from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace import Graft, Plan
+from neuron_attn_rewrite.replace.graft import Graft, Plan
 from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 MOST_NODES = 48
 """How far a kept attention is followed back."""

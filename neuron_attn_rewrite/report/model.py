@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.graph import PERMUTES
+from neuron_attn_rewrite.graph.nodes import PERMUTES
 from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from types import MappingProxyType
 
 import torch
 
-from neuron_attn_rewrite.config import TOLERANCES, RewriteConfig
+from neuron_attn_rewrite.config.options import TOLERANCES, RewriteConfig
+from neuron_attn_rewrite.config.rules import Case, Rule
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
@@ -18,8 +20,7 @@ from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, broken, is_limited
 from neuron_attn_rewrite.strategy.cost import Time
 from neuron_attn_rewrite.strategy.legality import OURS, bridged, illegal
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.strategy.tables import NOTES, Case, Rule, first, is_causal_window, is_masked, table
+from neuron_attn_rewrite.strategy.tables import NOTES, first, is_causal_window, is_masked, table
 
 NATIVE = "native"
 """The kernel of a site that stays as it was."""

@@ -10,8 +10,8 @@ from types import MappingProxyType
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask, mask_of
-from neuron_attn_rewrite.masks.spec import Band, KeyPadding, Limited
-from neuron_attn_rewrite.problem import AttentionProblem, EmptyRows
+from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, Limited
+from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,13 +18,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from types import MappingProxyType
 
 import torch
 
+from neuron_attn_rewrite.hardware import HARDWARE, Hardware
 from neuron_attn_rewrite.masks.spec import Band, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.clauses import Kernel, Setting, mask
@@ -40,38 +39,19 @@ CAUSAL_SPLIT = 0.65
 """Share of the first core in the rows of a causal head that both compute."""
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """One physical NeuronCore. Sources: the SDK's architecture guides and its DMA bandwidth guide."""
-
-    tensor_ghz: float
-    vector_ghz: float
-    scalar_ghz: float
-    dma_gbs: float
-
-    def tile_bound(self, head_dim: int, v_head_dim: int, element: int) -> tuple[str, float]:
-        """The busiest engine and its microseconds for one tile of flash attention."""
-        contractions = -(-head_dim // 128)
-        slow = 4 if element == 4 else 1
-        busy = {
-            "TensorE": slow * (KEYS * contractions + KEYS // 128 * max(128, v_head_dim)) / self.tensor_ghz,
-            "VectorE": (KEYS + 64 + max(64, v_head_dim) / 4) / self.vector_ghz,
-            "ScalarE": (KEYS + 64) / self.scalar_ghz,
-            # The transposed weights go from SBUF to SBUF at half the bandwidth.
-            "DMA": ROWS * KEYS * 2 / (0.5 * self.dma_gbs),
-        }
-        engine = max(busy, key=lambda name: busy[name])
-        return engine, busy[engine] / 1e3
-
-
-HARDWARE: Mapping[str, Hardware] = MappingProxyType(
-    {
-        "trn1": Hardware(2.8, 1.12, 1.4, 272),
-        "inf2": Hardware(2.8, 1.12, 1.4, 272),
-        "trn2": Hardware(2.4, 0.96, 1.2, 368),
-        "trn3": Hardware(2.4, 1.2, 1.2, 528),
+def tile_bound(chip: Hardware, head_dim: int, v_head_dim: int, element: int) -> tuple[str, float]:
+    """The busiest engine and its microseconds for one tile of flash attention."""
+    contractions = -(-head_dim // 128)
+    slow = 4 if element == 4 else 1
+    busy = {
+        "TensorE": slow * (KEYS * contractions + KEYS // 128 * max(128, v_head_dim)) / chip.tensor_ghz,
+        "VectorE": (KEYS + 64 + max(64, v_head_dim) / 4) / chip.vector_ghz,
+        "ScalarE": (KEYS + 64) / chip.scalar_ghz,
+        # The transposed weights go from SBUF to SBUF at half the bandwidth.
+        "DMA": ROWS * KEYS * 2 / (0.5 * chip.dma_gbs),
     }
-)
+    engine = max(busy, key=lambda name: busy[name])
+    return engine, busy[engine] / 1e3
 
 
 @dataclass(frozen=True)
@@ -196,7 +176,7 @@ def kernel_time(
     """
     c = constants or fit()
     element = problem.dtype.itemsize if name == OURS else 2
-    engine, bound = HARDWARE[target].tile_bound(problem.head_dim, problem.v_head_dim, element)
+    engine, bound = tile_bound(HARDWARE[target], problem.head_dim, problem.v_head_dim, element)
     groups, count = work(problem, cores, KERNELS[name], ranks)
     moved = {**copies(name, problem, target, cores), "copying (operands or the result are turned)": turned}
     parts = {

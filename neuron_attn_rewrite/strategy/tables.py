@@ -7,14 +7,13 @@ can compute the attention at all is asked before (`legality`). `NOTES` says wher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
-from neuron_attn_rewrite.errors import ConfigError
+from neuron_attn_rewrite.config.rules import Case, Rule
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.masks.spec import KeyPadding
 from neuron_attn_rewrite.problem import AttentionProblem
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 NONE, UNSHARDED, SHARDED, CONTEXT_PARALLEL, STRIDED_CONTEXT_PARALLEL, SLIDING_WINDOW = FlashAttentionStrategy
 
@@ -23,106 +22,6 @@ SOURCE_2_26 = "NxD Inference 2.26, attention_base.py:999-1049"
 SOURCE_2_28 = "NxD Inference 2.27 and 2.28, attention_base.py:1330-1381"
 SOURCE_2_29 = "NxD Inference 2.29, attention_base.py:1001-1034"
 SOURCE_CP = "NxD Inference 2.26 to 2.29, get_flash_attention_strategy_cp"
-
-SDKS = ("2.26", "2.26.1", "2.27", "2.28", "2.29", "2.30", "2.31", "2.32")
-"""The releases that a configuration can name."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a rule table looks at."""
-
-    q_len: int
-    head_dim: int
-    masked: bool
-    """What NxD Inference calls `has_attention_mask`."""
-    window: bool
-    """A causal sliding window."""
-    lnc: int
-    target: str
-    enabled: bool | None = None
-    """`attn_kernel_enabled`: None leaves it to the lengths, True also takes 512 to 4095 tokens on LNC 1."""
-    cp_degree: int = 1
-    strided: bool = False
-    """`strided_context_parallel_kernel_enabled`."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row. A field that is None, or at its default, is not asked."""
-
-    strategy: FlashAttentionStrategy
-    source: str
-    min_q_len: int = 0
-    max_q_len: int | None = None
-    """Inclusive."""
-    multiple_of: int = 1
-    """Of which q_len must be a multiple."""
-    lnc: int | None = None
-    targets: tuple[str, ...] = ()
-    masked: bool | None = None
-    window: bool | None = None
-    enabled: bool | None = None
-    context_parallel: bool | None = None
-    strided: bool | None = None
-    beyond_head_dim: bool | None = None
-    """Whether q_len is larger than head_dim."""
-    error: str = ""
-    """What NxD Inference raises here."""
-
-    def holds(self, case: Case) -> bool:
-        """Whether the row fits."""
-        asked = {
-            "lnc": case.lnc,
-            "masked": case.masked,
-            "window": case.window,
-            "enabled": case.enabled,
-            "context_parallel": case.cp_degree > 1,
-            "strided": case.strided,
-            "beyond_head_dim": case.q_len > case.head_dim,
-        }
-        return (
-            self.min_q_len <= case.q_len <= (case.q_len if self.max_q_len is None else self.max_q_len)
-            and case.q_len % self.multiple_of == 0
-            and (not self.targets or case.target in self.targets)
-            and all(getattr(self, name) in (None, value) for name, value in asked.items())
-        )
-
-    @property
-    def when(self) -> str:
-        """The row in words."""
-        flags = {
-            "masked": ("masked", "no mask"),
-            "window": ("sliding window", "no window"),
-            "enabled": ("kernel forced on", "kernel switched off"),
-            "context_parallel": ("context parallel", "one rank"),
-            "strided": ("strided", "contiguous"),
-            "beyond_head_dim": ("q_len > head_dim", "q_len <= head_dim"),
-        }
-        words = [f"LNC {self.lnc}"] if self.lnc else []
-        words += ["/".join(self.targets)] if self.targets else []
-        words += [yes if getattr(self, f) else no for f, (yes, no) in flags.items() if getattr(self, f) is not None]
-        words += [f"q_len >= {self.min_q_len}"] if self.min_q_len else []
-        words += [f"q_len < {self.max_q_len + 1}"] if self.max_q_len is not None else []
-        words += [f"q_len a multiple of {self.multiple_of}"] if self.multiple_of > 1 else []
-        return ", ".join(words) or "anything else"
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> Rule:
-        """A row given as plain data, such as JSON: fields by name, the strategy by its name.
-
-        Raises:
-            ConfigError: a field is unknown or the strategy is missing.
-        """
-        names = [f.name for f in fields(cls)]
-        unknown = [name for name in row if name not in names]
-        if unknown or row.get("strategy") not in FlashAttentionStrategy.__members__:
-            raise ConfigError(
-                f"a table row {dict(row)!r} needs a strategy, one of {', '.join(FlashAttentionStrategy.__members__)}, "
-                f"and may have the fields {', '.join(names[1:])}."
-            )
-        values = {**row, "strategy": FlashAttentionStrategy[row["strategy"]], "targets": tuple(row.get("targets", ()))}
-        return cls(**{"source": "the caller's table", **values})
 
 
 def is_causal_window(problem: AttentionProblem) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 
 B, H, S, D = 2, 4, 24, 16

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.fx_passes.fuse_attention import _get_sfdp_patterns
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.helpers import ALWAYS, relative_error
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
-from neuron_attn_rewrite.config import TOLERANCES
+from neuron_attn_rewrite.config.options import TOLERANCES
 from tests.find.cases import cubes, error_of
 
 N = 4

@@ -11,7 +11,7 @@ import torch_xla
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite, rewrite_for_trace, verify_trace
-from neuron_attn_rewrite.kernels.launch import placeholder_kernels
+from neuron_attn_rewrite.ops.launch import placeholder_kernels
 from tests.models import FAMILIES
 
 ALWAYS = RewriteConfig(policy="always")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.nki import plan
 from neuron_attn_rewrite.kernels.nki.plan import Intervals
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, Orders, plain_shape, turned
 from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels.orders import ACCEPTS_PLAIN, AS_GIVEN, Accepted, Orders, turned
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
 """(kernel, physical cores) to something that takes the kernel's arguments."""

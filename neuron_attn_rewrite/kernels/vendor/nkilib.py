@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
@@ -25,7 +26,6 @@ from neuron_attn_rewrite.kernels.vendor.layouts import (
     row_bounds,
     scaled,
 )
-from neuron_attn_rewrite.strategy.strategies import FlashAttentionStrategy
 
 STRIDED = FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name
 QUERY_GROUP = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from neuron_attn_rewrite.problem import EmptyRows
+from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.strategy.clauses import (
     DTYPES,
     GROUPS,

@@ -1,0 +1,254 @@
+"""What other tracers and fused operators leave in a graph, brought to plain ATen with shapes on every node."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.graph.nodes import arguments, op_name
+
+
+@contextlib.contextmanager
+def plain_transformers() -> Iterator[None]:
+    """Trace torch.nn's transformer layers by their plain form.
+
+    Their fast path is another implementation of the same numbers (at positions that are not padding). Whether a mask
+    happens to be causal is asked of its values, which stops a tracer; not to know it changes nothing, as the mask is
+    applied all the same.
+    """
+    layers = nn.modules.transformer
+    detect = layers._detect_is_causal_mask
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = detect
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def open_masks() -> Iterator[None]:
+    """Let transformers build its masks by broadcasting: torch.export can't trace its torch.vmap for open sizes."""
+    try:
+        masking = importlib.import_module("transformers.masking_utils")
+    except ImportError:
+        yield
+        return
+    before = {name: getattr(masking, name) for name in VMAPS if hasattr(masking, name)}
+    vars(masking).update(dict.fromkeys(before, _broadcast))
+    try:
+        yield
+    finally:
+        vars(masking).update(before)
+
+
+VMAPS = ("_vmap_for_bhqkv", "_vmap_expansion_sdpa")
+"""What maps a function of four indices over all of them, in transformers 4 and 5."""
+
+
+def _broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of one (batch, head, query, key) as one of a vector of each, [batch, heads, query, key]."""
+
+    def mask(*indices: Tensor) -> Tensor:
+        apart = [i.reshape([-1 if axis == d else 1 for d in range(4)]) for axis, i in enumerate(indices)]
+        return function(*apart).expand([i.shape[0] for i in indices])
+
+    return mask
+
+
+# Operators that hold an attention
+
+
+def expand_fused(module: fx.GraphModule) -> None:
+    """Replace flex_attention and the fused operators of torch.nn's transformer layers by what they compute."""
+    for node in list(module.graph.nodes):
+        expand = EXPANSIONS.get(op_name(node))
+        if expand is not None:
+            _splice(module, node, expand)
+
+
+def _native_multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """[batch, length, embed_dim], the mask True (or not 0) where hidden; `aten/.../transformers/attention.cpp`."""
+    projections = zip((query, key, value), qkv_weight.chunk(3), qkv_bias.chunk(3), strict=True)
+    q, k, v = (F.linear(x, w, b).reshape(*x.shape[:2], num_head, -1).transpose(1, 2) for x, w, b in projections)
+    scores = (q * (embed_dim // num_head) ** -0.5) @ k.transpose(2, 3)
+    if mask is not None:
+        shaped = mask.bool() if mask_type != 1 else mask.bool()[:, None, None]
+        scores = scores.masked_fill(shaped, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    output = F.linear((weights @ v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    if not need_weights:
+        return output, None
+    return output, weights.mean(1) if average_attn_weights else weights
+
+
+def _transformer_encoder_layer_fwd(
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """torch.nn.TransformerEncoderLayer in eval mode."""
+
+    def attend(x: Tensor) -> Tensor:
+        heads = (embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias)
+        return _native_multi_head_attention(x, x, x, *heads, mask, False, True, mask_type)[0]
+
+    def feed_forward(x: Tensor) -> Tensor:
+        inner = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else F.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    if norm_first:
+        x = src + attend(norm(src, norm_weight_1, norm_bias_1))
+        return x + feed_forward(norm(x, norm_weight_2, norm_bias_2))
+    x = norm(src + attend(src), norm_weight_1, norm_bias_1)
+    return norm(x + feed_forward(x), norm_weight_2, norm_bias_2)
+
+
+def _flex_attention(*args: Any) -> Any:
+    """torch's own definition: the score_mod and mask_mod are evaluated for all indices."""
+    from torch._higher_order_ops.flex_attention import math_attention
+
+    return math_attention(*args)
+
+
+EXPANSIONS: Mapping[str, Callable[..., Any]] = {
+    "_native_multi_head_attention": _native_multi_head_attention,
+    "_transformer_encoder_layer_fwd": _transformer_encoder_layer_fwd,
+    "flex_attention": _flex_attention,
+}
+
+
+def _splice(module: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:
+    """Put what `function` does with the node's arguments in place of the node."""
+    given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+    leaves, spec = pytree.tree_flatten(tuple(given.values()) if given else (*node.args, *node.kwargs.values()))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)]
+    inputs = list(dict.fromkeys(tensors))
+
+    def run(*values: Tensor) -> Any:
+        known = dict(zip(inputs, values, strict=True))
+        return function(*pytree.tree_unflatten([_value(module, known, leaf) for leaf in leaves], spec))
+
+    with torch.no_grad():
+        plain = make_fx(run, _allow_non_fake_inputs=True)(*(n.meta["val"] for n in inputs))
+    for inner in plain.graph.find_nodes(op="get_attr"):
+        value, name = getattr(plain, inner.target), f"{node.name}_{inner.target}"
+        inner.target = name
+        setattr(module, name, value)
+    with module.graph.inserting_before(node):
+        results = module.graph.graph_copy(plain.graph, dict(zip(plain.graph.find_nodes(op="placeholder"), inputs)))  # noqa: B905
+    for inner in module.graph.nodes:
+        inner.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    for user in list(node.users):
+        part = results[user.args[1]]  # type: ignore[index]
+        if isinstance(part, fx.Node):  # a result that is not asked for is None
+            user.replace_all_uses_with(part)
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -> Any:
+    if not isinstance(leaf, fx.Node):
+        return leaf
+    return known[leaf] if leaf in known else module.get_submodule(str(leaf.target))
+
+
+# Shapes
+
+
+def refresh_shapes(module: fx.GraphModule) -> None:
+    """Give every node a fake tensor of one and the same mode, if any lacks one (as after make_fx or AOTAutograd).
+
+    Symbolic sizes that are inputs of their own become the numbers of the example that they were traced with.
+    """
+    nodes = [n for n in module.graph.nodes if n.op in ("placeholder", "call_function", "get_attr")]
+    values = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]
+    fakes = [v for v in values if isinstance(v, FakeTensor)]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    inputs = [n.meta.get("val") for n in nodes if n.op == "placeholder"]
+    symbolic = any(isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) for v in inputs)
+    known = all("val" in n.meta for n in nodes if n.op != "call_function" or not _is_bookkeeping(n))
+    modes = {v.fake_mode for v in fakes}
+    open_mode = len(modes) <= 1 and all(mode.allow_non_fake_inputs for mode in modes)
+    if known and not symbolic and len(fakes) == len(tensors) and open_mode:
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    class Refresh(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "get_attr" and isinstance(value, Tensor):
+                value = mode.from_tensor(value, static_shapes=True)
+            if n.op != "output":
+                n.meta["val"] = value
+            return value
+
+    with mode, torch.no_grad():
+        Refresh(module).run(*(_static(mode, value) for value in inputs))
+    numbers = {n: n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), (int, float))}
+    for n in module.graph.nodes:
+        n.args, n.kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: numbers.get(a, a))
+
+
+def _is_bookkeeping(node: fx.Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload)
+
+
+def _static(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        with mode:
+            return torch.empty_strided(
+                [int(n) for n in value.shape],
+                [int(n) for n in value.stride()],
+                dtype=value.dtype,
+                device=value.device,
+                requires_grad=value.requires_grad,
+            )
+    return int(value) if isinstance(value, torch.SymInt) else value

@@ -1,0 +1,179 @@
+"""What the caller can ask for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from neuron_attn_rewrite.config.rules import SDKS, Rule
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.errors import ConfigError
+from neuron_attn_rewrite.hardware import HARDWARE
+
+TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+)
+"""Largest accepted difference of one attention's output, relative to the largest magnitude in it."""
+
+CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "target": tuple(HARDWARE),
+        "lnc": (None, 1, 2),
+        "policy": ("profitable", "sdk", "always"),
+        "sdk": SDKS,
+        "attn_kernel_enabled": (None, True, False),
+        "strided_context_parallel": (True, False),
+        "padding": ("exact", "right"),
+        "empty_rows": ("exact", "any"),
+        "weights": ("native", "beside"),
+        "gradients": (None, True, False),
+        "verify": (True, False),
+    }
+)
+KERNEL_NAMES = (
+    "flash_fwd",
+    "attention_cte",
+    "attention_tkg",
+    "attention_segmented_cte",
+    "attention_isa_kernel",
+    "neuronxcc_flash_fwd",
+    "sliding_window_flash_fwd",
+    "prefix_caching_attention_fwd_isa_kernel",
+    "attention_tkg_fwd_isa_kernel",
+)
+"""Every kernel that `strategy.legality.KERNELS` knows: ours first, then those of the SDK."""
+TWO_CORE_TARGETS = tuple(name for name, chip in HARDWARE.items() if chip.max_lnc == 2)
+
+
+@dataclass(frozen=True)
+class RewriteConfig:
+    """How to rewrite. Every field has a default that keeps the model's numbers exactly.
+
+    Raises:
+        ConfigError: a field is unknown, or its value is not one of those listed.
+    """
+
+    target: str = "trn2"
+    """Hardware: "trn1", "inf2", "trn2" or "trn3"."""
+    lnc: int | None = None
+    """Physical cores in a logical NeuronCore, 1 or 2; None takes the target's default (2 on trn2 and trn3)."""
+    policy: str = "profitable"
+    """"profitable" takes a kernel where the cost model predicts that it is faster, "sdk" follows the rule table of an
+    SDK release, "always" takes a kernel at every legal site."""
+    sdk: str = "2.29"
+    """The release whose rule table `policy="sdk"` follows and whose kernels are meant: "2.26" to "2.32"."""
+    attn_kernel_enabled: bool | None = None
+    """As in NxD Inference, for its rule table: True also takes 512 to 4095 tokens on LNC 1, False takes no kernel."""
+    table: tuple[Rule | Mapping[str, Any], ...] = field(default=(), hash=False)
+    """A rule table in place of the SDK's: rows, or plain data with the fields of `strategy.tables.Rule`."""
+    kernels: tuple[str, ...] = ()
+    """Kernels that may be used: "flash_fwd" (ours) and those of `kernels.vendor.ADAPTERS`. Empty means ours and those
+    of the SDK that is installed where the rewrite runs."""
+    sites: Mapping[str, FlashAttentionStrategy | str] = field(default_factory=dict, hash=False)
+    """Overrides by module path, e.g. {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or a kernel's name.
+    The first pattern that fits counts; a kernel that can't compute the site is refused all the same."""
+    profile: str | None = None
+    """A file of measured times, which replace the cost model's where they are."""
+    cp_degree: int = 1
+    """Ranks among which the query rows are split, where the graph is one rank's."""
+    cp_rank: int = 0
+    """The rank whose graph this is."""
+    strided_context_parallel: bool = False
+    """Whether rank r holds the rows r, r + cp_degree, ... and not a contiguous part."""
+    strategy: FlashAttentionStrategy | None = None
+    """Force one strategy on every site at which it is legal."""
+    padding: str = "exact"
+    """"right" promises that every `attention_mask` pads on the right: key padding under a causal mask is then
+    dropped, and output rows past a sequence's length are undefined."""
+    empty_rows: str = "exact"
+    """"any" says that output rows which see no key at all do not matter."""
+    weights: str = "native"
+    """What becomes of an attention whose weights or scores something else reads too (`output_attentions`): "native"
+    leaves it as it is, "beside" lets a kernel compute the output and keeps the softmax for the weights alone."""
+    gradients: bool | None = None
+    """Whether gradients will be taken: the report then says what computes them. None says yes of a model in training
+    mode with parameters that require gradients, and of a graph of torch.compile that is compiled to take them."""
+    verify: bool = True
+    """Compare each replaced site with the original on the example inputs, and put back those that differ."""
+    require: int | str | None = None
+    """How many attentions must be replaced, exactly, or "all" that are found: anything else is a `RewriteError`."""
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
+    """Overrides of `TOLERANCES`, by dtype."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> RewriteConfig:
+        names = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(names)}."
+                raise ConfigError(f"RewriteConfig has no field {name!r}: {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+                raise ConfigError(
+                    f"RewriteConfig.{name}={value!r} is not possible: choose one of {', '.join(map(repr, allowed))}."
+                )
+        if self.lnc == 2 and self.target not in TWO_CORE_TARGETS:
+            raise ConfigError(
+                f"RewriteConfig.lnc=2 needs one of {', '.join(TWO_CORE_TARGETS)}: {self.target} has no pairs of cores."
+            )
+        if self.strategy is not None and not isinstance(self.strategy, FlashAttentionStrategy):
+            raise ConfigError(f"RewriteConfig.strategy={self.strategy!r} is not a FlashAttentionStrategy.")
+        counts = isinstance(self.require, int) and not isinstance(self.require, bool) and self.require >= 0
+        if self.require not in (None, "all") and not counts:
+            raise ConfigError(f'RewriteConfig.require={self.require!r} is not possible: give a number, "all" or None.')
+        for dtype, tolerance in self.tolerances.items():
+            if not isinstance(dtype, torch.dtype) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+                raise ConfigError(
+                    f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number in (0, 1)."
+                )
+        unknown = [name for name in self.kernels if name not in KERNEL_NAMES]
+        if unknown or isinstance(self.kernels, str):
+            raise ConfigError(
+                f"RewriteConfig.kernels={self.kernels!r}: give a tuple of names among {', '.join(KERNEL_NAMES)}."
+            )
+        for pattern, wish in self.sites.items():
+            if not isinstance(wish, FlashAttentionStrategy) and wish not in KERNEL_NAMES:
+                raise ConfigError(
+                    f"RewriteConfig.sites[{pattern!r}]={wish!r}: give a FlashAttentionStrategy, or a kernel among "
+                    f"{', '.join(KERNEL_NAMES)}."
+                )
+        if not (isinstance(self.cp_degree, int) and self.cp_degree >= 1 and 0 <= self.cp_rank < self.cp_degree):
+            raise ConfigError(
+                f"RewriteConfig.cp_degree={self.cp_degree!r}, cp_rank={self.cp_rank!r}: "
+                "the rank must lie in [0, cp_degree)."
+            )
+        if self.strided_context_parallel and self.cp_degree == 1:
+            raise ConfigError("RewriteConfig.strided_context_parallel=True needs cp_degree > 1.")
+        rows = tuple(row if isinstance(row, Rule) else Rule.read(row) for row in self.table)
+        object.__setattr__(self, "table", rows)
+        object.__setattr__(self, "kernels", tuple(self.kernels))
+        object.__setattr__(self, "tolerances", {**TOLERANCES, **self.tolerances})
+
+    @classmethod
+    def of(cls, config: RewriteConfig | None) -> RewriteConfig:
+        """The defaults in the place of None.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config must be a RewriteConfig(...), not {type(config).__name__}.")
+        return config or cls()
+
+    @property
+    def logical_cores(self) -> int:
+        """`lnc`, or the target's default."""
+        return self.lnc or (2 if self.target in TWO_CORE_TARGETS else 1)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The largest accepted relative difference for outputs of this dtype."""
+        return self.tolerances.get(dtype, TOLERANCES[torch.float32])

@@ -1,0 +1,1 @@
+"""Reading an ATen graph."""

@@ -1,0 +1,203 @@
+"""Reading an ATen graph: names, arguments, shapes, and which tensors change in place."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.graph.sizes import number_of
+
+aten = torch.ops.aten
+HIDDEN_WRITES = {"batch_norm": ("running_mean", "running_var"), "instance_norm": ("running_mean", "running_var")}
+"""Operators that write into arguments, in training, without their schema saying so."""
+SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+"""Calls that change how everything behind them runs."""
+MAY_COPY = {"reshape", "contiguous", "flatten", "to"}
+"""Views by their schemas that are copies where they have to be."""
+PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
+
+
+def op_name(node: fx.Node) -> str:
+    """The operator without namespace and overload, such as `softmax`; "" for no operator.
+
+    One that writes keeps its mark (`mul_`, `mul.out`): what its arguments hold is not what they held, so that nothing
+    which is true of `mul` is true of it.
+    """
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = str(node.target.overloadpacket.__name__)
+        return name if name.endswith("_") or not mutates(node) else f"{name}.{node.target._overloadname}"
+    return str(getattr(node.target, "__name__", ""))
+
+
+SHAPE_ONLY = frozenset(
+    """
+    new_ones new_zeros new_full new_empty ones_like zeros_like full_like empty_like sym_size getattr
+    """.split()
+)
+SHAPE_OF_SECOND = frozenset("expand_as type_as view_as reshape_as".split())
+
+
+def values_read(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The inputs of which an operator reads more than the shape, the dtype or the device."""
+    inputs = tuple(node.all_input_nodes)
+    name = op_name(node)
+    return () if name in SHAPE_ONLY else inputs[:1] if name in SHAPE_OF_SECOND else inputs
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by their names in the schema, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            values[argument.name] = node.args[i]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    """The node's fake tensor, None if it isn't one tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of the node's tensor as the analysis knows them: see `sizes.py` for those that are symbols."""
+    value = tensor(node)
+    assert value is not None, node
+    return tuple(map(number_of, value.shape))
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    value = tensor(node)
+    assert value is not None, node
+    return value.dtype
+
+
+def is_tensor(value: Any) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and tensor(value) is not None
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the call writes into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that made this node, such as `model.layers.0.self_attn`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", paths[-1]) if paths else ""
+    parts = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).split(".")
+    return ".".join(part for part in parts if part and part != "_modules") or node.name
+
+
+@dataclass
+class Writes:
+    """Which tensors of a graph some call writes into, and when."""
+
+    graph: fx.Graph
+    _order: dict[fx.Node, int] = field(default_factory=dict)
+    _owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """The tensor in whose memory a view lies, or a written tensor."""
+    _times: dict[fx.Node, list[int]] = field(default_factory=dict)
+    """When each owner is written."""
+
+    def __post_init__(self) -> None:
+        for time, node in enumerate(self.graph.nodes):
+            self._order[node] = time
+            if node.target is operator.getitem and node.args[0] in self._owner:
+                self._owner[node] = self._owner[node.args[0]]
+            if not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            if op_name(node) in HIDDEN_WRITES:
+                values = arguments(node)
+                for name in HIDDEN_WRITES[op_name(node)]:
+                    self._write(values[name], time)
+            values = arguments(node)
+            for argument in node.target._schema.arguments:
+                if argument.alias_info is None:
+                    continue
+                for given in pytree.tree_leaves(values[argument.name]):
+                    if isinstance(given, fx.Node):
+                        self._owner[node] = self._owner.get(given, given)
+                    if argument.alias_info.is_write:
+                        self._write(given, time)
+
+    def _write(self, given: Any, time: int) -> None:
+        if isinstance(given, fx.Node):
+            self._times.setdefault(self._owner.get(given, given), []).append(time)
+
+    @cached_property
+    def changed(self) -> frozenset[fx.Node]:
+        """Everything whose memory is written, before or after it is computed."""
+        return frozenset(n for n in self.graph.nodes if self._times and self._owner.get(n, n) in self._times)
+
+    def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:
+        """Whether the memory of `node` is written after the reader has read it, and before `end`."""
+        if reader in self._owner and op_name(reader) not in MAY_COPY and not mutates(reader):
+            return False  # a view reads nothing
+        times = self._times.get(self._owner.get(node, node), ())
+        return any(self._order[reader] < time < self._order[end] for time in times)
+
+
+def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Tensors that some call writes into, with everything that may share memory with them."""
+    return Writes(graph).changed
+
+
+def grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """Whether each node is computed with gradients, in a graph that switches between the two; empty for any other."""
+    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    if not switches:
+        return {}
+    modes, mode = {}, not switches[0].args[0]
+    for node in graph.nodes:
+        mode = bool(node.args[0]) if node in switches else mode
+        modes[node] = mode
+    return modes
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode in which the graph's fake tensors live."""
+    return next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether the call draws random numbers: not an attention or dropout whose dropout is off."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    values = arguments(node)
+    return not (values.get("dropout_p", values.get("p")) == 0 or values.get("train") is False)
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Drop what nothing reads and what has no effect."""
+
+    def has_effect(node: fx.Node) -> bool:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return node.op not in ("call_function", "get_attr") or node.target in SWITCHES
+        return mutates(node) or draws(node)
+
+    graph.eliminate_dead_code(has_effect)
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """The order of an operator of `PERMUTES`, read off what it does to a tensor whose sizes are all different."""
+    rank = len(shape(node))
+    probe = torch.empty(*range(rank), device="meta")
+    moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return list(moved.shape)

@@ -1,0 +1,1 @@
+"""The kernel calls take over from the attentions."""

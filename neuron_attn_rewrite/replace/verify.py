@@ -1,0 +1,176 @@
+"""Old against new on the example inputs: each site, and the captured graph as a whole.
+
+Both stand in the graph while it runs once, so every kernel call gets exactly what the attention beside it got, and
+one site's error can't hide in another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.capture.export import Captured, first_line
+from neuron_attn_rewrite.errors import CaptureError, RewriteError
+from neuron_attn_rewrite.graph.nodes import changed_in_place, draws
+from neuron_attn_rewrite.masks.prove import Padding
+from neuron_attn_rewrite.masks.spec import EmptyRows
+from neuron_attn_rewrite.patterns.axes import run_layout
+from neuron_attn_rewrite.replace.exact import in_float64, inside
+from neuron_attn_rewrite.replace.graft import Graft
+
+
+def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
+    """The largest difference of each site's output, relative to the largest magnitude in it.
+
+    Rows for which the caller or the model leaves the output undefined don't count. The module's buffers, the inputs
+    and the random state are as before afterwards.
+
+    Raises:
+        CaptureError: the graph does not run on the inputs.
+    """
+    errors: dict[Graft, float] = {}
+    by_result = {g.result: g for g in grafts}
+
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if node in by_result:
+                graft = by_result[node]
+                errors[graft] = _difference(self.env[graft.plan.site.output], value, _defined(graft, self.env))
+            return value
+
+    keep_alive = [n for g in grafts for n in _vectors(g)]
+    runner = Compare(module)
+    for nodes in runner.user_to_last_uses.values():
+        nodes[:] = [n for n in nodes if n not in keep_alive]
+    _run(runner, module, inputs)
+    return errors
+
+
+def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
+    """The same against the original computed in float64, for those sites that can be."""
+    errors: dict[Graft, float] = {}
+    by_result = {g.result: (g, *inside(g.plan.site)) for g in grafts}
+    keep_alive = {n for g, _, read in by_result.values() for n in (*read, *_vectors(g))}
+
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if node in by_result:
+                graft, nodes, _ = by_result[node]
+                exact = in_float64(nodes, self.env, lambda n: self.fetch_attr(str(n.target)))
+                if exact is not None:
+                    errors[graft] = _difference(exact, value, _defined(graft, self.env))
+            return value
+
+    runner = Compare(module)
+    for nodes in runner.user_to_last_uses.values():
+        nodes[:] = [n for n in nodes if n not in keep_alive]
+    _run(runner, module, inputs)
+    return errors
+
+
+def capture_error(model: Any, captured: Captured) -> float | None:
+    """How far a captured graph is from the model on the example call, relative to the largest of each output.
+
+    None where running both does not tell: the model is a graph already, the graph draws random numbers or writes into
+    buffers or inputs, an input can't be copied, or the outputs are other tensors.
+    """
+    graph = captured.module.graph
+    if captured.call is None or not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
+        return None
+    if any(draws(node) for node in graph.nodes) or changed_in_place(graph):
+        return None
+    if not all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in captured.inputs or ()):
+        return None
+    old, new = _outputs(model, captured.call), _outputs(captured.module, captured.call)
+    if [t.shape for t in old] != [t.shape for t in new]:
+        return None
+    return max((_difference(a, b, ~a.isnan()) for a, b in zip(old, new, strict=True)), default=None)
+
+
+def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Tensor]:
+    """The floating-point tensors that a call gives. None where it fails: the graph fails too, and `measure` says so."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
+    with torch.no_grad():
+        try:
+            found = pytree.tree_leaves(run(*args, **kwargs))
+        except Exception:
+            return []
+    return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Run on the inputs, of which those that are written are copied: a compiled graph's inputs are its weights too."""
+    written = changed_in_place(module.graph)
+    given = [
+        value.clone() if isinstance(value, Tensor) and node in written else value
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    with _unchanged(module, written), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            runner.run(*given)
+        except RewriteError:
+            raise
+        except Exception as error:  # whatever the model's own operators raise
+            raise CaptureError(
+                f"the captured graph does not run on the example inputs: {type(error).__name__}: {first_line(error)}\n"
+                "Call the model itself with them. If that fails too, pass other example inputs; if it runs, what was "
+                "captured is not what the model does, and nothing made from it would run: rewrite the part of the "
+                "model (a submodule) that holds its attention, or use torch.compile's backend: docs/backends.md."
+            ) from error
+
+
+def _vectors(graft: Graft) -> list[fx.Node]:
+    return [p.node for p in (*graft.proof.paddings, *graft.proof.promised)]
+
+
+def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
+    old, new = old.detach().double(), new.detach().double()
+    if defined is not None:
+        keep = defined.expand(old.shape) & ~old.isnan()
+        old, new = old.where(keep, 0), new.where(keep, 0)
+    scale = old.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if old.numel() else 1.0
+    difference = float((old - new).abs().max() / scale) if old.numel() else 0.0
+    return difference if difference == difference else torch.inf
+
+
+def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
+    """Bool in the shape of the output, True where a query row has a defined result; None if all have."""
+    site, proof = graft.plan.example, graft.proof
+    if proof.empty_rows is not EmptyRows.ANY and not proof.promised:
+        return None
+    first, end = proof.mask.rows(site.q_len, site.kv_len).unbind(1)
+    paddings = [_vector(p, env[p.node], site.kv_len) for p in (*proof.paddings, *proof.promised)]
+    keys = reduce(torch.logical_and, paddings, torch.ones(1, site.kv_len, dtype=torch.bool))
+    so_far = torch.cat([torch.zeros(len(keys), 1), keys.cumsum(1)], 1)
+    rows = so_far[:, end] > so_far[:, first]
+    for padding in proof.promised:
+        rows = rows & _vector(padding, env[padding.node], site.kv_len)
+    full = rows[:, None, :, None].expand(site.batch, site.num_heads, site.q_len, site.v_head_dim)
+    moved = run_layout(site.output_layout, full, lambda op, value, arg: getattr(value, op)(arg))
+    assert isinstance(moved, Tensor)
+    return moved
+
+
+def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
+    rows = value.reshape(-1, value.shape[-1])[:, padding.start : padding.start + kv_len].bool()
+    return ~rows if padding.inverted else rows
+
+
+@contextmanager
+def _unchanged(module: fx.GraphModule, written: frozenset[fx.Node]) -> Iterator[None]:
+    """Put back the buffers that the graph writes into."""
+    names = {str(n.target) for n in written if n.op == "get_attr"}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            module.get_buffer(name).copy_(value)

@@ -1,0 +1,119 @@
+"""In which order the kernel reads its operands and writes its result, so that transposes beside the site vanish.
+
+What lies between an operand and the tensor that it is a view of, and between the result and the last view of it, is an
+arrangement of axes. Each order that the kernel takes is another target of the same algebra: the one that leaves the
+fewest permutes is taken, and where the model's own transposes then have no reader they are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from neuron_attn_rewrite.graph.nodes import dtype, op_name
+from neuron_attn_rewrite.graph.sizes import is_number
+from neuron_attn_rewrite.kernels.orders import ORDERS, PLAIN, Accepted, Orders
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, permute, plan
+from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
+from neuron_attn_rewrite.patterns.views import CASTS, after
+from neuron_attn_rewrite.strategy.forms import Form
+
+WORST = 99
+"""Permutes of what can't be laid out."""
+
+
+def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
+    """The form with the orders that leave the fewest permutes, for a kernel that takes those in `accepted`.
+
+    Args:
+        form: as found.
+        accepted: the orders that need no permute inside of the call.
+        fixed: tensors that change in place: nothing is moved across them.
+    """
+    site, problem = form.site, form.problem
+    query, of_query, more_query = _operand(site.query, accepted.query)
+    key, of_key, more_key = _operand(site.key, accepted.key)
+    value, of_value, more_value = _operand(site.value, accepted.value)
+    node, dims, of_result, more_result = _result(site, accepted.result, fixed)
+    sizes = (problem.query_bytes, problem.key_bytes, problem.value_bytes, problem.result_bytes)
+    more = (more_query, more_key, more_value, more_result)
+    # A permute reads and writes.
+    turned = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
+    orders = Orders(of_query, of_key, of_value, of_result)
+    on = {"query": of_query, "value": of_value, "output": of_result}
+    factors = tuple(
+        replace(factor, operand=replace(factor.operand, target=permute(factor.operand.target, ORDERS[on[factor.on]])))
+        for factor in site.factors
+    )
+    result = permute(site.result, ORDERS[of_result])
+    moved = replace(site, query=query, key=key, value=value, factors=factors, output=node, output_dims=dims)
+    return replace(form, site=replace(moved, result=result), orders=orders, turned=turned)
+
+
+def permutes(layout: Layout | None) -> int:
+    """How many steps of a layout move data about."""
+    return WORST if layout is None else sum(step.op == "permute" for step in layout)
+
+
+def _is_open(layout: Layout) -> bool:
+    """Whether a step needs a size that is a symbol: one of ours would have to read it of some input, and that ties
+    inputs to each other when the result is exported again.
+    """
+    return any(step.op != "permute" and not all(map(is_number, step.arg)) for step in layout)
+
+
+def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str, int]:
+    """The source and order with the fewest permutes, the model's own included; as it is where none is better. And how
+    many more permutes it takes than the model.
+    """
+    sources, own = [(operand.node, operand.dims, 0)], 0
+    if operand.origin is not None:
+        origin, dims = operand.origin
+        # With another reader the model's transpose stays, and costs this one nothing.
+        own = permutes(plan(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
+        sources = [(operand.node, operand.dims, own), (origin, dims, 0)]
+    choices = [
+        (has + permutes(layout) + (order not in accepted), s, o)
+        for s, (_, dims, has) in enumerate(sources)
+        for o, order in enumerate(ORDERS)
+        if not ((layout := plan(dims, permute(operand.target, ORDERS[order]), full=True)) and s and _is_open(layout))
+    ]
+    least, s, o = min(choices)
+    order = list(ORDERS)[o]
+    node, dims, _ = sources[s]
+    return Operand(node, dims, permute(operand.target, ORDERS[order])), order, least - own
+
+
+def _result(
+    site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]
+) -> tuple[fx.Node, Dims, str, int]:
+    """The node that the result takes over from, its dims, the order with the fewest permutes up to there, and how many
+    more they are than the model's.
+    """
+    node, dims = _last_view(site, fixed)
+    models = permutes(plan(site.output_dims, dims))
+    plain = permutes(plan(site.result, site.output_dims)) + models
+    choices = [
+        (permutes(plan(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
+        for o, order in enumerate(ORDERS)
+    ]
+    least, o = min(choices)
+    unturned = plain + (PLAIN not in accepted)
+    if least >= unturned:
+        return site.output, site.output_dims, PLAIN, unturned - models
+    return node, dims, list(ORDERS)[o], least - models
+
+
+def _last_view(site: AttentionSite, fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims]:
+    """The last of the views of the output of which each is all that reads the one before it, and its dims."""
+    node, dims = site.output, site.output_dims
+    if fixed & ({operand.node for operand in site.operands} | {term.node for term in site.terms}):
+        return node, dims  # the call must not come later
+    while len(node.users) == 1:
+        (user,) = node.users
+        following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None
+        if following is None or dtype(user) != dtype(node):
+            break
+        node, dims = user, following
+    return node, dims

@@ -1,0 +1,1 @@
+"""Which values a node of the graph may take."""
