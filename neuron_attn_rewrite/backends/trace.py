@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.activations import restore_activations
+from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
 from neuron_attn_rewrite.module import RewrittenModule
@@ -43,8 +44,9 @@ def rewrite_for_trace(
         config: see `RewriteConfig`; `require="all"` makes an attention that stays native an error.
 
     Returns:
-        A module that is called by position. A dict or ModelOutput among its outputs is a dict of tensors; what is None
-        is left out. silu, gelu and softmax are called by name, for torch_neuronx to replace.
+        A module that is called by position. A dict or ModelOutput among its outputs is a dict of tensors, and any
+        other object, such as a cache, is a tuple of tensors. What is None is left out. silu, gelu and softmax are
+        called by name, for torch_neuronx to replace.
 
     Raises:
         InputError, CaptureError, RewriteError: as `rewrite`.
@@ -67,20 +69,27 @@ def _plain_outputs(module: fx.GraphModule) -> None:
     codegen: Any = module.graph._codegen
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     leaves = list(pytree.tree_leaves(output.args[0]))
-    numbered = pytree.tree_unflatten(list(range(len(leaves))), codegen.pytree_info.out_spec)
+    numbered = pytree.tree_unflatten([_Leaf(i) for i in range(len(leaves))], codegen.pytree_info.out_spec)
     kept, spec = pytree.tree_flatten(_plain(numbered, {i for i, leaf in enumerate(leaves) if leaf is not None}))
-    output.args = ([leaves[i] for i in kept],)
+    output.args = ([leaves[leaf.index] for leaf in kept],)
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
     module.recompile()
 
 
+@dataclass(frozen=True)
+class _Leaf:
+    """The place of an output."""
+
+    index: int
+
+
 def _plain(value: Any, kept: set[int]) -> Any:
-    if isinstance(value, int):
-        return value if value in kept else None
+    if isinstance(value, _Leaf):
+        return value if value.index in kept else None
     if isinstance(value, Mapping):
         plain = {key: _plain(entry, kept) for key, entry in value.items()}
         return {key: entry for key, entry in plain.items() if entry is not None}
-    entries = value if isinstance(value, (tuple, list)) else pytree.tree_leaves(value)
+    entries = value if isinstance(value, (tuple, list)) else parts(value, (_Leaf,))
     made = [entry for entry in (_plain(entry, kept) for entry in entries) if entry is not None]
     return made if isinstance(value, list) else tuple(made)
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.dialects import expand_fused, open_masks, plain_transformers, refresh_shapes
 from neuron_attn_rewrite.capture.functionalise import functionalise
+from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.graph.nodes import eliminate_dead_code, fake_mode
 
@@ -81,7 +82,9 @@ def capture(
         program, training = model, model.training
     else:
         args = args if given else _zeros_from_shapes(model)
-        args, kwargs = _distinct(model, args, _in_signature_order(model, args, kwargs))
+        kwargs = _in_signature_order(model, args, kwargs)
+        _refuse_objects(model, args, kwargs)
+        args, kwargs = _distinct(model, args, kwargs)
         program, training = _export(model, args, kwargs, dynamic_shapes), model.training
     if dynamic_shapes is not None and program is model:
         raise InputError(
@@ -143,6 +146,21 @@ def _in_signature_order(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return {name: kwargs[name] for name in [*(p for p in signature.parameters if p in kwargs), *kwargs]}
 
 
+def _refuse_objects(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Name an input that no graph can take.
+
+    Raises:
+        InputError: an input is, or holds, an object with tensors among its attributes.
+    """
+    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
+        kinds = [type(leaf).__name__ for leaf in pytree.tree_leaves(value) if holds_tensors(leaf)]
+        if kinds:
+            raise InputError(
+                f"the example input {name!r} is a {kinds[0]}, and a graph takes tensors: pass the tensors that it "
+                "holds to a module of your own that makes it from them and calls the model."
+            )
+
+
 def _distinct(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -169,7 +187,7 @@ def _export(
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
             masks = contextlib.nullcontext() if dynamic_shapes is None else open_masks()
-            with plain_transformers(), masks, _counters_kept(model):
+            with plain_transformers(), masks, _counters_kept(model), objects_opened(model):
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.export import Captured, first_line
+from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.graph.nodes import changed_in_place, draws
 from neuron_attn_rewrite.masks.prove import Padding
@@ -100,7 +101,7 @@ def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) ->
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
     with torch.no_grad():
         try:
-            found = pytree.tree_leaves(run(*args, **kwargs))
+            found = leaves(run(*args, **kwargs))
         except Exception:
             return []
     return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
