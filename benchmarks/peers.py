@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.patterns.sdpa import is_sdpa
-from tests.find import test_inductor, test_spellings
-from tests.find.cases import Keep, Match, as_module
 from tests.helpers import ALWAYS
+from tests.patterns import test_inductor, test_spellings
+from tests.patterns.cases import Keep, Match, as_module
 
 COLUMNS = ("graphs", "Inductor fused", "Inductor wrong", "ours replaced", "ours wrong", "not captured")
 

@@ -17,8 +17,8 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph.nodes import Writes
 from neuron_attn_rewrite.graph.sizes import examples, expression_of
+from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.prove import Proof, Prover
 from neuron_attn_rewrite.masks.spec import Unproven

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from neuron_attn_rewrite.capture.export import PASSES, first_line, follow_input_device, normalise
+from neuron_attn_rewrite.capture.export import first_line
+from neuron_attn_rewrite.capture.normalise import PASSES, follow_input_device, normalise
 from neuron_attn_rewrite.graph.nodes import aten, dtype, is_tensor, op_name
 from neuron_attn_rewrite.reasons import Reason
 

@@ -10,22 +10,19 @@ import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.dialects import expand_fused, open_masks, plain_transformers, refresh_shapes
-from neuron_attn_rewrite.capture.functionalise import functionalise
+from neuron_attn_rewrite.capture.dialects import open_masks, plain_transformers, refresh_shapes
+from neuron_attn_rewrite.capture.normalise import is_guard, normalise
 from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
 from neuron_attn_rewrite.errors import CaptureError, InputError
-from neuron_attn_rewrite.graph.nodes import eliminate_dead_code, fake_mode
 
-aten = torch.ops.aten
 COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
 """Buffers that may hold the length of a cache."""
 
@@ -103,15 +100,10 @@ def capture(
 
 def _is_aten(module: fx.GraphModule) -> bool:
     calls = [n for n in module.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
-    calls = [n for n in calls if not _is_guard(n)]
+    calls = [n for n in calls if not is_guard(n)]
     return any(isinstance(n.target, torch._ops.OpOverload) for n in calls) and all(
         n.op == "call_function" and "val" in n.meta for n in calls
     )
-
-
-def _is_guard(node: fx.Node) -> bool:
-    """The check of inputs that torch.export puts in front of what it captured."""
-    return node.op == "call_module" and str(node.target).endswith("_guards_fn")
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -229,164 +221,3 @@ def _unlift(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module = program.module(**quiet)
     assert isinstance(module, fx.GraphModule)
     return module
-
-
-# Normalisation
-
-
-def normalise(
-    module: fx.GraphModule, passes: Sequence[Callable[[fx.GraphModule], None]] | None = None
-) -> fx.GraphModule:
-    """Apply the passes in order, by default all of `PASSES`. The module is changed: it must not be the caller's own."""
-    for apply in PASSES if passes is None else passes:
-        apply(module)
-    eliminate_dead_code(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return module
-
-
-def inline_regions(module: fx.GraphModule) -> None:
-    """Inline what export wraps for a change of grad mode or autocast; no-grad regions end in a detach."""
-    wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-    for node in list(module.graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if node.op != "call_function" or name not in wrappers:
-            continue
-        if name == "wrap_with_autocast" and node.args[2]:
-            raise CaptureError("the model runs a region under torch.autocast: cast the model itself and turn it off.")
-        lead = wrappers[name]
-        body = module.get_submodule(node.args[lead].target)
-        assert isinstance(body, fx.GraphModule)
-        inline_regions(body)
-        for inner in body.graph.find_nodes(op="get_attr"):
-            value = _attribute(body, inner.target)
-            inner.target = f"{node.args[lead].target}_{inner.target}".replace(".", "_")
-            setattr(module, inner.target, value)
-        inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[lead + 1 :], strict=True))
-        with module.graph.inserting_before(node):
-            result = module.graph.graph_copy(body.graph, inputs)
-            if name == "wrap_with_set_grad_enabled" and not node.args[0]:
-                result = pytree.tree_map_only(fx.Node, lambda n: _detach(module.graph, n), result)
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-
-
-def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    detached = graph.call_function(aten.detach.default, (node,))
-    detached.meta = dict(node.meta)
-    return detached
-
-
-def flatten_vmap(module: fx.GraphModule) -> None:
-    """Turn the batch dims of a recorded torch.vmap into plain dims.
-
-    Export records vmap as bookkeeping calls without data edges. Each outermost region is traced again, so that
-    torch's own batching rules say what it computes.
-    """
-    for region in list(_vmap_regions(module.graph)):
-        _flatten_region(module, region)
-
-
-def _flatten_region(module: fx.GraphModule, region: list[fx.Node]) -> None:
-    members = set(region)
-    outside = [n for n in dict.fromkeys(i for r in region for i in r.all_input_nodes) if n not in members]
-    inputs = [n for n in outside if n.op != "get_attr"]
-    outputs = [n for n in region if any(u not in members for u in n.users)]
-    body = fx.Graph()
-    copies = {n: body.placeholder(n.name) for n in inputs}
-    for n in [n for n in outside if n.op == "get_attr"] + region:
-        copies[n] = body.node_copy(n, lambda x: copies[x])
-    body.output(tuple(copies[n] for n in outputs))
-    trace = make_fx(fx.Interpreter(fx.GraphModule(module, body)).run, _allow_non_fake_inputs=True)
-    plain = trace(*(n.meta["val"] for n in inputs))
-    with module.graph.inserting_before(region[0]):
-        actual = dict(zip(plain.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        results = module.graph.graph_copy(plain.graph, actual)
-    assert isinstance(results, (list, tuple))
-    for old, new in zip(outputs, results, strict=True):
-        assert isinstance(new, fx.Node)
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in members)
-    for n in reversed(region):
-        module.graph.erase_node(n)
-
-
-def _vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    region: list[fx.Node] = []
-    depth = 0
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        if name == "lazy_load_decompositions" and not depth:
-            region = [node]
-            continue
-        depth += name == "_vmap_increment_nesting"
-        if depth or region:
-            region.append(node)
-        if name == "_vmap_decrement_nesting":
-            depth -= 1
-            if not depth:
-                yield region
-                region = []
-
-
-def drop_guards(module: fx.GraphModule) -> None:
-    """Remove assertions and guards: the rewritten module checks its inputs itself."""
-    checks = {
-        getattr(aten, name)
-        for name in ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size")
-        if hasattr(aten, name)
-    }
-    for node in reversed(module.graph.nodes):
-        is_check = isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in checks
-        if _is_guard(node) or is_check:
-            module.graph.erase_node(node)
-
-
-def register_constants(module: fx.GraphModule) -> None:
-    """Make every tensor attribute that is neither parameter nor buffer a non-persistent buffer, so that it moves."""
-    mode = fake_mode(module.graph)
-    for node in module.graph.find_nodes(op="get_attr"):
-        path, _, name = str(node.target).rpartition(".")
-        owner = module.get_submodule(path)
-        value = getattr(owner, name)
-        if isinstance(value, torch.Tensor) and name not in owner._parameters and name not in owner._buffers:
-            delattr(owner, name)
-            owner.register_buffer(name, value, persistent=False)
-        if isinstance(value, torch.Tensor) and "val" not in node.meta:
-            node.meta["val"] = mode.from_tensor(value)
-
-
-def follow_input_device(module: fx.GraphModule) -> None:
-    """Replace each baked device by the device of the first tensor input."""
-    users = [n for n in module.graph.nodes if any(isinstance(a, torch.device) for a in _leaves(n))]
-    tensors = [n for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
-    if not users or not tensors:
-        return
-    last = list(module.graph.find_nodes(op="placeholder"))[-1]
-    with module.graph.inserting_after(last):
-        device = module.graph.call_function(getattr, (tensors[0], "device"))
-    swap: Callable[[Any], Any] = lambda a: device if isinstance(a, torch.device) else a  # noqa: E731
-    for n in users:
-        n.args, n.kwargs = fx.node.map_aggregate(n.args, swap), fx.node.map_aggregate(n.kwargs, swap)
-
-
-def _leaves(node: fx.Node) -> list[Any]:
-    return pytree.tree_leaves((node.args, dict(node.kwargs)))
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(path), name)
-
-
-PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
-    inline_regions,
-    drop_guards,
-    flatten_vmap,
-    expand_fused,
-    functionalise,
-    register_constants,
-    follow_input_device,
-)

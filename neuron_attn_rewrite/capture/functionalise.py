@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import MAY_COPY, mutates, op_name
+from neuron_attn_rewrite.graph.nodes import mutates, op_name
+from neuron_attn_rewrite.graph.writes import MAY_COPY
 
 aten = torch.ops.aten
 

@@ -8,11 +8,13 @@ for all values of the symbols.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
 
 LARGEST = 2**31
 """No dim of a tensor that is a number gets as large."""
@@ -25,6 +27,8 @@ def number_of(size: int | torch.SymInt) -> int:
     """The number that stands for a size in the analysis."""
     if isinstance(size, int):
         return size
+    import sympy
+
     result = 1
     for base, power in sympy.expand(size.node.expr).as_powers_dict().items():
         if base.is_Integer and power.is_Integer and power > 0:
@@ -37,6 +41,8 @@ def number_of(size: int | torch.SymInt) -> int:
 
 
 def _prime_of(expression: sympy.Expr) -> int:
+    import sympy
+
     if expression not in _numbers:
         _numbers[expression] = int(sympy.nextprime(max(_expressions, default=LARGEST)))
         _expressions[_numbers[expression]] = expression
@@ -61,6 +67,8 @@ def is_number(size: int) -> bool:
 
 def expression_of(number: int) -> sympy.Expr:
     """The size for which a number of the analysis stands."""
+    import sympy
+
     factor, expressions = parts_of(number)
     return sympy.Mul(factor, *expressions)
 
@@ -85,7 +93,7 @@ def examples(graph: fx.Graph) -> dict[sympy.Symbol, int]:
 
 def at(number: int, values: Mapping[sympy.Symbol, int]) -> int:
     """A size of the analysis for values of the symbols."""
-    return int(expression_of(number).subs(dict(values)))
+    return number if is_number(number) else int(expression_of(number).subs(dict(values)))
 
 
 def limits_of(limits: Any) -> tuple[int, int | None]:

@@ -35,7 +35,7 @@ class Effect:
     """The number by which it hides keys, None for several."""
     replaces: bool = False
     """Whether the number stands in place of the score, instead of being added to it."""
-    zeroed: bool = False
+    zeroes_weights: bool = False
     """Whether the weights that it hides are set to zero once more after the softmax."""
 
     @property
@@ -48,8 +48,8 @@ def meaning(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:
     hiding = [effect for effect in effects if effect.hides]
     if not hiding or len(hiding) > MOST_HIDING:
         return EmptyRows.OTHER
-    if any(effect.zeroed for effect in hiding):
-        zeros = all(effect.zeroed or effect.fill == -torch.inf for effect in hiding)
+    if any(effect.zeroes_weights for effect in hiding):
+        zeros = all(effect.zeroes_weights or effect.fill == -torch.inf for effect in hiding)
         return EmptyRows.ZERO if zeros else EmptyRows.OTHER
     scores = _hidden_scores(effects, site)
     if scores == {-torch.inf}:
@@ -122,7 +122,7 @@ def as_addends(site: AttentionSite, fills: Sequence[float | None], evaluator: Ev
         kind = dtype(term.node) if term.kind == "add" else site.dtype
         if kind.is_floating_point and torch.finfo(kind).eps > torch.finfo(torch.float32).eps:
             return None
-    if site.is_causal or site.floor > -torch.inf or any(term.zeroed for term in site.terms):
+    if site.is_causal or site.floor > -torch.inf or any(term.zeroes_weights for term in site.terms):
         return None
     hides = [term for term in site.terms if term.kind != "add" or may_hide(term, evaluator)]
     if any(term.kind != "add" for term in hides[1:]):

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.graph.nodes import Writes, arguments, grad_modes, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.nodes import arguments, grad_modes, is_tensor, op_name, shape
 from neuron_attn_rewrite.graph.sizes import has_symbols, is_number
+from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, plan
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, layout_steps
 from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
@@ -96,15 +97,15 @@ class Prover:
             if isinstance(claimed, _Claimed):
                 proof = _extended(proof, claimed)
                 if claimed.spec.claims:
-                    effects.append(Effect(claimed.fill, replaces, term.zeroed))
+                    effects.append(Effect(claimed.fill, replaces, term.zeroes_weights))
                 continue
-            layout = plan(term.dims, site.dims)
+            layout = layout_steps(term.dims, site.dims)
             if layout is None:
                 return Unproven(Reason("mask-axes", f"{term.node.name} does not run along the axes of the scores"))
             if term.kind != "add":
                 if term.fill > MASKED:
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
-                effects.append(Effect(term.fill, replaces, term.zeroed))
+                effects.append(Effect(term.fill, replaces, term.zeroes_weights))
             else:
                 effects.append(Effect(-torch.inf if may_hide(term, self.evaluator) else 0.0))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
@@ -226,7 +227,7 @@ class Prover:
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes."""
-        layouts = [plan(term.dims, site.dims) for term in site.terms]
+        layouts = [layout_steps(term.dims, site.dims) for term in site.terms]
         claims = [self._known[term, site.dims] for term in site.terms]
         fills = as_addends(site, [c.fill if isinstance(c, _Claimed) else None for c in claims], self.evaluator)
         if None in layouts or fills is None:

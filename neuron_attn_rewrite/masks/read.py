@@ -19,7 +19,7 @@ from torch import Tensor
 from neuron_attn_rewrite.graph.nodes import shape
 from neuron_attn_rewrite.masks.fit import row_intervals
 from neuron_attn_rewrite.masks.spec import Unproven
-from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, plan, run_layout
+from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, layout_steps, run_layout
 from neuron_attn_rewrite.patterns.site import MASKED, Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.regions import Region
@@ -47,7 +47,7 @@ class Reading:
 
 def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     """Read a term along `dims`, the (batch, heads, query, key) of the kernel."""
-    if plan(term.dims, dims) is None:
+    if layout_steps(term.dims, dims) is None:
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
     rows: list[Tensor] = []
@@ -110,7 +110,7 @@ def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Tabl
             return
         part = axis_dim(dims[2][0].axis, length) if dims[2] else ()
         cut = tuple(part if i in along and region else dim for i, dim in enumerate(term.dims))
-        layout = plan(cut, (*dims[:2], part if region else dims[2], dims[3]))
+        layout = layout_steps(cut, (*dims[:2], part if region else dims[2], dims[3]))
         assert layout is not None
         yield table.move(lambda t, layout=layout: run_layout(layout, t, _apply)), length
 

@@ -6,13 +6,13 @@ from typing import Any, Literal, overload
 
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.patterns import scores as _scores  # noqa: F401  fills a table
-from neuron_attn_rewrite.patterns.peel import SCORES, Factor, Scores, ScoresRule, Walk
+from neuron_attn_rewrite.patterns.peel import SCORES, Scores, ScoresRule, TensorScale, Walk
 from neuron_attn_rewrite.patterns.products import PRODUCTS, Product, ProductRule
 from neuron_attn_rewrite.patterns.rules import Blocked, Registration, Rules
 from neuron_attn_rewrite.patterns.softmaxes import SOFTMAXES, SoftmaxRule
 from neuron_attn_rewrite.patterns.weights import WEIGHTS, Weights, WeightsRule
 
-__all__ = ["Blocked", "Factor", "Product", "Registration", "Scores", "Walk", "Weights", "register"]
+__all__ = ["Blocked", "Product", "Registration", "Scores", "TensorScale", "Walk", "Weights", "register"]
 
 TABLES: dict[str, Rules[Any]] = {"product": PRODUCTS, "scores": SCORES, "softmax": SOFTMAXES, "weights": WEIGHTS}
 

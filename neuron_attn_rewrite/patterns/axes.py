@@ -122,7 +122,7 @@ class Step:
 Layout: TypeAlias = tuple[Step, ...]
 
 
-def plan(source: Dims, target: Dims, full: bool = False) -> Layout | None:
+def layout_steps(source: Dims, target: Dims, full: bool = False) -> Layout | None:
     """The steps that bring a tensor over `source` into the dims `target`.
 
     A target dim of which the source has no atom at all stays of size 1 (it broadcasts) unless `full`; one of which it

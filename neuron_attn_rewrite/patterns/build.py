@@ -1,4 +1,4 @@
-"""From what a family of patterns found to a site: roles named, operands brought into the kernel's layout."""
+"""From what was found in the graph to a site: names the axes and lays out the operands for the kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, merged, plan
-from neuron_attn_rewrite.patterns.peel import Factor, scaled_by_number
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, layout_steps, merged
+from neuron_attn_rewrite.patterns.peel import TensorScale, scaled_by_number
 from neuron_attn_rewrite.patterns.roles import assign_roles
-from neuron_attn_rewrite.patterns.site import AttentionSite, Operand, Reader, Scaling, Term, UnknownAttention
+from neuron_attn_rewrite.patterns.site import (
+    AttentionSite,
+    Operand,
+    OperandScale,
+    Reader,
+    SoftmaxFacts,
+    Term,
+    UnknownAttention,
+)
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.tables import Evaluator
 
@@ -30,8 +38,8 @@ class View:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An attention as a family of patterns found it, its axes not yet named."""
+class Found(SoftmaxFacts):
+    """An attention as `sdpa.py` or `softmax_matmul.py` found it. Its axes have no names yet."""
 
     pattern: str
     anchor: fx.Node
@@ -39,35 +47,33 @@ class Found:
     scores: Dims
     """The dims of what the softmax runs over, without a sink."""
     key_dim: int
-    """The softmax' dim among them."""
+    """The position in `scores` of the dim that the softmax runs over."""
     query: View
     key: View
     value: View
     scale: float
-    factors: tuple[Factor, ...] = ()
-    """Tensor scales of the scores."""
+    tensor_scales: tuple[TensorScale, ...] = ()
+    """Tensors that multiply or divide the scores."""
     weight_scale: float = 1.0
-    weight_factors: tuple[Factor, ...] = ()
-    """Tensors that the weights are multiplied by after the softmax."""
-    terms: tuple[Term, ...] = ()
-    is_causal: bool = False
-    softcap: float | None = None
+    weight_scales: tuple[TensorScale, ...] = ()
+    """Tensors that multiply or divide the weights after the softmax."""
     sink: View | None = None
-    safe: bool = False
-    floor: float = -torch.inf
     readers: tuple[Reader, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One tensor on the chain behind an operand, and the scale between the two."""
+    """One tensor from which an operand is made. The operand is `scale` times this tensor."""
 
     view: View
     scale: float
 
 
 def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
-    """The operand and what it was made from by views, widening casts and scales by a number."""
+    """The operand, and the tensors that it is made from by views, widening casts and scales that are numbers.
+
+    The last one is the deepest.
+    """
     chain = [_Stage(view, 1.0)]
     while True:
         node, dims, scale = chain[-1].view.node, chain[-1].view.dims, chain[-1].scale
@@ -82,12 +88,13 @@ def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
 
 
 def _operand(chain: list[_Stage], target: Dims, fixed: Collection[fx.Node]) -> Operand | None:
-    """The deepest tensor of the chain that has the layout already, else the deepest one and the steps to the layout.
+    """The deepest tensor of the chain that already has the target's layout.
 
-    What is in `fixed` changes in place, and is not read elsewhere than by the model.
+    If there is none: the deepest tensor of all, with the steps to that layout. None if there are no such steps. The
+    tensors in `fixed` change in place, so a kernel call must not read them at another time than the model does.
     """
     last = chain[-1]
-    possible = plan(last.view.dims, target, full=True) is not None
+    possible = layout_steps(last.view.dims, target, full=True) is not None
     for stage in reversed(chain):
         if stage.scale == last.scale and stage.view.dims == target:
             origin = (last.view.node, last.view.dims) if possible and last.view.node not in fixed else None
@@ -96,14 +103,14 @@ def _operand(chain: list[_Stage], target: Dims, fixed: Collection[fx.Node]) -> O
 
 
 def _features(a: Dims, b: Dims, scores: Dims) -> Dim:
-    """What two tensors run over together and the scores don't."""
+    """The axes that both tensors run over and the scores do not: the features."""
     known = {atom.axis for atom in atoms(scores)}
     common = {atom.axis for atom in atoms(b)} - known
     return merged(atom for atom in atoms(a) if atom.axis in common)
 
 
 def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
-    """Name the axes and lay out the operands; `UnknownAttention` where that can't be done exactly."""
+    """Name the axes and lay out the operands; `UnknownAttention` if that can't be done exactly."""
     name = module_path(found.anchor)
 
     def unknown(reason: Reason) -> UnknownAttention:
@@ -125,14 +132,14 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     )
     result = (roles.batch, roles.heads, roles.rows, v_feature)
     of_rows, of_keys = ("query", (*dims[:3], ())), ("value", (*roles.kv, ()))
-    scalings = [_scaling(factor, (of_rows,)) for factor in found.factors]
-    scalings += [_scaling(factor, (("output", of_rows[1]), of_keys)) for factor in found.weight_factors]
+    scales = [_placed(scale, (of_rows,)) for scale in found.tensor_scales]
+    scales += [_placed(scale, (("output", of_rows[1]), of_keys)) for scale in found.weight_scales]
     sink = _sink(found.sink, roles.heads, evaluator)
-    if None in operands or plan(result, found.output.dims) is None:
+    if None in operands or layout_steps(result, found.output.dims) is None:
         return unknown(Reason("axes", "an operand is not laid out along the axes of the scores"))
-    if None in scalings[: len(found.factors)]:
+    if None in scales[: len(found.tensor_scales)]:
         return unknown(Reason("scale-unknown", "a tensor scale differs from key to key"))
-    if None in scalings:
+    if None in scales:
         return unknown(Reason("scale-unknown", "the weights are multiplied by something that differs by query and key"))
     if found.sink is not None and sink is None:
         return unknown(Reason("sink-shape", "the sink is not one number a head"))
@@ -159,22 +166,18 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         dtype=reduce(torch.promote_types, (dtype(o.node) for o in (q, k, v))),
         scale=found.scale * query[-1].scale * key[-1].scale,
         value_scale=value[-1].scale * found.weight_scale,
-        factors=tuple(s for s in scalings if s),
-        terms=tuple(_narrowed(term, evaluator) for term in found.terms),
-        is_causal=found.is_causal,
-        softcap=found.softcap,
+        operand_scales=tuple(s for s in scales if s),
         sink=sink,
-        safe=found.safe,
-        floor=found.floor,
         readers=found.readers,
+        **found.facts() | {"terms": tuple(_narrowed(term, evaluator) for term in found.terms)},
     )
 
 
-def _scaling(factor: Factor, places: tuple[tuple[str, Dims], ...]) -> Scaling | None:
-    """The first place that runs over everything that the factor runs over."""
+def _placed(scale: TensorScale, places: tuple[tuple[str, Dims], ...]) -> OperandScale | None:
+    """The scale on the first of these operands that runs over everything that the scale runs over."""
     for on, dims in places:
-        if plan(factor.dims, dims) is not None:
-            return Scaling(on, Operand(factor.node, factor.dims, dims, broadcasts=True), factor.divides)
+        if layout_steps(scale.dims, dims) is not None:
+            return OperandScale(on, Operand(scale.node, scale.dims, dims, broadcasts=True), scale.divides)
     return None
 
 

@@ -1,7 +1,7 @@
-"""The walk back from the softmax to the product of query and key: each node is undone by the rule that knows it.
+"""The walk back from the softmax to the product of query and key. A rule of `scores.py` undoes each node on the way.
 
-What is collected is the normal form `softmax(softcap(multiplier * product) + terms, sink)`. A node without a rule ends
-the walk. The rules are in `scores.py`.
+The walk collects the normal form `softmax(softcap(multiplier * product) + terms, sink)`. It ends at a node without a
+rule.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
-from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.patterns.site import SoftmaxFacts, Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.tables import UNKNOWN, Evaluator, Table
 
 MOST_COMPARED = 2**24
-"""Elements up to which masks are compared by value."""
+"""The most elements of a mask that is compared by value."""
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A tensor that multiplies or divides."""
+class TensorScale:
+    """A tensor that multiplies or divides the scores or the weights."""
 
     node: fx.Node
     dims: Dims
@@ -39,30 +39,29 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A tensor on the way from the softmax back to the product, and everything that was peeled off behind it.
+class Scores(SoftmaxFacts):
+    """A tensor on the way back from the softmax to the product, and what happens to it until the softmax.
 
-    Every method is one step back: what it names was applied before everything that is already recorded.
+    Every method is one step back: it records an operation that comes before all that are already recorded.
     """
 
     node: fx.Node
     dims: Dims
     key_dim: int
-    """Position of the keys in the softmax' input."""
+    """Position in `axes` of the dim that the softmax runs over."""
     axes: Dims
-    """The dims of the softmax' input, without a sink."""
+    """What the dims of the softmax' input run over. Without the sink's column, if there is one.
+
+    They stay the same during the walk, and `dims` changes with `node`.
+    """
     multiplier: float = 1.0
-    factors: tuple[Factor, ...] = ()
-    terms: tuple[Term, ...] = ()
-    softcap: float | None = None
+    """The number that multiplies `node`, inside the softcap and all terms."""
+    tensor_scales: tuple[TensorScale, ...] = ()
     sink: tuple[fx.Node, Dims] | None = None
-    safe: bool = False
-    """Whether a row of -inf scores gives zeros and not NaN."""
-    floor: float = -torch.inf
-    """A lower limit of all scores, the last thing before the softmax."""
     division: fx.Node | None = None
-    """Where the weights are not normalised: what divides their product with the value by their sum."""
+    """The node that divides by the sum of the exponentials behind the second product; None for normalised weights."""
     trail: tuple[str, ...] = ()
+    """The steps so far, in words, from the product to the softmax."""
 
     def to(self, node: object, dims: Dims | None = None, trail: str = "") -> Scores:
         """Go on at `node`, whose dims are the same unless given."""
@@ -74,12 +73,12 @@ class Scores:
         """The scores were multiplied by a number."""
         return replace(self, multiplier=self.multiplier * number)
 
-    def scaled_by(self, factor: fx.Node, divides: bool = False) -> Scores:
+    def scaled_by(self, scale: fx.Node, divides: bool = False) -> Scores:
         """The scores were multiplied (or divided) by a tensor that broadcasts to them."""
         if self.softcap is not None:
             raise Blocked(self.node, Reason("order", "a tensor scale inside a softcap"))
-        made = Factor(factor, views.broadcast(factor, self.dims), divides)
-        return replace(self, factors=(made, *self.factors))
+        made = TensorScale(scale, views.broadcast(scale, self.dims), divides)
+        return replace(self, tensor_scales=(made, *self.tensor_scales))
 
     def added(self, term: fx.Node, weight: float = 1.0) -> Scores:
         """`weight * term`, which broadcasts to the scores, was added."""
@@ -93,14 +92,14 @@ class Scores:
         return replace(self, terms=(term, *self.terms))
 
     def _outside(self) -> Scores:
-        if self.factors or self.softcap is not None:
+        if self.tensor_scales or self.softcap is not None:
             raise Blocked(self.node, Reason("order", "a mask or bias inside a softcap or a tensor scale"))
         return self
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What every rule may use."""
+    """What every rule may use: constants, values of masks, and new axes."""
 
     evaluator: Evaluator
     fresh_axes: Iterator[int] = field(default_factory=count)

@@ -1,4 +1,4 @@
-"""What may happen to the scores between the product of query and key and the softmax, each undone by one rule."""
+"""The rules for what happens to the scores between the product of query and key and the softmax."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.tables import Evaluator, Table, equal
 
 LARGEST_SHIFT = 1e3
-"""A number that is added to all scores of a row vanishes in the softmax; a larger one takes their digits with it."""
+"""The largest number that may be added to all scores of a row.
+
+A shift does not change a softmax, but adding a larger number than this rounds the scores.
+"""
 
 
 @SCORES("mul", "div", "neg")
 def _scale(walk: Walk, scores: Scores) -> Scores:
-    """A scale: a number is folded, a tensor is kept as a factor."""
+    """A scale: a number is multiplied into the scale, a tensor is kept as a `TensorScale`."""
     node = scores.node
     scaled = scaled_by_number(walk.evaluator, node)
     if scaled is not None:
@@ -33,15 +36,15 @@ def _scale(walk: Walk, scores: Scores) -> Scores:
     if not is_tensor(left) or not is_tensor(right) or node.kwargs.get("rounding_mode"):
         raise Blocked(node, Reason("scale-unknown", "the scale is not a number"))
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    for inner, factor in ((left, right), (right, left))[: 1 if divides else 2]:
-        if shape(inner) == shape(node) and shape(factor) != shape(node):
-            return scores.scaled_by(factor, divides).to(inner, trail="tensor scale")
+    for inner, scale in ((left, right), (right, left))[: 1 if divides else 2]:
+        if shape(inner) == shape(node) and shape(scale) != shape(node):
+            return scores.scaled_by(scale, divides).to(inner, trail="tensor scale")
     raise Blocked(node, Reason("scale-unknown", "the scale differs from score to score"))
 
 
 @SCORES("mul")
 def _complement(walk: Walk, scores: Scores) -> Scores | None:
-    """`x * b + c * (1 - b)` for a b of 0 and 1 (GPT): c stands in place of the scores where b is 0."""
+    """`x * b + c * (1 - b)` with a b of zeros and ones (GPT): c replaces the scores where b is 0."""
     node, term = scores.node, next(iter(scores.terms), None)
     for inner, kept in (node.args[:2], node.args[1::-1]):
         if not is_tensor(inner) or not is_tensor(kept) or shape(inner) != shape(node):
@@ -55,7 +58,10 @@ def _complement(walk: Walk, scores: Scores) -> Scores | None:
 
 
 def _fill_where_zero(walk: Walk, kept: fx.Node, filled: fx.Node) -> float | None:
-    """The one number that `filled` is where `kept` is 0; `filled` must be 0 elsewhere, and `kept` 1."""
+    """The number that `filled` holds wherever `kept` is 0.
+
+    None if it is not one number, if `filled` is not 0 wherever `kept` is 1, or if `kept` has other values.
+    """
     tables = walk.tables(kept, filled)
     if tables is None:
         return None
@@ -70,8 +76,11 @@ def _fill_where_zero(walk: Walk, kept: fx.Node, filled: fx.Node) -> float | None
 
 @SCORES("add", "sub", "rsub")
 def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
-    """A sum: a shift of whole rows vanishes, but for one inside a softcap or beside a sink; of two tensors one leads on
-    to the product."""
+    """A sum. One side leads on to the product, and the other side is a term.
+
+    A number, or a statistic of each row, changes no softmax and is dropped. Inside a softcap or with a sink it does
+    change the result.
+    """
     node = scores.node
     sign = 1.0 if op_name(node) == "add" else -1.0
     weight = arguments(node).get("alpha", 1)
@@ -97,11 +106,11 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
 
 
 def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
-    """One number for each row of `of`, of the magnitude of its elements: to shift by it changes no softmax."""
+    """Whether the node is a maximum, mean or log-sum-exp of each row of `of`. Subtracting it changes no softmax."""
     dims = views.broadcast(node, scores.dims)
-    while (moved := views.before(views.without_gradient(node), dims)) is not None:
+    while (moved := views.before(views.value_source(node, through_detach=True), dims)) is not None:
         node, dims = moved
-    node = views.without_gradient(node)
+    node = views.value_source(node, through_detach=True)
     if op_name(node) == "getitem" and node.args[1] == 0:
         node = views.source(node)
     if op_name(node) not in ("amax", "max", "logsumexp", "mean") or len(node.args) < 2:
@@ -111,7 +120,7 @@ def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
     rank = len(scores.dims)
     keys = [i for i, dim in enumerate(scores.dims) if dim == scores.axes[scores.key_dim]]
     if (
-        views.without_gradient(views.source(node)) is not views.without_gradient(of)
+        views.value_source(views.source(node), through_detach=True) is not views.value_source(of, through_detach=True)
         or [i % rank for i in reduced] != keys
     ):
         return False
@@ -157,7 +166,7 @@ def _filled(scores: Scores, inner: object, mask: object, fill: float | None, whe
 
 @SCORES("clamp", "clamp_min", "maximum", "max")
 def _clamp(walk: Walk, scores: Scores) -> Scores:
-    """A lower limit that only -inf is below: `max(scores, finfo.min)`."""
+    """A lower limit that changes nothing but -inf: `max(scores, finfo.min)`."""
     node = scores.node
     lower = walk.constant(node.args[1]) if len(node.args) > 1 else None
     upper = node.args[2] if op_name(node) == "clamp" and len(node.args) > 2 else None
@@ -171,8 +180,8 @@ def _clamp(walk: Walk, scores: Scores) -> Scores:
 
 @SCORES("tanh")
 def _tanh(walk: Walk, scores: Scores) -> Scores:
-    """`c * tanh(x / c)`: everything outside so far is c, everything inside is the scale."""
-    if scores.softcap is not None or scores.factors or scores.multiplier <= 0:
+    """`c * tanh(x / c)`: the multiplier found so far is c, and what follows on the way back is the scale inside."""
+    if scores.softcap is not None or scores.tensor_scales or scores.multiplier <= 0:
         raise Blocked(scores.node, Reason("order", "a second softcap, or one with a tensor scale"))
     inside = scores.to(views.source(scores.node), trail="softcap")
     return replace(inside, softcap=scores.multiplier, multiplier=1.0)
@@ -180,7 +189,7 @@ def _tanh(walk: Walk, scores: Scores) -> Scores:
 
 @SCORES("cat")
 def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
-    """One more column that is not a key: a learned sink."""
+    """One more column beside the keys: a learned sink."""
     node = scores.node
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not isinstance(dim, int):
@@ -189,13 +198,13 @@ def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     assert isinstance(inner, fx.Node) and isinstance(sink, fx.Node)
     rank = len(scores.dims)
     on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
-    first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.factors
+    first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.tensor_scales
     if (
         on_keys
         and shape(sink)[dim] != 1
         and all(isinstance(p, fx.Node) and _ends_in_product(walk, scores, p) for p in parts)
     ):
-        words = "one softmax over several products side by side, such as those with global and with local keys"
+        words = "one softmax over several products side by side, such as one with global and one with local keys"
         raise Blocked(node, Reason("key-blocks", words))
     if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
         raise Blocked(node, Reason("sink-shape", "not one column of sinks beside the keys"))
@@ -214,12 +223,12 @@ def _detached(walk: Walk, scores: Scores) -> Scores:
 
 @SCORES("slice_scatter", "select_scatter")
 def _pieces(walk: Walk, scores: Scores) -> Scores:
-    """Longformer writes the diagonals of a band into one tensor."""
+    """Scores that are written into one tensor piece by piece, as Longformer does with the diagonals of a band."""
     raise Blocked(scores.node, Reason("key-blocks", "the scores are written together piece by piece, as a band is"))
 
 
 def _ends_in_product(walk: Walk, scores: Scores, part: fx.Node) -> bool:
-    """Whether a part of joined scores is itself made from a product."""
+    """Whether one of the concatenated parts leads back to a product."""
     dims = tuple(axis_dim(next(walk.fresh_axes), size) for size in shape(part))
     try:
         walk.peel(replace(scores, node=part, dims=dims, axes=dims))

@@ -1,36 +1,44 @@
-"""The normal form of a found attention: `softmax(softcap(scale * q k^T) + terms, sink) v` with every axis named."""
+"""The normal form of a found attention: `softmax(softcap(scale * q k^T) + terms, sink) v` with every axis named.
+
+docs/normal_form.md says of each field what it may hold and who reads it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, plan
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, layout_steps
 from neuron_attn_rewrite.reasons import Reason
 
 MASKED = -9984.0
-"""A score this low is invisible: exp underflows to 0 in float32 from -104 on, which leaves scores a spread of 9880."""
+"""A score that is set to this number or less counts as hidden.
+
+In float32 exp(x) is 0 below x = -104. So the weight is exactly 0 as long as the scores that are not hidden lie above
+-9880.
+"""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph, and what its dims and those of the kernel's operand run over."""
+    """A tensor of the graph, what its dims run over, and what the dims of the kernel's operand run over."""
 
     node: fx.Node
     dims: Dims
     target: Dims
     broadcasts: bool = False
-    """Whether a dim of the target over which the tensor does not run stays of size 1."""
+    """Whether a target dim stays of size 1 if the tensor does not run over it. Otherwise the tensor is expanded."""
     origin: tuple[fx.Node, Dims] | None = None
-    """The tensor of which `node` is a view, and what its dims run over; None where it can't be read in its place."""
+    """The tensor of which `node` is a view, and what its dims run over; None if it can't be read instead of `node`."""
 
     @property
     def layout(self) -> Layout:
         """The steps from the tensor to the kernel's operand."""
-        steps = plan(self.dims, self.target, full=not self.broadcasts)
+        steps = layout_steps(self.dims, self.target, full=not self.broadcasts)
         assert steps is not None, self
         return steps
 
@@ -39,8 +47,8 @@ class Operand:
 class Term:
     """Something that changes the scores before the softmax.
 
-    `add` adds `multiplier * node`; `show` replaces the scores by `fill` where the node is False or 0, `hide` where it
-    is not.
+    `add` adds `multiplier * node`. `show` replaces the scores by `fill` where the node is False or 0, `hide` where the
+    node is True or not 0.
     """
 
     kind: str
@@ -48,13 +56,13 @@ class Term:
     dims: Dims
     multiplier: float = 1.0
     fill: float = -torch.inf
-    zeroed: bool = False
-    """Whether the weights that it hides are set to zero once more after the softmax."""
+    zeroes_weights: bool = False
+    """Whether the model also sets the weights that this term hides to zero, after the softmax."""
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """A tensor that multiplies or divides an operand or the output of the kernel.
+class OperandScale:
+    """A tensor that multiplies or divides an operand of the kernel, or its output.
 
     On the query and the output it is [batch | 1, heads | 1, q_len | 1, 1], on the value [batch | 1, kv heads | 1,
     kv_len | 1, 1].
@@ -68,21 +76,43 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Reader:
-    """A node outside of the attention that reads something inside, which therefore has to stay."""
+    """A node outside of the attention that reads a tensor inside of it. That tensor has to stay in the graph."""
 
     what: str
     """"weights", "scores" or "log-sum-exp"."""
     node: fx.Node
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxFacts:
+    """What the softmax of an attention computes, apart from its operands.
+
+    `Scores`, `Found` and `AttentionSite` all have these fields, and each hands them to the next one with `facts`.
+    """
+
+    terms: tuple[Term, ...] = ()
+    """In the order in which they are applied to the scores."""
+    is_causal: bool = False
+    """The operator's own top-left causal flag."""
+    softcap: float | None = None
+    safe: bool = False
+    """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
+    floor: float = -torch.inf
+    """A lower limit of all scores, applied after the terms."""
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of `SoftmaxFacts` by name, without those of the subclass."""
+        return {field.name: getattr(self, field.name) for field in fields(SoftmaxFacts)}
+
+
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(SoftmaxFacts):
     """One attention of the graph, ready to be proven and chosen for."""
 
     name: str
     """Path of the module that computes it, such as `model.layers.0.self_attn`."""
     pattern: str
-    """How it was written: the operator, or the products around the softmax with what was peeled between them."""
+    """How it was written: the operator, or the two products and the steps between them."""
     anchor: fx.Node
     """The softmax or scaled_dot_product_attention node."""
     output: fx.Node
@@ -90,7 +120,7 @@ class AttentionSite:
     output_dims: Dims
     """What the dims of the output run over."""
     result: Dims
-    """What those of the kernel's result run over: [batch, num_heads, q_len, v_head_dim]."""
+    """What the dims of the kernel's result run over: [batch, num_heads, q_len, v_head_dim]."""
     query: Operand
     """To [batch, num_heads, q_len, head_dim]."""
     key: Operand
@@ -109,43 +139,35 @@ class AttentionSite:
     dtype: torch.dtype
     scale: float
     value_scale: float = 1.0
-    """A scale on the value: it multiplies the output."""
-    factors: tuple[Scaling, ...] = ()
-    terms: tuple[Term, ...] = ()
-    is_causal: bool = False
-    """The operator's own top-left causal flag."""
-    softcap: float | None = None
+    """A number that multiplies the output."""
+    operand_scales: tuple[OperandScale, ...] = ()
     sink: Operand | None = None
     """To [num_heads]."""
-    safe: bool = False
-    """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
-    floor: float = -torch.inf
-    """A lower limit of all scores, applied after the terms."""
     readers: tuple[Reader, ...] = ()
-    """What else reads the weights or scores."""
+    """The nodes outside of the attention that read its weights, scores or log-sum-exp."""
 
     @property
     def output_layout(self) -> Layout:
         """The steps from the kernel's result to the output."""
-        steps = plan(self.result, self.output_dims)
+        steps = layout_steps(self.result, self.output_dims)
         assert steps is not None, self
         return steps
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """Every tensor that the kernel call reads, but the masks."""
-        factors = tuple(factor.operand for factor in self.factors)
-        return (self.query, self.key, self.value, *factors, *([self.sink] if self.sink else []))
+        """Every tensor that the kernel call reads, except the masks."""
+        scales = tuple(scale.operand for scale in self.operand_scales)
+        return (self.query, self.key, self.value, *scales, *([self.sink] if self.sink else []))
 
     @property
     def coarsest(self) -> torch.dtype:
-        """The dtype that rounds most: the one of the kernel's operands, or of the model's output."""
+        """The less precise of two dtypes: that of the kernel's operands and that of the model's output."""
         return max(self.dtype, dtype(self.output), key=lambda kind: float(torch.finfo(kind).eps))
 
 
 @dataclass(frozen=True)
 class UnknownAttention:
-    """Something that looks like attention, with the node at which understanding stopped."""
+    """Something that looks like attention, and the reason why it could not be read."""
 
     name: str
     pattern: str

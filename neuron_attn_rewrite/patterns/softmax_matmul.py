@@ -22,7 +22,7 @@ from neuron_attn_rewrite.patterns.weights import Weights, follow
 from neuron_attn_rewrite.reasons import Reason
 
 MOST_FOLLOWED = 24
-"""Nodes before or after a softmax among which a product is looked for."""
+"""How many nodes before or after a softmax are searched for a product."""
 
 
 def find_softmax_matmul(
@@ -59,6 +59,8 @@ def _build(
     value, output = _value_and_output(walk, weights, second)
     if scores.division is not None:
         output = _divided(output, scores.division, softmax, scores)
+    zero_filled = weights.zero_filled_terms
+    terms = tuple(replace(term, zeroes_weights=i in zero_filled) for i, term in enumerate(scores.terms))
     found = Found(
         pattern=_pattern(scores),
         anchor=softmax,
@@ -69,15 +71,12 @@ def _build(
         key=key,
         value=value,
         scale=scores.multiplier * (scores.softcap or 1.0),
-        factors=scores.factors,
+        tensor_scales=scores.tensor_scales,
         weight_scale=weights.multiplier * second.alpha,
-        weight_factors=weights.factors,
-        terms=tuple(replace(term, zeroed=i in weights.zeroed) for i, term in enumerate(scores.terms)),
-        softcap=scores.softcap,
+        weight_scales=weights.tensor_scales,
         sink=View(*scores.sink) if scores.sink else None,
-        safe=scores.safe,
-        floor=scores.floor,
         readers=readers,
+        **scores.facts() | {"terms": terms},
     )
     return build(found, walk.evaluator)
 
@@ -87,12 +86,14 @@ def _pattern(scores: Scores) -> str:
 
 
 MIXES = frozenset("linear mm addmm conv1d conv2d convolution layer_norm embedding topk argmax sort argsort".split())
-"""Operators that make something else of what they read: scores from there are a gate over experts or a pooling, and
-weights that end there are not summed over keys."""
+"""Operators whose result is not made element by element.
+
+Scores that come from one of them are a gate over experts or a pooling. Weights that end in one are not summed over keys.
+"""
 
 
 def _is_router(node: fx.Node) -> bool:
-    """Whether scores that come from there are made without a product: the gate of a router or of a pooling."""
+    """Whether scores that come from this node are made without a product, as by the gate of a router or of a pooling."""
     seen, stack = {node}, [node]
     while stack and len(seen) < MOST_FOLLOWED:
         node = stack.pop()
@@ -120,7 +121,7 @@ def _meets_product(softmax: fx.Node) -> bool:
 
 
 def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
-    """Follow the weights to every product that uses them; what else reads them doesn't matter here.
+    """Follow the weights to every product that uses them. Other readers do not matter here.
 
     Raises:
         Blocked: there is none.
@@ -130,7 +131,7 @@ def _products(walk: Walk, start: Weights) -> list[tuple[Weights, Product]]:
         weights = open_ends.pop()
         for user in weights.node.users:
             product = _used_in(user)
-            if product is not None and not weights.has_sink:
+            if product is not None and not weights.includes_sink_column:
                 found.append((weights, product))
                 continue
             try:
@@ -153,14 +154,14 @@ def _used_in(user: fx.Node) -> Product | None:
 
 
 def between(first: fx.Node, ends: list[fx.Node], order: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """Everything on a way from the first node to one of the last ones, both included."""
+    """Every node on a path from the first node to one of the last ones, both included."""
     last = max(order[end] for end in ends)
     after = _closure([first], lambda node: (u for u in node.users if order[u] <= last))
     return _closure(ends, lambda node: (n for n in node.all_input_nodes if n in after))
 
 
 def _made_of(first: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """What holds values of the first node, and not its shape alone."""
+    """The nodes that depend on values of the first node, and not on its shape alone."""
     return _closure([first], lambda node: (u for u in node.users if u in inside and node in values_read(u)))
 
 
@@ -177,7 +178,7 @@ def _closure(start: list[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]])
 def _readers(
     inside: set[fx.Node], ends: set[fx.Node], softmax: fx.Node, order: Mapping[fx.Node, int]
 ) -> Iterable[Reader]:
-    """Who else reads what a kernel would not compute."""
+    """The nodes that read a tensor which a kernel would not compute."""
     sums = {"sum", "amax", "max", "logsumexp", "getitem"}
     for node in sorted(inside - ends, key=order.__getitem__):
         for user in node.users:
@@ -191,11 +192,11 @@ def _readers(
 def _operands_made(
     inside: set[fx.Node], ends: list[tuple[Weights, Product]], softmax: fx.Node, order: Mapping[fx.Node, int]
 ) -> Iterable[Reader]:
-    """Masks, scales, sinks and values that are themselves made of the scores or weights."""
+    """Masks, scales, sinks and values that depend on the scores or weights themselves."""
     operands: dict[fx.Node, None] = {}
     for weights, product in ends:
         scores = weights.scores
-        given = [term.node for term in scores.terms] + [factor.node for factor in (*scores.factors, *weights.factors)]
+        given = [given.node for given in (*scores.terms, *scores.tensor_scales, *weights.tensor_scales)]
         given += [scores.sink[0]] if scores.sink else []
         operands |= dict.fromkeys([*given, *({product.left, product.right} - {weights.node})])
     for node in operands:
@@ -204,7 +205,7 @@ def _operands_made(
 
 
 def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View]:
-    """The operands of the first product, told apart by which one has the keys."""
+    """The query and the key of the first product. The key is the operand that runs over the keys."""
     by_label = dict(zip(product.out_labels, scores.dims, strict=True))
     for size, label in zip(shape(product.left), product.left_labels, strict=True):
         if label in product.summed:

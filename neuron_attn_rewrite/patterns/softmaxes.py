@@ -1,4 +1,4 @@
-"""The spellings of a softmax: which node holds the weights, and of which scores they are the softmax."""
+"""The rules for a softmax, in all its spellings: which node holds the weights, and which scores they come from."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ def _operator(walk: Walk, node: fx.Node) -> Scores:
 @SOFTMAXES("exp")
 def _exp_of_log_softmax(walk: Walk, node: fx.Node) -> Scores | None:
     """exp(log_softmax(x)), or exp(x - logsumexp(x))."""
-    inner = _uncast(views.source(node))
+    inner = views.value_source(views.source(node))
     if op_name(inner) in ("log_softmax", "_log_softmax", "special_log_softmax"):
         return walk.begin(node, inner.args[0], arguments(inner)["dim"], "log_softmax")
     if op_name(inner) != "sub" or arguments(inner)["alpha"] != 1 or not isinstance(inner.args[1], fx.Node):
         return None
     reduced = _reduction(inner.args[1], "logsumexp", shape(node))
-    if reduced is None or _uncast(reduced[0]) is not _uncast(views.source(inner)):
+    if reduced is None or views.value_source(reduced[0]) is not views.value_source(views.source(inner)):
         return None
     return walk.begin(node, inner.args[0], reduced[1], "logsumexp")
 
 
 @SOFTMAXES("exp", "exp2")
 def _normalised_later(walk: Walk, node: fx.Node) -> Scores | None:
-    """`exp(x) @ v / sum(exp(x))`: the product with the value is divided, and not the weights."""
+    """`exp(x) @ v / sum(exp(x))`: the model divides the product with the value, not the weights."""
     for total in node.users:
         dim = arguments(total).get("dim") if op_name(total) == "sum" else None
         if not isinstance(dim, (list, tuple)) or len(dim) != 1:
             continue
         for division in _divisions(total):
             product = as_product(_unmoved(views.source(division)))
-            if product is not None and node in (_uncast(product.left), _uncast(product.right)):
+            if product is not None and node in (views.value_source(product.left), views.value_source(product.right)):
                 begun = walk.begin(node, node.args[0], int(dim[0]), "exp, sum behind the product")
                 return replace(begun if op_name(node) == "exp" else begun.scaled(math.log(2)), division=division)
     return None
 
 
 def _divisions(total: fx.Node) -> Iterator[fx.Node]:
-    """What divides by a tensor, however it is laid out."""
+    """The nodes that divide by a tensor or by a view of it."""
     for user in total.users:
         if op_name(user) == "div" and user.args[1] is total and isinstance(user.args[0], fx.Node):
             yield user
@@ -93,13 +93,13 @@ def _by_hand(walk: Walk, node: fx.Node) -> Scores | None:
             return None
         right = views.source(_unviewed(right))
     total = _reduction(_unguarded(walk, right, left), "sum", shape(node))
-    if total is None or _uncast(total[0]) is not _uncast(left):
+    if total is None or views.value_source(total[0]) is not views.value_source(left):
         return None
-    return _weights(walk, node, _uncast(left), total[1])
+    return _weights(walk, node, views.value_source(left), total[1])
 
 
 def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | None:
-    """Weights that are normalised at `node`: an exponential, or others with some of them set to zero."""
+    """The scores behind `weights`, which `node` normalises: exponentials, or weights of which some are set to zero."""
     if op_name(weights) in ("exp", "exp2"):
         begun = walk.begin(node, weights.args[0], dim, "exp / sum")
         return begun if op_name(weights) == "exp" else begun.scaled(math.log(2))
@@ -107,19 +107,19 @@ def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | 
     if already is not None:
         same_dim = already.key_dim == dim % len(already.dims)
         return replace(already, safe=False) if same_dim and not already.safe else None
-    cut = zeroed(weights)
+    cut = as_zero_fill(weights)
     if cut is None:
         return None
     inner, mask, where = cut
-    scores = _weights(walk, node, _uncast(inner), dim)
+    scores = _weights(walk, node, views.value_source(inner), dim)
     if scores is None or scores.terms or scores.safe:
         return None
     hidden = scores.hidden(mask, -torch.inf, where)
     return replace(hidden, trail=("mask", *hidden.trail))
 
 
-def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """Weights of which some are set to zero: (weights before, bool mask, the value of the mask that means zero)."""
+def as_zero_fill(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """A node that sets some weights to zero, as (weights before, bool mask, the value of the mask that means zero)."""
     if op_name(node) == "masked_fill" and _is_zero(node.args[2]) and isinstance(node.args[1], fx.Node):
         return views.source(node), node.args[1], True
     if op_name(node) == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
@@ -136,7 +136,7 @@ def zeroed(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
 
 
 def _bool_behind(node: fx.Node) -> fx.Node | None:
-    """The bool tensor of which a 0/1 tensor is the number."""
+    """The bool tensor from which a tensor of zeros and ones was cast; None if there is none."""
     while dtype(node) != torch.bool:
         if op_name(node) not in views.CASTS | views.IDENTITIES:
             return None
@@ -157,7 +157,7 @@ def _reduction(node: fx.Node, name: str, full: tuple[int, ...]) -> tuple[fx.Node
     node = _unviewed(node)
     squeezed = False
     if op_name(node) == "unsqueeze":
-        squeezed, unsqueezed, node = True, arguments(node)["dim"], _uncast(views.source(node))
+        squeezed, unsqueezed, node = True, arguments(node)["dim"], views.value_source(views.source(node))
     norm = name == "sum" and op_name(node) == "linalg_vector_norm" and arguments(node)["ord"] == 1
     if op_name(node) not in (name, f"special_{name}") and not norm:
         return None
@@ -173,36 +173,35 @@ def _reduction(node: fx.Node, name: str, full: tuple[int, ...]) -> tuple[fx.Node
 
 
 def _unguarded(walk: Walk, total: fx.Node, weights: fx.Node) -> fx.Node:
-    """The sum behind a guard against dividing by zero that never acts: one of at least 1, as the row's largest is
-    exp(0), is not below a limit of at most 1, and does not change when less than a quarter of its rounding step is
-    added."""
+    """`sum` of `sum + epsilon` or `max(sum, limit)`, where the guard against division by zero changes nothing.
+
+    The weights must be exp(x - max(x)). Then the largest weight of a row is exp(0) = 1, and the sum is at least 1. So a
+    limit of at most 1 is never reached, and an epsilon of at most a quarter of the dtype's eps is lost in rounding.
+    Without such a guard, `total` itself.
+    """
     guarded = _unviewed(total)
     if op_name(guarded) not in ("add", "clamp", "clamp_min") or len(guarded.args) != 2:
         return total
     limit = walk.constant(guarded.args[1])
     most = torch.finfo(dtype(guarded)).eps / 4 if op_name(guarded) == "add" else 1.0
-    exponent = _uncast(weights)
+    exponent = views.value_source(weights)
     if limit is None or not 0 <= limit <= most or op_name(exponent) not in ("exp", "exp2"):
         return total
-    shifted = _uncast(views.source(exponent))
+    shifted = views.value_source(views.source(exponent))
     if op_name(shifted) != "sub" or not isinstance(shifted.args[1], fx.Node):
         return total
-    largest = _unviewed(views.without_gradient(_unviewed(shifted.args[1])))
+    largest = _unviewed(views.value_source(_unviewed(shifted.args[1]), through_detach=True))
     if op_name(largest) == "getitem":
         largest = views.source(largest)
-    if op_name(largest) not in ("amax", "max") or _uncast(views.source(largest)) is not _uncast(views.source(shifted)):
+    if op_name(largest) not in ("amax", "max") or views.value_source(views.source(largest)) is not views.value_source(
+        views.source(shifted)
+    ):
         return total
     return views.source(guarded)
 
 
-def _uncast(node: fx.Node) -> fx.Node:
-    while views.keeps_values(node):
-        node = views.source(node)
-    return node
-
-
 def _unviewed(node: fx.Node) -> fx.Node:
-    """Without casts, copies and the expand that broadcasts a row's number over the row."""
+    """Like `views.value_source`, and also without the expand that broadcasts a number of each row over the row."""
     while views.keeps_values(node) or op_name(node) in views.EXPANDS:
         node = views.source(node)
     return node

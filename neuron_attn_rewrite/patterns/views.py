@@ -1,4 +1,4 @@
-"""Data movement: what each operator does to the dims of its tensor, both ways."""
+"""Data movement: what each operator does to the dims of its tensor, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuron_attn_rewrite.values.tables import Evaluator
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
 IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
-"""A detach is none: it gives the same numbers, and other gradients."""
+"""Operators that return their tensor. detach is not one of them: its gradients differ."""
 CASTS = {"to", "_to_copy", "type_as"}
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
 
@@ -32,7 +32,7 @@ def is_inactive_dropout(node: fx.Node) -> bool:
 
 
 def keeps_values(node: fx.Node) -> bool:
-    """Whether the node's elements are those of its source, one for one and in place (casts included)."""
+    """Whether the node has the elements of its source, each in its place. A cast between float dtypes counts as well."""
     name = op_name(node)
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
@@ -48,17 +48,21 @@ def _is_fine(kind: torch.dtype) -> bool:
     return kind.is_floating_point and torch.finfo(kind).bits >= 16
 
 
-def without_gradient(node: fx.Node) -> fx.Node:
-    """What a tensor was made from by casts, copies and detaches: the same numbers, whatever the gradients are."""
-    while keeps_values(node) or op_name(node) == "detach":
+def value_source(node: fx.Node, through_detach: bool = False) -> fx.Node:
+    """The tensor that the values of a node come from, element for element.
+
+    On the way lie casts, copies, inactive dropout, and slices and expands that change no size; with `through_detach`
+    also detaches, which give the same numbers but stop gradients.
+    """
+    while keeps_values(node) or (through_detach and op_name(node) == "detach"):
         node = source(node)
     return node
 
 
 def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tuple[fx.Node, Dims] | None:
-    """Undo a data movement: the source and its dims, given the dims of the result. None if it isn't one.
+    """Undo a data movement: the source and its dims, given the dims of the result. None if the node is no movement.
 
-    With an evaluator also what repeats a tensor by constant indices.
+    With an evaluator this includes an index by constants that repeats a tensor.
     """
     name = op_name(node)
     if name in ("cat", "stack"):
@@ -85,7 +89,7 @@ def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tup
 
 
 def after(node: fx.Node, dims: Dims) -> Dims | None:
-    """The dims of the result, given those of the source. None if the node isn't a data movement that keeps all."""
+    """The dims of the result, given those of the source. None if the node is no movement, or drops elements."""
     name = op_name(node)
     if keeps_values(node):
         return dims
@@ -116,7 +120,7 @@ def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:
 
 
 def _uncopied(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
-    """Copies of one tensor behind each other: it runs over the fast digits, or not at all over a dim of copies."""
+    """A cat or stack of copies of one tensor. The tensor runs over the fast digits of a cat, and not over a new dim."""
     parts = node.args[0]
     if not isinstance(parts, (list, tuple)) or len(set(parts)) != 1 or not isinstance(parts[0], fx.Node):
         return None
@@ -128,7 +132,7 @@ def _uncopied(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
 
 
 def _unindexed(node: fx.Node, dims: Dims, evaluator: Evaluator) -> Dims | None:
-    """Constant indices that repeat each element in place, or the whole over and over."""
+    """An index by constants that repeats each element in place, or the whole tensor."""
     if op_name(node) == "index_select":
         dim, index = int(arguments(node)["dim"]) % len(dims), arguments(node)["index"]
     else:

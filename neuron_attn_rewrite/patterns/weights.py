@@ -1,4 +1,4 @@
-"""What may happen to the weights between the softmax and the product with the value, each undone by one rule."""
+"""The rules for what happens to the weights between the softmax and the product with the value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import arguments, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
-from neuron_attn_rewrite.patterns.peel import Factor, Scores, Walk, scaled_by_number
+from neuron_attn_rewrite.patterns.peel import Scores, TensorScale, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
 from neuron_attn_rewrite.patterns.site import MASKED
-from neuron_attn_rewrite.patterns.softmaxes import zeroed
+from neuron_attn_rewrite.patterns.softmaxes import as_zero_fill
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.tables import Table, equal
 
@@ -27,15 +27,15 @@ class Weights:
     node: fx.Node
     dims: Dims
     scores: Scores
-    """What was peeled off on the way back from the softmax."""
+    """What the walk back from the softmax found."""
     softmax_of: fx.Node
     """The softmax' own input."""
-    has_sink: bool = False
-    """Whether the sink's column is still there."""
+    includes_sink_column: bool = False
+    """Whether the weights still have the column of the sink."""
     multiplier: float = 1.0
-    factors: tuple[Factor, ...] = ()
-    zeroed: frozenset[int] = frozenset()
-    """Positions in `scores.terms` of the masks whose hidden weights were set to zero once more."""
+    tensor_scales: tuple[TensorScale, ...] = ()
+    zero_filled_terms: frozenset[int] = frozenset()
+    """Positions in `scores.terms` of the masks that the model applies again, by setting the hidden weights to zero."""
 
     def to(self, node: fx.Node, dims: Dims | None = None) -> Weights:
         return replace(self, node=node, dims=self.dims if dims is None else dims)
@@ -76,36 +76,36 @@ def _detached(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
 @WEIGHTS("slice")
 def _without_sink(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     """The slice that drops a sink's column."""
-    if not weights.has_sink:
+    if not weights.includes_sink_column:
         return None
     values, scores = arguments(user), weights.scores
     on_keys = values["dim"] % len(weights.dims) == scores.key_dim
     whole = shape(user)[scores.key_dim] == dim_size(scores.axes[scores.key_dim])
     if not on_keys or values["start"] or values["step"] != 1 or not whole:
         return None
-    return replace(weights.to(user, scores.axes), has_sink=False)
+    return replace(weights.to(user, scores.axes), includes_sink_column=False)
 
 
 @WEIGHTS("mul", "div")
 def _scale(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """A number or tensor that is the same for all keys moves to the output, one that is the same for all rows to the
-    value: which of the two is decided where the axes have names."""
+    """A scale of the weights. One that is the same for all keys moves to the output, one that is the same for all rows
+    to the value. `build` decides which, because there the axes have names."""
     scaled = scaled_by_number(walk.evaluator, user)
     if scaled is not None:
         return replace(weights.to(user), multiplier=weights.multiplier * scaled[1])
     left, right = user.args[:2]
     divides = op_name(user) == "div"
     other = right if left is weights.node else left
-    if not is_tensor(other) or user.kwargs.get("rounding_mode") or weights.has_sink or left is right:
+    if not is_tensor(other) or user.kwargs.get("rounding_mode") or weights.includes_sink_column or left is right:
         return None
     assert isinstance(other, fx.Node)
     if shape(user) != shape(weights.node) or (divides and left is not weights.node):
         return None
-    repeated = _zeroed_again(walk, weights, user)
+    repeated = _zero_filled_again(walk, weights, user)
     if repeated is not None:
         return repeated
-    factor = Factor(other, views.broadcast(other, weights.dims), divides)
-    return replace(weights.to(user), factors=(*weights.factors, factor))
+    scale = TensorScale(other, views.broadcast(other, weights.dims), divides)
+    return replace(weights.to(user), tensor_scales=(*weights.tensor_scales, scale))
 
 
 @WEIGHTS("add", "sub")
@@ -116,14 +116,14 @@ def _mixed(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
 
 @WEIGHTS("nan_to_num")
 def _nan_to_zero(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """A row of -inf scores gives NaN, and this zeros."""
+    """A row of -inf scores gives NaN, and this makes it zeros."""
     return _safe(weights, user) if arguments(user)["nan"] in (None, 0) else None
 
 
 @WEIGHTS("where", "masked_fill")
 def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """Zeros for rows that see no key; or for the very keys that a mask hides, which changes such rows alone."""
-    cut = zeroed(user)
+    """Sets weights to zero: all those of a row that sees no key, or those of the keys that a mask has hidden already."""
+    cut = as_zero_fill(user)
     if cut is None or cut[0] is not weights.node:
         return None
     _, condition, where = cut
@@ -131,7 +131,7 @@ def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
         return _safe(weights, user)
     if not where and _some_seen(condition, weights):
         return _safe(weights, user)
-    again = _zeroed_again(walk, weights, user)
+    again = _zero_filled_again(walk, weights, user)
     if again is None:
         raise Blocked(user, Reason("order", "weights are set to zero after the softmax, without normalising again"))
     return again
@@ -147,25 +147,25 @@ def _is_nan(condition: fx.Node, weights: fx.Node) -> bool:
 
 
 def _all_hidden(node: fx.Node, weights: Weights) -> bool:
-    """Whether a bool says of each row that all its scores are -inf."""
-    node = _plain(node)
+    """Whether a bool is True for exactly the rows whose scores are all -inf."""
+    node = views.value_source(node)
     if op_name(node) in ("logical_not", "bitwise_not"):
         return _some_seen(views.source(node), weights)
     if op_name(node) == "eq" and node.args[1] == float("-inf"):
-        largest = _plain(views.source(node))
+        largest = views.value_source(views.source(node))
         return op_name(largest) == "amax" and _over_keys(largest, weights) and _is_scores(largest, weights)
     return op_name(node) == "all" and _over_keys(node, weights) and _hidden(views.source(node), weights)
 
 
 def _some_seen(node: fx.Node, weights: Weights) -> bool:
-    node = _plain(node)
+    node = views.value_source(node)
     if op_name(node) in ("logical_not", "bitwise_not"):
         return _all_hidden(views.source(node), weights)
     return op_name(node) == "any" and _over_keys(node, weights) and _hidden(views.source(node), weights, seen=True)
 
 
 def _hidden(node: fx.Node, weights: Weights, seen: bool = False) -> bool:
-    """Whether a bool says of each score that it is -inf (or, with `seen`, that it isn't)."""
+    """Whether a bool is True for exactly the scores that are -inf (with `seen`: that are not)."""
     name = op_name(node)
     if name in ("logical_not", "bitwise_not"):
         return _hidden(views.source(node), weights, not seen)
@@ -176,7 +176,7 @@ def _hidden(node: fx.Node, weights: Weights, seen: bool = False) -> bool:
 
 
 def _is_scores(node: fx.Node, weights: Weights) -> bool:
-    return _plain(views.source(node)) is _plain(weights.softmax_of)
+    return views.value_source(views.source(node)) is views.value_source(weights.softmax_of)
 
 
 def _over_keys(node: fx.Node, weights: Weights) -> bool:
@@ -186,15 +186,9 @@ def _over_keys(node: fx.Node, weights: Weights) -> bool:
     return bool(values.get("keepdim")) and [d % rank for d in dims if d is not None] == [weights.scores.key_dim]
 
 
-def _plain(node: fx.Node) -> fx.Node:
-    while views.keeps_values(node):
-        node = views.source(node)
-    return node
-
-
-def _zeroed_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """The mask that hid some scores sets their weights, which are zero already, to zero: only empty rows change."""
-    cut = zeroed(user)
+def _zero_filled_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
+    """The model applies a mask again that hid scores before. Those weights are 0 already, except in rows without a key."""
+    cut = as_zero_fill(user)
     if cut is None or cut[0] is not weights.node:
         return None
     _, mask, where = cut
@@ -203,7 +197,7 @@ def _zeroed_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None
         if term.kind == "add" or term.fill > MASKED or term.dims != dims:
             continue
         if _same_mask(walk, term.node, mask, negated=where != (term.kind == "hide")):
-            return replace(weights.to(user), zeroed=weights.zeroed | {i})
+            return replace(weights.to(user), zero_filled_terms=weights.zero_filled_terms | {i})
     return None
 
 

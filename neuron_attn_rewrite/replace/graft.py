@@ -199,10 +199,10 @@ class _Emitter:
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """An operand or the result with its tensor scales applied."""
-        for factor in site.factors:
-            if factor.on == on:
-                by = aten.div.Tensor if factor.divides else aten.mul.Tensor
-                scaled = self._join(by, before or site.output, node, self._laid_out(factor.operand))
+        for scale in site.operand_scales:
+            if scale.on == on:
+                by = aten.div.Tensor if scale.divides else aten.mul.Tensor
+                scaled = self._join(by, before or site.output, node, self._laid_out(scale.operand))
                 node = self._cast(scaled, site.dtype)
         return node
 

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from neuron_attn_rewrite.capture.export import Captured, first_line
 from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
-from neuron_attn_rewrite.graph.nodes import changed_in_place, draws
+from neuron_attn_rewrite.graph.nodes import draws
+from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.masks.prove import Padding
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.axes import run_layout

@@ -149,7 +149,7 @@ def _kept(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, st
         site.query,
         site.key,
         site.value,
-        *(f.operand for f in site.factors),
+        *(scale.operand for scale in site.operand_scales),
         *([site.sink] if site.sink else []),
     ]
     ends = {operand.node.name for operand in operands} | {term.node.name for term in site.terms}

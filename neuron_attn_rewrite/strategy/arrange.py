@@ -14,7 +14,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import dtype, op_name
 from neuron_attn_rewrite.graph.sizes import is_number
 from neuron_attn_rewrite.kernels.orders import ORDERS, PLAIN, Accepted, Orders
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, permute, plan
+from neuron_attn_rewrite.patterns.axes import Dims, Layout, layout_steps, permute
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.views import CASTS, after
 from neuron_attn_rewrite.strategy.forms import Form
@@ -42,12 +42,12 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
     turned = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
     orders = Orders(of_query, of_key, of_value, of_result)
     on = {"query": of_query, "value": of_value, "output": of_result}
-    factors = tuple(
-        replace(factor, operand=replace(factor.operand, target=permute(factor.operand.target, ORDERS[on[factor.on]])))
-        for factor in site.factors
+    scales = tuple(
+        replace(scale, operand=replace(scale.operand, target=permute(scale.operand.target, ORDERS[on[scale.on]])))
+        for scale in site.operand_scales
     )
     result = permute(site.result, ORDERS[of_result])
-    moved = replace(site, query=query, key=key, value=value, factors=factors, output=node, output_dims=dims)
+    moved = replace(site, query=query, key=key, value=value, operand_scales=scales, output=node, output_dims=dims)
     return replace(form, site=replace(moved, result=result), orders=orders, turned=turned)
 
 
@@ -71,13 +71,15 @@ def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str,
     if operand.origin is not None:
         origin, dims = operand.origin
         # With another reader the model's transpose stays, and costs this one nothing.
-        own = permutes(plan(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
+        own = permutes(layout_steps(dims, operand.dims, full=True)) if len(operand.node.users) == 1 else 0
         sources = [(operand.node, operand.dims, own), (origin, dims, 0)]
     choices = [
         (has + permutes(layout) + (order not in accepted), s, o)
         for s, (_, dims, has) in enumerate(sources)
         for o, order in enumerate(ORDERS)
-        if not ((layout := plan(dims, permute(operand.target, ORDERS[order]), full=True)) and s and _is_open(layout))
+        if not (
+            (layout := layout_steps(dims, permute(operand.target, ORDERS[order]), full=True)) and s and _is_open(layout)
+        )
     ]
     least, s, o = min(choices)
     order = list(ORDERS)[o]
@@ -92,10 +94,10 @@ def _result(
     more they are than the model's.
     """
     node, dims = _last_view(site, fixed)
-    models = permutes(plan(site.output_dims, dims))
-    plain = permutes(plan(site.result, site.output_dims)) + models
+    models = permutes(layout_steps(site.output_dims, dims))
+    plain = permutes(layout_steps(site.result, site.output_dims)) + models
     choices = [
-        (permutes(plan(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
+        (permutes(layout_steps(permute(site.result, ORDERS[order]), dims)) + (order not in accepted), o)
         for o, order in enumerate(ORDERS)
     ]
     least, o = min(choices)

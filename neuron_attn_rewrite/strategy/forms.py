@@ -14,7 +14,7 @@ from neuron_attn_rewrite.graph.sizes import at, expression_of
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.masks.prove import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
-from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, merged, plan, split
+from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, layout_steps, merged, split
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
@@ -58,9 +58,9 @@ def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, 
     if site.q_len != site.kv_len or site.q_len % size or site.q_len == size or proof.empty_rows is EmptyRows.MEAN:
         return None
     operands = [_cut(operand, size) for operand in (site.query, site.key, site.value)]
-    scaled = [_cut(factor.operand, size) for factor in site.factors]
+    scaled = [_cut(scale.operand, size) for scale in site.operand_scales]
     result = _in_chunks(site.result, size)
-    if None in operands or None in scaled or result is None or plan(result, site.output_dims) is None:
+    if None in operands or None in scaled or result is None or layout_steps(result, site.output_dims) is None:
         return None
     query, key, value = operands
     count = site.q_len // size
@@ -71,8 +71,10 @@ def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, 
         key=key,
         value=value,
         result=result,
-        factors=tuple(
-            replace(factor, operand=operand) for factor, operand in zip(site.factors, scaled, strict=True) if operand
+        operand_scales=tuple(
+            replace(scale, operand=operand)
+            for scale, operand in zip(site.operand_scales, scaled, strict=True)
+            if operand
         ),
         batch=site.batch * count,
         q_len=size,
@@ -85,7 +87,7 @@ def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, 
 def _cut(operand: Operand, size: int) -> Operand | None:
     """None where its layout can't be cut there."""
     target = _in_chunks(operand.target, size)
-    if target is None or plan(operand.dims, target, full=not operand.broadcasts) is None:
+    if target is None or layout_steps(operand.dims, target, full=not operand.broadcasts) is None:
         return None
     return replace(operand, target=target)
 

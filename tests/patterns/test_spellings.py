@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.find import guards, heads, layouts, masks, readers, scale, sdpa, softmaxes, traps
-from tests.find.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
+from tests.patterns import guards, heads, layouts, masks, readers, scale, sdpa, softmaxes, traps
+from tests.patterns.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
 FAMILIES = (guards, heads, layouts, masks, readers, scale, sdpa, softmaxes, traps)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.find.cases import CAUSAL, Keep, Match, Right, S, additive_causal, cubes, with_bias
+from tests.patterns.cases import CAUSAL, Keep, Match, Right, S, additive_causal, cubes, with_bias
 
 
 def attention(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

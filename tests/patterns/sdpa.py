@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from tests.find.cases import CAUSAL, D, H, Keep, Match, additive_causal, cubes, grouped, qkv, repeat_kv
+from tests.patterns.cases import CAUSAL, D, H, Keep, Match, additive_causal, cubes, grouped, qkv, repeat_kv
 
 sdpa = F.scaled_dot_product_attention
 

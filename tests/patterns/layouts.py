@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.find.cases import CAUSAL, LOW, B, D, H, Match, Right, S, additive_causal, cubes, folded, qkv, rows
+from tests.patterns.cases import CAUSAL, LOW, B, D, H, Match, Right, S, additive_causal, cubes, folded, qkv, rows
 
 E = H * D
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.config.options import TOLERANCES
-from tests.find.cases import cubes, error_of
+from tests.patterns.cases import cubes, error_of
 
 N = 4
 ORDERS = list(permutations(range(4)))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.find.cases import Keep, Match, Right, with_padding
+from tests.patterns.cases import Keep, Match, Right, with_padding
 
 PADDED = "key_padding(m)"
 

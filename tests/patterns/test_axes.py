@@ -13,8 +13,8 @@ from neuron_attn_rewrite.patterns.axes import (
     Atom,
     Dims,
     axis_dim,
+    layout_steps,
     merged,
-    plan,
     refine,
     regroup,
     run_layout,
@@ -65,36 +65,36 @@ def test_regroup_is_reshape(shape: tuple[int, ...]) -> None:
 
 
 @given(st.permutations(range(4)), st.permutations(range(4)), factorings(prod(AXES.values())))
-def test_plan_brings_every_element_home(first: list[int], second: list[int], shape: tuple[int, ...]) -> None:
+def test_layout_steps_brings_every_element_home(first: list[int], second: list[int], shape: tuple[int, ...]) -> None:
     source = regroup(tuple(WHOLE[i] for i in first), shape)
     target = tuple(WHOLE[i] for i in second)
     if source is None:
         return
-    layout = plan(source, target)
+    layout = layout_steps(source, target)
     assert layout is not None
     assert torch.equal(run_layout(layout, index_tensor(source), apply), index_tensor(target))
 
 
-def test_plan_broadcasts_what_is_missing() -> None:
+def test_layout_steps_broadcasts_what_is_missing() -> None:
     heads, rows = axis_dim(0, 4), axis_dim(1, 6)
-    layout = plan((rows,), (heads, rows))
+    layout = layout_steps((rows,), (heads, rows))
     assert layout is not None
     assert run_layout(layout, torch.arange(6), apply).shape == (1, 6)
-    full = plan((rows,), (heads, rows), full=True)
+    full = layout_steps((rows,), (heads, rows), full=True)
     assert full is not None
     assert run_layout(full, torch.arange(6), apply).shape == (4, 6)
 
 
-def test_plan_expands_a_dim_of_which_it_has_a_part() -> None:
+def test_layout_steps_expands_a_dim_of_which_it_has_a_part() -> None:
     """A mask for each window, windows folded into the batch."""
     batch_of_windows = (Atom(0, 1, 3), Atom(1, 1, 4))
-    layout = plan(((Atom(1, 1, 4),),), (batch_of_windows,))
+    layout = layout_steps(((Atom(1, 1, 4),),), (batch_of_windows,))
     assert layout is not None
     assert run_layout(layout, torch.arange(4), apply).tolist() == [0, 1, 2, 3] * 3
 
 
-def test_plan_refuses_what_the_target_does_not_have() -> None:
-    assert plan((axis_dim(0, 4), axis_dim(1, 6)), (axis_dim(0, 4),)) is None
+def test_layout_steps_refuses_what_the_target_does_not_have() -> None:
+    assert layout_steps((axis_dim(0, 4), axis_dim(1, 6)), (axis_dim(0, 4),)) is None
 
 
 def test_split_at_digit_boundaries_only() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite import RewriteConfig
-from tests.find.cases import Keep, Match, S, additive_causal, qkv
+from tests.patterns.cases import Keep, Match, S, additive_causal, qkv
 
 BESIDE = RewriteConfig(policy="always", weights="beside")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.find.cases import B, D, H, Keep, Match, Right, S, additive_causal, grouped, multi_query, qkv, repeat_kv
+from tests.patterns.cases import B, D, H, Keep, Match, Right, S, additive_causal, grouped, multi_query, qkv, repeat_kv
 
 INDEX = torch.tensor([0, 0, 1, 1])
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.find.cases import (
+from tests.patterns.cases import (
     CAUSAL,
     LOW,
     B,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite import InputError, patterns, rewrite
-from tests.find.cases import qkv
 from tests.helpers import ALWAYS, Function, relative_error
+from tests.patterns.cases import qkv
 
 PAGE = Path(__file__).parents[2] / "docs" / "patterns.md"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.find.cases import CAUSAL, LOW, B, D, H, Keep, Match, S, additive_causal, folded, with_bias
+from tests.patterns.cases import CAUSAL, LOW, B, D, H, Keep, Match, S, additive_causal, folded, with_bias
 
 
 class LogitScale(nn.Module):
