@@ -20,7 +20,8 @@ def measure(implementation: str, length: int) -> str:
 
     from neuron_attn_rewrite import RewriteConfig
     from neuron_attn_rewrite.capture.export import capture
-    from neuron_attn_rewrite.masks.prove import Proof, Prover
+    from neuron_attn_rewrite.masks.proof import Proof
+    from neuron_attn_rewrite.masks.prove import Prover
     from neuron_attn_rewrite.patterns.find import find
     from neuron_attn_rewrite.patterns.site import AttentionSite
 

@@ -20,7 +20,8 @@ from neuron_attn_rewrite.errors import RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.sizes import examples, expression_of
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.kernels import vendor
-from neuron_attn_rewrite.masks.prove import Proof, Prover
+from neuron_attn_rewrite.masks.proof import Proof
+from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
 from neuron_attn_rewrite.ops.launch import sdk_is_here

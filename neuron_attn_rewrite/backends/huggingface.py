@@ -205,8 +205,8 @@ def _attention(
     registration._sites.setdefault(_site(name, problem, decision))
     if decision.kernel == NATIVE:
         return native()
-    band, runs = problem.mask.band, problem.mask.runs
-    bounds = runs.rows(q_len, kv_len)[None].int().to(query.device) if runs.claims else None
+    band, row_bounds = problem.mask.band, problem.mask.row_bounds
+    bounds = row_bounds.rows(q_len, kv_len)[None].int().to(query.device) if row_bounds.claims else None
     out = torch.ops.neuron_attn.flash_fwd(
         query,
         key,

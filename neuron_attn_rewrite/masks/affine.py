@@ -1,4 +1,13 @@
-"""Integer linear arithmetic: sums of variables, and whether inequalities between them can hold together."""
+"""Integer linear arithmetic: sums of variables, and whether inequalities between them can hold together.
+
+An `Affine` is a sum such as `query - key + 3`. An inequality is written as one sum that is at least 0: `key <= query`
+is `query - key`, and its negation `key >= query + 1` is `key - query - 1`.
+
+`impossible` decides whether some inequalities contradict each other. It eliminates one variable after the other
+(Fourier-Motzkin elimination): from `query - key >= 0` and `key - query - 1 >= 0` it adds up to `-1 >= 0`, which is
+false, so the two can't hold together. To show that an inequality follows from others, add its negation to them and
+show that this is impossible.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +20,13 @@ from typing import TypeAlias
 from torch import fx
 
 MOST_INEQUALITIES = 400
-"""Elimination gives up here, and calls the inequalities possible."""
+"""With more inequalities than these, elimination stops and the answer is that they may be possible."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The index along one axis of the kernel: 0 batch, 1 head, 2 query, 3 key; later ones are bound in a rule."""
+    """The index along one axis of the kernel: 0 batch, 1 head, 2 query, 3 key. Larger numbers are made by
+    `Facts.fresh_index`."""
 
     axis: int
     size: Affine
@@ -24,14 +34,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Size:
-    """A size that is not a number: an expression of torch's symbols."""
+    """A symbolic size: an expression of torch's symbols."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Element:
-    """An element of an integer tensor of which nothing is known."""
+    """An element of an integer tensor, whose value is known only at run time."""
 
     node: fx.Node
     index: tuple[Affine, ...]
@@ -39,7 +49,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Truth:
-    """1 if an element of a tensor is not zero, else 0."""
+    """1 if an element of a tensor is not zero, otherwise 0."""
 
     node: fx.Node
     index: tuple[Affine, ...]
@@ -55,7 +65,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class Below:
-    """How many elements of a row of an integer tensor are less than a number; the rows never decrease."""
+    """How many elements of a row of an integer tensor are less than a number.
+
+    The row never decreases, so this is the index of the first element that is at least the number.
+    """
 
     node: fx.Node
     row: tuple[Affine, ...]
@@ -77,7 +90,7 @@ class Affine:
         return not self.terms
 
     def variables(self) -> Iterator[Variable]:
-        """Everything on which it depends, also inside of a `Floor` or of what is counted."""
+        """Everything on which it depends, also inside of a `Floor` or of the number of a `Below`."""
         for of, _ in self.terms:
             if isinstance(of, Floor):
                 yield from of.of.variables()
@@ -92,11 +105,11 @@ class Affine:
     def without(self, variable: Variable) -> Affine:
         return Affine(self.constant, frozenset(t for t in self.terms if t[0] != variable))
 
-    def put(self, old: Variable, new: Affine) -> Affine:
-        """The same sum with a variable replaced by a sum, also where it is an index of an element."""
+    def substitute(self, old: Variable, new: Affine) -> Affine:
+        """The same sum with a variable replaced by a sum, also in the indices of elements."""
         total = Affine(self.constant)
         for of, coefficient in self.terms:
-            total += (new if of == old else _put(of, old, new)) * coefficient
+            total += (new if of == old else _substitute(of, old, new)) * coefficient
         return total
 
     def __add__(self, other: Affine | int) -> Affine:
@@ -121,32 +134,35 @@ class Affine:
 
 
 def variable(of: Variable) -> Affine:
+    """The sum that is only this variable."""
     return Affine(0, frozenset([(of, 1)]))
 
 
-def _put(of: Variable, old: Variable, new: Affine) -> Affine:
+def _substitute(of: Variable, old: Variable, new: Affine) -> Affine:
     if isinstance(of, (Element, Truth)):
-        return variable(replace(of, index=tuple(i.put(old, new) for i in of.index)))
+        return variable(replace(of, index=tuple(i.substitute(old, new) for i in of.index)))
     if isinstance(of, Floor):
-        return variable(replace(of, of=of.of.put(old, new)))
+        return variable(replace(of, of=of.of.substitute(old, new)))
     if isinstance(of, Below):
-        return variable(replace(of, row=tuple(i.put(old, new) for i in of.row), number=of.number.put(old, new)))
+        return variable(
+            replace(of, row=tuple(i.substitute(old, new) for i in of.row), number=of.number.substitute(old, new))
+        )
     return variable(of)
 
 
 Guard: TypeAlias = frozenset[Affine]
-"""Sums of which each is at least 0."""
+"""Inequalities that hold together: each of the sums is at least 0."""
 
 
 def negated(inequality: Affine) -> Affine:
-    """What is at least 0 where the given sum is not."""
+    """The sum that is at least 0 exactly where the given one is not."""
     return -inequality - 1
 
 
-def impossible(inequalities: Iterable[Affine], limits: Callable[[Variable], Iterable[Affine]]) -> bool:
-    """Whether no integers satisfy all inequalities and the limits of their variables; False where that is not seen.
+def impossible(inequalities: Iterable[Affine], ranges: Callable[[Variable], Iterable[Affine]]) -> bool:
+    """Whether no integers satisfy all inequalities and the ranges of their variables. False if this can't be shown.
 
-    Fourier-Motzkin elimination, with each inequality rounded to integers.
+    `ranges` gives the inequalities that always hold of a variable. Each inequality is rounded to integers.
     """
     known: set[Affine] = set()
     waiting = list(inequalities)
@@ -157,7 +173,7 @@ def impossible(inequalities: Iterable[Affine], limits: Callable[[Variable], Iter
         for of, _ in inequality.terms:
             if of not in bounded:
                 bounded.add(of)
-                waiting += limits(of)
+                waiting += ranges(of)
     while True:
         if any(not k.terms and k.constant < 0 for k in known):
             return True
@@ -173,13 +189,13 @@ def impossible(inequalities: Iterable[Affine], limits: Callable[[Variable], Iter
 
 
 def _cost(known: Iterable[Affine], of: Variable) -> int:
-    """How many inequalities it takes to eliminate a variable."""
+    """How many inequalities the elimination of a variable adds."""
     signs = [k.coefficient(of) for k in known]
     return sum(c > 0 for c in signs) * sum(c < 0 for c in signs)
 
 
 def _rounded(inequality: Affine) -> Affine:
-    """Divided by what its coefficients share: a sum of integers is an integer."""
+    """Divided by the common divisor of its coefficients, rounded down: `2 * key - 3 >= 0` is `key - 2 >= 0`."""
     shared = reduce(gcd, (abs(c) for _, c in inequality.terms), 0)
     if shared <= 1:
         return inequality

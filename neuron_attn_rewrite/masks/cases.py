@@ -1,10 +1,13 @@
-"""The cases of one element at symbolic indices, and what is known of the sizes and inputs on which they depend.
+"""One element of a tensor as a list of cases, and what is known of the variables in them.
 
-An element is a list of cases
+At symbolic indices, an element has no single value. It is a list of cases: a value, and a guard. The guard is a set of
+inequalities between indices, sizes and elements of integer inputs; the element has the value where all of them hold.
+For every index exactly one guard holds. The element [i, j] of `torch.ones(4, 4).tril()`, for example, is
 
-    value, wherever all inequalities of the guard hold
+    1  where  i - j >= 0
+    0  where  j - i - 1 >= 0
 
-in which every index lies in exactly one case. Inequalities are between indices, sizes and elements of integer inputs.
+`Facts` knows the range of each variable, and uses it to decide whether a guard is possible.
 """
 
 from __future__ import annotations
@@ -34,16 +37,18 @@ from neuron_attn_rewrite.masks.affine import (
 )
 
 MOST_CASES = 64
+"""An element with more cases is not followed."""
 INDICES = (torch.int64, torch.int32)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 At: TypeAlias = tuple[Affine, ...]
+"""The indices of one element, one for each dim."""
 Value: TypeAlias = "Affine | float"
 """An exact integer (of any dtype), or a floating number."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A value where the guard holds."""
+    """The value of an element where all inequalities of the guard hold."""
 
     guard: Guard
     value: Value
@@ -53,12 +58,12 @@ Cases: TypeAlias = tuple[Case, ...]
 
 
 class Unknown(Exception):
-    """An element of which no rule says what it is."""
+    """There is no rule for an element. The message says why."""
 
 
 @dataclass
 class Facts:
-    """What is known of the sizes of one graph, and of every variable."""
+    """The sizes of one graph as sums, and the range of each variable."""
 
     module: fx.GraphModule
     _ranges: dict[Variable, tuple[Affine, ...]] = field(default_factory=dict)
@@ -71,7 +76,10 @@ class Facts:
             self._symbols.update(size.node.shape_env.var_to_range)
 
     def size(self, value: Any) -> Affine:
-        """A number (also one that stands for symbols), a SymInt or a node that gives one, as a sum of sizes."""
+        """A size as a sum.
+
+        `value` is an int (also one that stands for symbols, see `graph/sizes.py`), a SymInt, or a node of either.
+        """
         if isinstance(value, fx.Node):
             value = value.meta.get("val")
         if isinstance(value, int):
@@ -95,8 +103,8 @@ class Facts:
             self._ranges.setdefault(of, tuple(ends) if term.is_Symbol else ())
         return total
 
-    def limits(self, of: Variable) -> tuple[Affine, ...]:
-        """What always holds of a variable, as sums of at least 0."""
+    def ranges(self, of: Variable) -> tuple[Affine, ...]:
+        """The inequalities that always hold of a variable, as sums of at least 0."""
         if isinstance(of, Truth):
             return variable(of), -variable(of) + 1
         if isinstance(of, Index):
@@ -107,35 +115,36 @@ class Facts:
         return self._ranges.get(of, ())
 
     def impossible(self, inequalities: Iterable[Affine]) -> bool:
-        return impossible(inequalities, self.limits)
+        """Whether the inequalities can't hold together. False if this can't be shown."""
+        return impossible(inequalities, self.ranges)
 
     def always(self, inequality: Affine, given: Iterable[Affine] = ()) -> bool:
-        """Whether the sum is at least 0 wherever the given ones are."""
+        """Whether an inequality follows from the given ones. False if this can't be shown."""
         return self.impossible([negated(inequality), *given])
 
-    def bind(self, size: Affine) -> Affine:
-        """An index of its own, for a rule that looks at a whole dim."""
+    def fresh_index(self, size: Affine) -> Affine:
+        """A new index, for a rule that looks at all elements along a dim."""
         return variable(Index(next(self._fresh), size))
 
 
 @dataclass
 class Elements(Facts, ABC):
-    """Where the rules of operators find the elements of their inputs."""
+    """What the rules of operators see of the evaluator: they ask it for elements of their inputs."""
 
     assumed: set[fx.Node] = field(default_factory=set)
-    """Integer inputs whose elements were taken to be 0 or 1 since this was last cleared."""
+    """Integer inputs that were assumed to hold only 0 and 1, since this was last cleared."""
 
     @abstractmethod
     def cases(self, node: fx.Node, at: At) -> Cases:
-        """The value of one element.
+        """One element of a node's tensor.
 
         Raises:
-            Unknown: no rule says what it is.
+            Unknown: there is no rule for it.
         """
 
 
 def truth(node: fx.Node, at: At) -> Cases:
-    """An element of which only counts whether it is zero, as 0 or 1."""
+    """An element as a bool: 1 where it is not zero, 0 where it is."""
     bit = variable(Truth(node, at))
     return Case(frozenset([bit - 1]), Affine(1)), Case(frozenset([-bit]), Affine())
 
@@ -146,7 +155,7 @@ def exact(value: Tensor) -> Value:
 
 
 def aligned(at: At, node: fx.Node) -> At:
-    """The index into an operand that broadcasts to a result at `at`."""
+    """The indices in an operand, which broadcasts to the result, of the element that is read at `at`."""
     value = tensor(node)
     assert value is not None
     tail = at[len(at) - value.dim() :]

@@ -1,4 +1,12 @@
-"""Elementwise operators at symbolic indices: one outcome for each combination of the cases of their operands."""
+"""Elementwise operators at symbolic indices.
+
+The result has one case, or a few, for each combination of the cases of the operands. Combinations whose guards
+contradict each other are dropped. `torch.arange(n)[None] <= torch.arange(n)[:, None]`, for example, compares the value
+`j` with the value `i`, and has two cases: 1 where `i - j >= 0`, and 0 where `j - i - 1 >= 0`.
+
+Where all operands are numbers, the operator itself is run on tensors of one element. Where an operand varies, only
+integer arithmetic is followed.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +29,25 @@ COMPARISONS: dict[str, Callable[[Affine], list[tuple[list[Affine], int]]]] = {
     "eq": lambda d: [([d, -d], 1), ([d - 1], 0), ([-d - 1], 0)],
     "ne": lambda d: [([d, -d], 0), ([d - 1], 1), ([-d - 1], 1)],
 }
-"""The cases of `left op right`, given `left - right`."""
+"""The cases of `left op right`, given `left - right`: inequalities, and the result where they hold."""
 DECIDES = {
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__", "mul"), 0),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), 1),
 }
-"""The value of one bool operand that decides the result."""
+"""The value of one bool operand that decides the result, whatever the other is."""
 
 
 def elementwise(e: Elements, node: fx.Node, at: At) -> Cases:
-    """The element of an elementwise operator's result."""
+    """One element of the result of an elementwise operator."""
     name = op_name(node)
     operands = [v for v in _flat(node.args) if is_tensor(v)]
     if name in CASTS:
         operands = operands[:1]
     found = {n: e.cases(n, aligned(at, n)) for n in dict.fromkeys(operands)}
-    if _asks_only_for_zero(node, name):
-        found = {n: _split(cases, lambda element: True) for n, cases in found.items()}
+    if _tests_for_zero(node, name):
+        found = {n: _as_bits(cases, lambda element: True) for n, cases in found.items()}
     elif name not in CASTS or dtype(node) != torch.int64:
-        found = {n: _split(cases, lambda element: _is_contract(e, element)) for n, cases in found.items()}
+        found = {n: _as_bits(cases, lambda element: _is_zero_or_one(e, element)) for n, cases in found.items()}
     out: list[Case] = []
     stack: list[tuple[Guard, dict[fx.Node, Value], list[fx.Node]]] = [(frozenset(), {}, list(found))]
     while stack:
@@ -59,15 +67,16 @@ def elementwise(e: Elements, node: fx.Node, at: At) -> Cases:
     return tuple(out)
 
 
-def _is_contract(e: Elements, element: Element) -> bool:
-    """By the contract of integer inputs with `mask` in their name, they hold only 0 and 1."""
-    holds = element.node.op == "placeholder" and "mask" in element.node.name
-    if holds:
+def _is_zero_or_one(e: Elements, element: Element) -> bool:
+    """Whether it is an element of an integer input with `mask` in its name: these are assumed to hold only 0 and 1."""
+    is_mask = element.node.op == "placeholder" and "mask" in element.node.name
+    if is_mask:
         e.assumed.add(element.node)
-    return holds
+    return is_mask
 
 
 def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[fx.Node, Value]) -> list[Case]:
+    """The cases of the result for one combination of operand values."""
     if not any(_varies(v) for v in values.values()):
         return [Case(guard, _run(node, values))]
     args = [values[a] if isinstance(a, fx.Node) and a in values else a for a in node.args]
@@ -77,13 +86,13 @@ def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[
         found = [Case(guard.union(more), Affine(value)) for more, value in split]
         return [case for case in found if not e.impossible(case.guard)]
     if dtype(node) not in (torch.int64, torch.int32):
-        raise Unknown(f"{node.name} makes numbers that vary inexact")
+        raise Unknown(f"{node.name} computes a number that varies, and is not an integer")
     if name in CASTS:
         (value,) = values.values()
         assert isinstance(value, Affine)
         wide = [v for v, _ in value.terms if isinstance(v, Element) and dtype(v.node) == torch.int64]
         if wide and dtype(node) != torch.int64:
-            raise Unknown(f"{node.name} may cut off digits")
+            raise Unknown(f"{node.name} may overflow")
         return [Case(guard, value)]
     if name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) == 1:
         left, right = (_integer(e, a) for a in args[:2])
@@ -104,18 +113,19 @@ def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[
         if left.is_constant or right.is_constant:
             return [Case(guard, left * right.constant if right.is_constant else right * left.constant)]
     if name in ("minimum", "maximum", "clamp", "clamp_min", "abs"):
-        return _limited(e, node, name, guard, args)
-    raise Unknown(f"{node.name} of numbers that vary")
+        return _larger_or_smaller(e, node, name, guard, args)
+    raise Unknown(f"there is no rule for {node.name} of a number that varies")
 
 
-def _limited(e: Elements, node: fx.Node, name: str, guard: Guard, args: list[Any]) -> list[Case]:
+def _larger_or_smaller(e: Elements, node: fx.Node, name: str, guard: Guard, args: list[Any]) -> list[Case]:
+    """`minimum`, `maximum`, `abs`, and `clamp` with a lower end: a case for each of the two numbers."""
     left = _integer(e, args[0])
     if name == "abs":
         right, pick_larger = -left, True
     elif name == "clamp":
         low, high = ([*args[1:], None, None])[:2]
         if low is None or high is not None:
-            raise Unknown(f"{node.name} has two limits")
+            raise Unknown(f"{node.name} has an upper end")
         right, pick_larger = _integer(e, low), True
     else:
         right, pick_larger = _integer(e, args[1]), name != "minimum"
@@ -132,7 +142,7 @@ def _integer(e: Elements, value: Any) -> Affine:
         return e.size(value)
     if isinstance(value, (int, torch.SymInt)):
         return e.size(value)
-    raise Unknown("numbers that vary, with a fraction")
+    raise Unknown("a number that varies is not an integer")
 
 
 def _flat(args: Any) -> list[Any]:
@@ -143,8 +153,8 @@ def _varies(value: Value) -> bool:
     return isinstance(value, Affine) and not value.is_constant
 
 
-def _asks_only_for_zero(node: fx.Node, name: str) -> bool:
-    """Whether the operator asks of a number only if it is zero."""
+def _tests_for_zero(node: fx.Node, name: str) -> bool:
+    """Whether the result depends only on whether the operand is zero."""
     if name in CASTS:
         return dtype(node) == torch.bool
     if name in ("eq", "ne"):
@@ -152,13 +162,13 @@ def _asks_only_for_zero(node: fx.Node, name: str) -> bool:
     return name == "logical_not"
 
 
-def _split(cases: Cases, holds: Callable[[Element], bool]) -> Cases:
-    """The elements of inputs for which it holds, as 0 or 1."""
+def _as_bits(cases: Cases, is_bit: Callable[[Element], bool]) -> Cases:
+    """The cases, with each element for which `is_bit` holds split into a case of 1 and a case of 0."""
     out: list[Case] = []
     for case in cases:
         value = case.value
         elements = [v for v, _ in value.terms if isinstance(v, Element)] if isinstance(value, Affine) else []
-        if len(elements) == 1 and value == variable(elements[0]) and holds(elements[0]):
+        if len(elements) == 1 and value == variable(elements[0]) and is_bit(elements[0]):
             out += [Case(case.guard | c.guard, c.value) for c in truth(elements[0].node, elements[0].index)]
         else:
             out.append(case)
@@ -166,7 +176,7 @@ def _split(cases: Cases, holds: Callable[[Element], bool]) -> Cases:
 
 
 def _decided(node: fx.Node, name: str, values: dict[fx.Node, Value]) -> Value | None:
-    """The result where one bool operand decides it."""
+    """The result if one bool operand decides it, such as False in a conjunction."""
     if dtype(node) != torch.bool or name not in DECIDES:
         return None
     decisive = Affine(DECIDES[name])
@@ -174,7 +184,7 @@ def _decided(node: fx.Node, name: str, values: dict[fx.Node, Value]) -> Value | 
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    """The operator itself, on tensors of one element."""
+    """The result of the operator itself, on tensors of one element."""
 
     def one(n: fx.Node) -> Any:
         value = tensor(n)

@@ -1,4 +1,10 @@
-"""What a model gives for a query row that sees no key: part of every proof."""
+"""What a model computes for a query row that sees no key.
+
+Such a row has no softmax of its own, and models differ: scores of -inf give zeros or NaN, scores that are all replaced
+by `finfo.min` give the mean of all values. A kernel is used only if it gives the same. We compute what becomes of a
+hidden score, for every combination of terms that can hide it. If only one number can come out, all scores of the row
+are equal, and the row is the mean.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +13,38 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name
+from neuron_attn_rewrite.graph.nodes import dtype, is_tensor
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
-from neuron_attn_rewrite.values.tables import Evaluator
 
 MOST_HIDING = 6
-"""Terms that hide keys of which every combination is looked at."""
+"""With more terms that hide keys, their combinations are not computed."""
 ABSORBS = 1e6
-"""Scores below this magnitude vanish when they are added to a number whose rounding step is larger."""
-
-LOWERED = -(2.0**100)
-"""Hides like every number that is low enough, absorbs all scores, and is absorbed by finfo(float32).min."""
-
-LEARNED = frozenset("matmul bmm mm addmm baddbmm linear einsum embedding conv1d conv2d conv3d layer_norm".split())
-"""What gives numbers of the magnitude of scores, whatever it reads."""
+"""The largest magnitude of a score. A number absorbs all scores if its rounding step is larger than this."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a term does to the score of a key. A bias, which hides none, has a fill of 0."""
+    """What a term does to the score of a key."""
 
     fill: float | None
-    """The number by which it hides keys, None for several."""
+    """The number by which it hides keys, None for several, 0 for a bias, which hides none."""
     replaces: bool = False
-    """Whether the number stands in place of the score, instead of being added to it."""
+    """Whether the number replaces the score. If not, it is added to it."""
     zeroes_weights: bool = False
-    """Whether the weights that it hides are set to zero once more after the softmax."""
+    """Whether the model sets the weights of the hidden keys to zero again after the softmax."""
 
     @property
     def hides(self) -> bool:
         return self.fill is None or self.fill <= MASKED
 
 
-def meaning(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:
-    """What a row gives of which each key is hidden by some of the terms, given in the order in which they act."""
+def empty_row_value(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:
+    """What the model computes for a row in which every key is hidden by at least one term.
+
+    `effects` are those of the terms, in the order in which the model applies them.
+    """
     hiding = [effect for effect in effects if effect.hides]
     if not hiding or len(hiding) > MOST_HIDING:
         return EmptyRows.OTHER
@@ -58,9 +58,10 @@ def meaning(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:
 
 
 def _hidden_scores(effects: Sequence[Effect], site: AttentionSite) -> set[float]:
-    """What can become of the score of a hidden key, whichever of the terms hide it, and whatever it was before.
+    """The values that a hidden score can have, whichever terms hide it, and whatever the score was before.
 
-    Every step is monotonic, so that what both ends of the range of scores lead to, all scores between them do.
+    Every step is monotonic in the score. So it is enough to compute the smallest and the largest score: if both give
+    the same value, all scores between them do. Empty if a term hides by several numbers.
     """
     softmax = site.anchor if is_tensor(site.anchor) else site.output  # an operator may give more than one tensor
     kind = reduce(torch.promote_types, (site.dtype, dtype(softmax), *map(_kind, site.terms)), torch.float32)
@@ -82,52 +83,3 @@ def _hidden_scores(effects: Sequence[Effect], site: AttentionSite) -> set[float]
 def _kind(term: Term) -> torch.dtype:
     kind = dtype(term.node)
     return kind if kind.is_floating_point else torch.float32
-
-
-def absorbs(fill: float, kind: torch.dtype) -> bool:
-    """Whether any reasonable score vanishes when this number is added to it."""
-    step = torch.finfo(kind if kind.is_floating_point else torch.float32).eps
-    return -fill * step > ABSORBS
-
-
-def may_hide(term: Term, evaluator: Evaluator) -> bool:
-    """Whether an addend can hold numbers low enough to hide a key: an input, or made with such a number."""
-    if abs(term.multiplier) >= -MASKED:
-        return True
-    seen: set[fx.Node] = set()
-    stack = [term.node]
-    while stack:
-        node = stack.pop()
-        if node in seen or op_name(node) in LEARNED:
-            continue
-        seen.add(node)
-        numbers = [v for v in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, float)]
-        stored = evaluator.value(node) if node.op == "get_attr" else None
-        low = isinstance(stored, Tensor) and bool((stored <= MASKED).any())
-        if node.op == "placeholder" or low or any(abs(v) >= -MASKED for v in numbers):
-            return True
-        stack += [n for n in node.all_input_nodes if is_tensor(n) and dtype(n).is_floating_point]
-    return False
-
-
-def as_addends(site: AttentionSite, fills: Sequence[float | None], evaluator: Evaluator) -> tuple[float, ...] | None:
-    """What each term has to add to the scores it hides so that float32 gives what the model computes, in rows that see
-    no key too; None if that can't be had. `fills` are the numbers by which the terms hide keys, None where not known.
-
-    It can't where the model's own rounding is coarser, or where scores are replaced that a term before may have hidden.
-    A number that stands in place of scores and does not absorb them, such as -1e4, is taken as `LOWERED`, which does:
-    the row is the same as long as every other term is far below that too.
-    """
-    for term in site.terms:
-        kind = dtype(term.node) if term.kind == "add" else site.dtype
-        if kind.is_floating_point and torch.finfo(kind).eps > torch.finfo(torch.float32).eps:
-            return None
-    if site.is_causal or site.floor > -torch.inf or any(term.zeroes_weights for term in site.terms):
-        return None
-    hides = [term for term in site.terms if term.kind != "add" or may_hide(term, evaluator)]
-    if any(term.kind != "add" for term in hides[1:]):
-        return None
-    if all(absorbs(term.fill, site.dtype) for term in site.terms):
-        return tuple(term.fill for term in site.terms)
-    lower = all(fill is not None and float(torch.tensor(fill) + LOWERED) == fill for fill in fills[1:])
-    return (LOWERED, *(term.fill for term in site.terms[1:])) if lower else None

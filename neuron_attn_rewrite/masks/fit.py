@@ -1,4 +1,9 @@
-"""From rows of a constant mask to the claims that give exactly these rows."""
+"""Fits claims to the rows of a constant mask.
+
+The keys that each query sees are given as one interval for each row. The ends of the intervals suggest a `Band` or
+`Chunked`; it is accepted only if it gives exactly these rows. The rows `[0, 1), [0, 2), [0, 3)` of three keys give
+`Band(upper=0)`, which is causal. Rows that follow no rule are listed as `Intervals`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Intervals, Mask
 
 
 def row_intervals(visible: Tensor) -> Tensor | None:
-    """Int64 [rows, 2] of the one interval that each row of a bool [rows, keys] sees; None if some row sees two."""
+    """Int64 [rows, 2]: the interval of keys that each row of a bool [rows, keys] sees; None if a row sees several."""
     bits = visible.view(torch.uint8)
     count = bits.sum(1, dtype=torch.int64)
     first = bits.argmax(1)
@@ -18,9 +23,9 @@ def row_intervals(visible: Tensor) -> Tensor | None:
 
 
 def fit_rows(rows: Tensor, kv_len: int) -> tuple[Claim, ...]:
-    """The claims whose conjunction gives exactly these int [q_len, 2] intervals.
+    """The claims that together give exactly these int64 [q_len, 2] intervals.
 
-    Candidates are read off the ends that are not those of the keys, and accepted only if every row agrees.
+    Only ends that are not the first or the last key suggest a claim. Every row is compared.
     """
     q_len = len(rows)
     first, end = rows.unbind(1)

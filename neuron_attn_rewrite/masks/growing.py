@@ -1,8 +1,17 @@
-"""Running sums of what is never negative: rows that never decrease, as those that number packed sequences.
+"""Rows of numbers that never decrease along the keys, as those that number packed sequences.
 
-Which keys have at least a number is then one bound on the key. And where a sequence is numbered by counting the breaks
-in a row of positions, two elements with the same number have no break between them: their positions lie as far apart
-as they do.
+Several sequences can be packed into one row. `transformers` then counts the breaks in `position_ids`:
+
+    position_ids                                  0  1  2  0  1  0  1  2
+    breaks = position_ids.diff(prepend=-1) != 1   0  0  0  1  0  1  0  0
+    part = breaks.cumsum()                        0  0  0  1  1  2  2  2
+
+A query sees a key only if both have the same `part`. It is a running sum of zeros and ones, so two facts hold:
+
+* It never decreases (`never_decreases`). So `part[key] >= number` holds from one key on: it is a bound of the key.
+* If `part` is the same at two indices, there is no break between them, and `position_ids` rises by 1 at each step. So
+  the difference of the two positions is the difference of the two indices (`compare_indices`), and a causal mask that
+  compares positions is a causal mask of indices.
 """
 
 from __future__ import annotations
@@ -16,17 +25,17 @@ from neuron_attn_rewrite.masks.affine import Affine, Element, Index, variable
 from neuron_attn_rewrite.masks.cases import At, Case, Elements, Unknown
 
 
-def grows(node: fx.Node, row: At, e: Elements) -> bool:
-    """Whether a row of a tensor never decreases: it is the running sum of zeros and ones."""
+def never_decreases(node: fx.Node, row: At, e: Elements) -> bool:
+    """Whether a row of a tensor is a running sum of zeros and ones. `row` are the indices of all dims but the last."""
     return bool(_addends(node, row, e)[1])
 
 
 def _addends(node: fx.Node, row: At, e: Elements) -> tuple[Affine, tuple[Case, ...]]:
-    """What a running sum of zeros and ones adds at an index of its own; nothing if the tensor is none."""
+    """The cases of what a running sum adds at a new index, and this index. No cases if it adds other than 0 and 1."""
     value = tensor(node)
     if op_name(node) != "cumsum" or value is None or arguments(node)["dim"] % value.dim() != len(row):
         return Affine(), ()
-    place = e.bind(e.size(value.shape[-1]))
+    place = e.fresh_index(e.size(value.shape[-1]))
     try:
         addends = e.cases(arguments(node)["self"], (*row, place))
     except Unknown:
@@ -34,8 +43,12 @@ def _addends(node: fx.Node, row: At, e: Elements) -> tuple[Affine, tuple[Case, .
     return place, addends if all(case.value in (Affine(), Affine(1)) for case in addends) else ()
 
 
-def straightened(inequalities: Iterable[Affine], e: Elements) -> frozenset[Affine]:
-    """The same inequalities, where positions of one sequence are compared: as ones between their indices."""
+def compare_indices(inequalities: Iterable[Affine], e: Elements) -> frozenset[Affine]:
+    """The same inequalities, with differences of positions in one sequence written as differences of indices.
+
+    If `part[query] == part[key]` is among the inequalities, `position[key]` becomes `position[query] + (key - query)`.
+    So `position[query] - position[key] >= 0` becomes `query - key >= 0`.
+    """
     given = frozenset(inequalities)
     for one in given:
         pair = two_of_a_row(one)
@@ -43,19 +56,19 @@ def straightened(inequalities: Iterable[Affine], e: Elements) -> frozenset[Affin
             continue
         here, there = (number.index[-1] for number in pair)
         for far, place, step in _steps(pair[0], e):
-            ((old, _),) = far.put(place, there).terms
-            new = far.put(place, here) + (there - here) * step
-            given = frozenset(g.put(old, new) for g in given)
+            ((old, _),) = far.substitute(place, there).terms
+            new = far.substitute(place, here) + (there - here) * step
+            given = frozenset(g.substitute(old, new) for g in given)
     return given
 
 
 def _axis(number: Element) -> int:
-    """The last axis along which it is read: the position of a key is told by that of the query."""
+    """The last axis along which it is read: 2 for an element of the query, 3 for one of the key."""
     return max((of.axis for of in number.index[-1].variables() if isinstance(of, Index)), default=-1)
 
 
 def two_of_a_row(inequality: Affine) -> tuple[Element, Element] | None:
-    """The elements of one row that are compared: the larger, then the smaller."""
+    """`row[a]` and `row[b]`, if the inequality is `row[a] - row[b] + constant >= 0` with elements of one row."""
     signs = {c: of for of, c in inequality.terms}
     more, less = signs.get(1), signs.get(-1)
     if len(inequality.terms) != 2 or not isinstance(more, Element) or not isinstance(less, Element):
@@ -64,7 +77,10 @@ def two_of_a_row(inequality: Affine) -> tuple[Element, Element] | None:
 
 
 def _steps(number: Element, e: Elements) -> list[tuple[Affine, Index, int]]:
-    """Rows that rise by a fixed step wherever a running sum stays the same: an element, the sum's index, the step."""
+    """The rows that rise by a fixed step wherever the running sum of `number` stays the same.
+
+    Each is given as its element at an index, this index, and the step.
+    """
     place, addends = _addends(number.node, number.index[:-1], e)
     same = [c for c in addends if c.value == Affine() and not e.impossible([*c.guard, place - 1])]
     if not same:
@@ -74,7 +90,7 @@ def _steps(number: Element, e: Elements) -> list[tuple[Affine, Index, int]]:
 
 
 def _rise(equality: Affine, place: Affine) -> tuple[Affine, Index, int] | None:
-    """Of `row[place] - row[place - 1] - step == 0` the first element, the index and the step."""
+    """`row[place]`, the index `place` and `step`, if the equality is `row[place] - row[place - 1] - step == 0`."""
     pair = two_of_a_row(equality)
     ((at, _),) = place.terms
     assert isinstance(at, Index)

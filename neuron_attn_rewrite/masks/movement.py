@@ -1,4 +1,9 @@
-"""Data movement and construction at symbolic indices: where an element of the result comes from."""
+"""Operators that move or create elements, at symbolic indices.
+
+Each rule says from which element of the input an element of the result comes. Element [b, 0, j] of `mask[:, None, 2:]`
+is element [b, j + 2] of `mask`, and element [i] of `torch.arange(5, n)` is `5 + i`. `cat` and `tril` give a case for
+each part.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +60,12 @@ def _slice(e: Elements, node: fx.Node, at: At) -> Cases:
     if not e.always(start):
         start = start + size
         if not e.always(start) or e.always(start - size):
-            raise Unknown(f"{node.name} starts before its tensor")
+            raise Unknown(f"{node.name} may start before the first element")
     if not e.always(size - start):
-        raise Unknown(f"{node.name} may start behind its tensor")
+        raise Unknown(f"{node.name} may start after the last element")
     if not isinstance(values["step"], int):
         raise Unknown(f"{node.name} has a step that is not a number")
-    return e.cases(source, _at(at, dim, at[dim] * values["step"] + start))
+    return e.cases(source, _replace_index(at, dim, at[dim] * values["step"] + start))
 
 
 def _select(e: Elements, node: fx.Node, at: At) -> Cases:
@@ -70,12 +75,12 @@ def _select(e: Elements, node: fx.Node, at: At) -> Cases:
     if not e.always(place):
         place = place + e.size(tensor(source).shape[dim])  # type: ignore[union-attr]
         if not e.always(place):
-            raise Unknown(f"{node.name} selects what may not be there")
+            raise Unknown(f"the index of {node.name} may be out of range")
     return e.cases(source, (*at[:dim], place, *at[dim:]))
 
 
 def _index(e: Elements, node: fx.Node, at: At) -> Cases:
-    """`x[:, i, j, ...]` with integer indices for dims that are neighbours."""
+    """`x[:, i, j, ...]` with integer index tensors for neighbouring dims."""
     source, indices = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
     inner = tensor(source)
@@ -83,23 +88,23 @@ def _index(e: Elements, node: fx.Node, at: At) -> Cases:
     given = [i for i in indices if isinstance(i, fx.Node)]
     lead = next(d for d, i in enumerate(indices) if i is not None)
     if given != list(indices[lead : lead + len(given)]) or any(dtype(i) not in INDICES for i in given):
-        raise Unknown(f"{node.name} skips a dim")
+        raise Unknown(f"{node.name} does not have integer index tensors for neighbouring dims")
     end = lead + max(tensor(i).dim() for i in given)  # type: ignore[union-attr]
     places = [e.cases(i, aligned(at[lead:end], i)) for i in given]
     if any(len(cases) != 1 for cases in places):
-        raise Unknown(f"{node.name} looks up by cases")
+        raise Unknown(f"an index of {node.name} has several cases")
     found = []
     for (case,), size in zip(places, inner.shape[lead:], strict=False):
         assert isinstance(case.value, Affine)
         if not e.always(case.value) or not e.always(e.size(size) - 1 - case.value):
-            raise Unknown(f"{node.name} looks up what may not be there")
+            raise Unknown(f"an index of {node.name} may be out of range")
         found.append(case.value)
     return e.cases(source, (*at[:lead], *found, *at[end:]))
 
 
 def _arange(e: Elements, node: fx.Node, at: At) -> Cases:
     if dtype(node) not in INDICES:
-        raise Unknown(f"{node.name} is not one of integers")
+        raise Unknown(f"{node.name} does not hold integers")
     values = arguments(node)
     start, step = (e.size(values.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     if not step.is_constant:
@@ -113,12 +118,12 @@ def _full(e: Elements, node: fx.Node, at: At) -> Cases:
     if value is None:
         value = node.args[0 if name == "scalar_tensor" else 1 if name in ("full", "full_like", "fill") else 2]  # type: ignore[assignment]
     if not isinstance(value, (int, float)):
-        raise Unknown(f"{node.name} is filled with what is not a number")
+        raise Unknown(f"the value of {node.name} is not a number")
     return (Case(frozenset(), exact(torch.tensor(value).to(dtype(node)))),)
 
 
 def _pieces(e: Elements, pieces: Sequence[tuple[fx.Node | Value, Affine]], at: At, dim: int) -> Cases:
-    """One after another along a dim: tensors, or numbers, with their sizes."""
+    """An element of tensors, or numbers, that lie one after the other along a dim. Each comes with its size."""
     out: list[Case] = []
     end = Affine()
     for piece, size in pieces:
@@ -129,7 +134,7 @@ def _pieces(e: Elements, pieces: Sequence[tuple[fx.Node | Value, Affine]], at: A
         if not isinstance(piece, fx.Node):
             out.append(Case(guard, piece))
             continue
-        cases = e.cases(piece, _at(at, dim, at[dim] - start))
+        cases = e.cases(piece, _replace_index(at, dim, at[dim] - start))
         out += [Case(guard | c.guard, c.value) for c in cases if not e.impossible(guard | c.guard)]
     return tuple(out)
 
@@ -144,7 +149,7 @@ def _pad(e: Elements, node: fx.Node, at: At) -> Cases:
     source, pads = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(pads, (list, tuple))
     if any(p for p in pads[2:]) or any(not isinstance(p, int) or p < 0 for p in pads[:2]):
-        raise Unknown(f"{node.name} pads more than the last dim")
+        raise Unknown(f"{node.name} pads other dims than the last, or removes elements")
     fill = exact(torch.tensor(arguments(node)["value"] or 0).to(dtype(node)))
     size = e.size(tensor(source).shape[-1])  # type: ignore[union-attr]
     pieces: list[tuple[fx.Node | Value, Affine]] = [(fill, Affine(pads[0])), (source, size), (fill, Affine(pads[1]))]  # type: ignore[arg-type]
@@ -164,45 +169,45 @@ def _triangle(e: Elements, node: fx.Node, at: At) -> Cases:
 def _flip(e: Elements, node: fx.Node, at: At) -> Cases:
     values = arguments(node)
     for dim in values["dims"]:
-        at = _at(at, dim % len(at), e.size(tensor(values["self"]).shape[dim]) - 1 - at[dim % len(at)])  # type: ignore[union-attr]
+        at = _replace_index(at, dim % len(at), e.size(tensor(values["self"]).shape[dim]) - 1 - at[dim % len(at)])  # type: ignore[union-attr]
     return e.cases(values["self"], at)
 
 
 def _diff(e: Elements, node: fx.Node, at: At) -> Cases:
-    """The difference to the element before."""
+    """The difference between an element and the one before it."""
     values = arguments(node)
     source, dim = values["self"], values["dim"] % len(at)
     if values["n"] != 1 or values["append"] is not None:
-        raise Unknown(f"no rule knows {node.name}")
+        raise Unknown(f"there is no rule for {node.name} with these arguments")
     parts = [p for p in (values["prepend"], source) if p is not None]
     pieces = [(p, e.size(tensor(p).shape[dim])) for p in parts]  # type: ignore[union-attr]
-    here, there = (_pieces(e, pieces, _at(at, dim, at[dim] + step), dim) for step in (1, 0))
+    here, there = (_pieces(e, pieces, _replace_index(at, dim, at[dim] + step), dim) for step in (1, 0))
     out = []
     for a, b in itertools.product(here, there):
         guard = a.guard | b.guard
         if not e.impossible(guard):
             if not isinstance(a.value, Affine) or not isinstance(b.value, Affine) or dtype(node) == torch.bool:
-                raise Unknown(f"{node.name} is one of fractions")
+                raise Unknown(f"{node.name} is not a difference of integers")
             out.append(Case(guard, a.value - b.value))
     return tuple(out)
 
 
 def _cumsum(e: Elements, node: fx.Node, at: At) -> Cases:
-    """The running sum of one number."""
+    """The running sum of a tensor whose elements are all one number."""
     values = arguments(node)
     source, dim = values["self"], values["dim"] % len(at)
-    anywhere = e.bind(e.size(tensor(source).shape[dim]))  # type: ignore[union-attr]
-    cases = e.cases(source, _at(at, dim, anywhere))
+    anywhere = e.fresh_index(e.size(tensor(source).shape[dim]))  # type: ignore[union-attr]
+    cases = e.cases(source, _replace_index(at, dim, anywhere))
     numbers = {case.value for case in cases}
     if len(numbers) != 1 or dtype(node) != torch.int64:
-        raise Unknown(f"{node.name} sums up what varies")
+        raise Unknown(f"{node.name} sums up numbers that vary")
     (number,) = numbers
     if not isinstance(number, Affine) or not number.is_constant:
-        raise Unknown(f"{node.name} sums up what varies")
+        raise Unknown(f"{node.name} sums up numbers that vary")
     return (Case(frozenset(), (at[dim] + 1) * number.constant),)
 
 
-def _at(at: At, dim: int, index: Affine) -> At:
+def _replace_index(at: At, dim: int, index: Affine) -> At:
     return (*at[:dim], index, *at[dim + 1 :])
 
 
@@ -223,4 +228,4 @@ MOVEMENTS: dict[str, Callable[[Elements, fx.Node, At], Cases]] = {
     "diff": _diff,
     "cumsum": _cumsum,
 }
-"""What knows the element of an operator's result at an index."""
+"""The rule of each operator: one element of its result."""

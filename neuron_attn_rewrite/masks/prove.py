@@ -1,13 +1,15 @@
-"""The proof: what the masks of a site say for every input, or why nothing can be said.
+"""Proves the masks of a site: which keys each query sees, for every input.
 
-Each term is read (`masks/read.py`), fitted to claims of the algebra, and the fit compared row by row. A term that says
-something else stays what it is: a dense additive operand of the kernel.
+First, each term is evaluated at symbolic indices (`masks/symbolic.py`, `masks/conditions.py`). If that gives no claim
+and all sizes are numbers, the term is evaluated element by element (`masks/read.py`) and fitted to claims
+(`masks/fit.py`). A term without a claim becomes a dense additive operand of the kernel. Last, we find out what the
+model computes for a row that sees no key (`masks/empty_rows.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -16,67 +18,36 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.graph.nodes import arguments, grad_modes, is_tensor, op_name, shape
 from neuron_attn_rewrite.graph.sizes import has_symbols, is_number
 from neuron_attn_rewrite.graph.writes import Writes
-from neuron_attn_rewrite.masks.conditions import Conditions, Limit, conditions
-from neuron_attn_rewrite.masks.empty_rows import Effect, as_addends, may_hide, meaning
+from neuron_attn_rewrite.masks.addends import fills_of_addends, may_hide
+from neuron_attn_rewrite.masks.bounds import KeyBound
+from neuron_attn_rewrite.masks.conditions import Conditions, conditions
+from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value
 from neuron_attn_rewrite.masks.fit import fit_rows
+from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
-from neuron_attn_rewrite.patterns.axes import Dims, Layout, dim_size, layout_steps
+from neuron_attn_rewrite.patterns.axes import Dims, dim_size, layout_steps
 from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import Evaluator
-
-
-@dataclass(frozen=True)
-class Padding:
-    """The run-time vector behind a `KeyPadding`: rows `[start, start + kv_len)` of the 0/1 tensor `node`."""
-
-    node: fx.Node
-    start: int
-    inverted: bool
-    """True where 1 means hidden."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A term that the kernel gets as an additive operand, brought to [batch | 1, heads | 1, q_len | 1, kv_len | 1]."""
-
-    term: Term
-    layout: Layout
-    fill: float = -torch.inf
-    """What a `show` or `hide` term adds to a hidden score."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What is known of all terms of a site together."""
-
-    mask: MaskSpec = field(default_factory=MaskSpec)
-    paddings: tuple[Padding, ...] = ()
-    dense: tuple[Dense, ...] = ()
-    empty_rows: EmptyRows = EmptyRows.NEVER
-    reasons: tuple[Reason, ...] = ()
-    limits: tuple[Limit, ...] = ()
-    promised: tuple[Padding, ...] = ()
-    """Key padding that was dropped because the caller promised right padding."""
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
 class _Claimed:
-    """One term that is fully proven."""
+    """One term for which there is a claim."""
 
     spec: MaskSpec
     fill: float | None = None
     """The number by which it hides keys, None if it uses several."""
     paddings: tuple[Padding, ...] = ()
-    limits: tuple[Limit, ...] = ()
+    key_bounds: tuple[KeyBound, ...] = ()
     assumptions: tuple[Reason, ...] = ()
 
 
 class Prover:
-    """Proves the masks of the sites of one graph; sites that share a mask share the work."""
+    """Proves the masks of the sites of one graph. A mask that several sites share is proven once."""
 
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
         self.module, self.config = module, config
@@ -89,13 +60,13 @@ class Prover:
         self._known: dict[tuple[Term, Dims], _Claimed | Unproven] = {}
 
     def prove(self, site: AttentionSite) -> Proof | Unproven:
-        """Everything that the site's terms say; `Unproven` only where a term can't even be an operand."""
+        """What is known of the site's terms. `Unproven` if a term can't be a dense operand either."""
         proof = Proof(MaskSpec((Band(upper=0),)) if site.is_causal else MaskSpec())
         effects = [Effect(-torch.inf)] if site.is_causal else []
         for term, claimed, is_part in self._read(site.terms, site.dims):
             replaces = term.kind != "add" and not is_part
             if isinstance(claimed, _Claimed):
-                proof = _extended(proof, claimed)
+                proof = _add_claim(proof, claimed)
                 if claimed.spec.claims:
                     effects.append(Effect(claimed.fill, replaces, term.zeroes_weights))
                 continue
@@ -110,14 +81,16 @@ class Prover:
                 effects.append(Effect(-torch.inf if may_hide(term, self.evaluator) else 0.0))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
-        proof = self._with_empty_rows(self._with_padding_promise(proof, site), site, effects)
+        proof = self._decide_empty_rows(self._apply_padding_promise(proof, site), site, effects)
         return self._all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
 
     def _read(
         self, terms: tuple[Term, ...], dims: Dims, are_parts: bool = False
     ) -> Iterator[tuple[Term, _Claimed | Unproven, bool]]:
-        """Each term with its claim, and whether it is a part of an addend: what can't be claimed as a whole is read
-        part by part."""
+        """Each term, its claim, and whether the term is a part of an added tensor.
+
+        An added tensor without a claim is split into parts, if it is a sum, and each part is read.
+        """
         for term in terms:
             if (term, dims) not in self._known:
                 self._known[term, dims] = self._claim(term, dims)
@@ -129,7 +102,7 @@ class Prover:
                 yield term, claimed, are_parts
 
     def _parts(self, term: Term) -> tuple[Term, ...]:
-        """What an added tensor is made of: the two sides of a sum, or a bias and the mask that overwrites it."""
+        """The parts of an added tensor: the two sides of a sum, or a bias and the mask that overwrites it."""
         if term.kind != "add":
             return ()
         node = term.node
@@ -150,7 +123,7 @@ class Prover:
         return ()
 
     def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
-        """For symbolic indices, which takes no time; else for every element."""
+        """At symbolic indices first, which is fast; otherwise element by element."""
         sizes = tuple(self.symbolic.size(dim_size(dim)) for dim in dims)
         found = conditions(term, dims, sizes, self.symbolic)
         if isinstance(found, Unproven):
@@ -160,7 +133,7 @@ class Prover:
             return found if isinstance(found, Unproven) else _claimed(found)
         if isinstance(found, Unproven):
             return self._read_element_by_element(term, dims)
-        if all(limit.is_runtime for limit in found.limits):
+        if all(bound.is_runtime for bound in found.key_bounds):
             return _claimed(found)
         constant = self._read_element_by_element(term, dims)
         return _claimed(found) if isinstance(constant, Unproven) else constant
@@ -181,7 +154,7 @@ class Prover:
         return _Claimed(spec, reading.fill, (padding,), assumptions=assumed)
 
     def _padding(self, cells: Tensor, inverted: bool) -> Padding | Unproven:
-        """The 0/1 tensor of which each key reads its own element, in order."""
+        """The 0/1 tensor of which each key reads its own element."""
         leaf = self.evaluator.leaf_of(int(cells.max()))
         width = shape(leaf.node)[-1] if shape(leaf.node) else 1
         batch, kv_len = cells.shape
@@ -189,11 +162,14 @@ class Prover:
         used = cells >= 0
         start = int(offset[used][0])
         if vectors_of(leaf.node) != batch or (offset[used] != start).any() or not 0 <= start <= width - kv_len:
-            return Unproven(Reason("mask-padding", f"it does not read {leaf.node.name} key by key"))
+            return Unproven(Reason("mask-padding", f"its keys do not each read their own element of {leaf.node.name}"))
         return Padding(leaf.node, start, inverted)
 
-    def _with_padding_promise(self, proof: Proof, site: AttentionSite) -> Proof:
-        """Under right padding, a causal row that is itself real sees real keys only."""
+    def _apply_padding_promise(self, proof: Proof, site: AttentionSite) -> Proof:
+        """Drop the key padding if the caller promised right padding.
+
+        Under a causal mask, a query that is not padding then sees no padding.
+        """
         causal = any(isinstance(c, Band) and c.upper is not None and c.upper <= 0 for c in proof.mask.claims)
         padded = [c for c in proof.mask.claims if isinstance(c, KeyPadding)]
         of_masks = all(_is_of_a_mask(padding.node) for padding in proof.paddings)
@@ -207,11 +183,11 @@ class Prover:
         reason = Reason("padding-promise", words)
         return replace(proof, mask=kept, paddings=(), promised=proof.paddings, reasons=(*proof.reasons, reason))
 
-    def _with_empty_rows(self, proof: Proof, site: AttentionSite, effects: list[Effect]) -> Proof:
-        """What the model gives for a row that sees no key, if there can be one."""
+    def _decide_empty_rows(self, proof: Proof, site: AttentionSite, effects: list[Effect]) -> Proof:
+        """Add what the model computes for a row that sees no key."""
         possible = (
             bool(proof.paddings)
-            or not all(limit.shows_itself for limit in proof.limits)
+            or not all(bound.shows_itself for bound in proof.key_bounds)
             or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
             or not _sees_a_key(proof, site)
         )
@@ -222,20 +198,20 @@ class Prover:
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
         else:
-            given = meaning(effects, site)
+            given = empty_row_value(effects, site)
         return replace(proof, empty_rows=given)
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
-        """Every term as an addend, so that a row that sees no key gets the very softmax that the model computes."""
+        """Every term as a dense operand, so that a row that sees no key gets the softmax that the model computes."""
         layouts = [layout_steps(term.dims, site.dims) for term in site.terms]
         claims = [self._known[term, site.dims] for term in site.terms]
-        fills = as_addends(site, [c.fill if isinstance(c, _Claimed) else None for c in claims], self.evaluator)
+        fills = fills_of_addends(site, [c.fill if isinstance(c, _Claimed) else None for c in claims], self.evaluator)
         if None in layouts or fills is None:
             return None
         each = zip(site.terms, layouts, fills, strict=True)
         words = (
-            "some row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
-            '(empty_rows="any" says that such rows do not matter)'
+            "a row may see no key, and gets the softmax of its hidden scores: the masks stay dense operands "
+            '(set empty_rows="any" if such rows do not matter)'
         )
         return Proof(
             dense=tuple(Dense(term, layout, fill) for term, layout, fill in each if layout is not None),
@@ -245,48 +221,49 @@ class Prover:
 
 def _claimed(found: Conditions) -> _Claimed:
     claims: list[Claim] = [] if found.band == Band() else [found.band]
-    claims += [Limited(str(limit)) for limit in found.limits]
+    claims += [Limited(str(bound)) for bound in found.key_bounds]
     claims += [KeyPadding(node.name) for node, *_ in found.paddings]
     paddings = tuple(Padding(*padding) for padding in found.paddings)
-    return _Claimed(MaskSpec(tuple(claims)), found.fill, paddings, found.limits, tuple(map(_assumption, found.assumed)))
+    assumptions = tuple(map(_assumption, found.assumed))
+    return _Claimed(MaskSpec(tuple(claims)), found.fill, paddings, found.key_bounds, assumptions)
 
 
 def _assumption(node: fx.Node) -> Reason:
     return Reason("binary-input", f"{node.name} holds only 0 and 1")
 
 
-def _extended(proof: Proof, claimed: _Claimed) -> Proof:
+def _add_claim(proof: Proof, claimed: _Claimed) -> Proof:
     return replace(
         proof,
         mask=proof.mask & claimed.spec,
         paddings=tuple(dict.fromkeys((*proof.paddings, *claimed.paddings))),
-        limits=tuple(dict.fromkeys((*proof.limits, *claimed.limits))),
+        key_bounds=tuple(dict.fromkeys((*proof.key_bounds, *claimed.key_bounds))),
         reasons=tuple(dict.fromkeys((*proof.reasons, *claimed.assumptions))),
     )
 
 
 def _is_of_a_mask(node: fx.Node) -> bool:
-    """Whether it is an input with `mask` in its name, cast or compared with a number: what a promise can be about."""
+    """Whether it is an input with `mask` in its name, perhaps cast or compared. Right padding is promised of these."""
     while len(node.all_input_nodes) == 1 and op_name(node) in ("to", "_to_copy", "ne", "eq", "gt", "logical_not"):
         node = node.all_input_nodes[0]
     return node.op == "placeholder" and "mask" in node.name
 
 
 def _sees_a_key(proof: Proof, site: AttentionSite) -> bool:
-    """Whether each row sees a key, were it not for paddings, and limits that may hide a query's own key."""
+    """Whether each row sees a key, apart from key padding and from key bounds that may hide a query's own key."""
     mask = proof.mask
     if not is_number(site.q_len) or not is_number(site.kv_len):
         lower, upper = mask.band.lower or 0, mask.band.upper or 0
         sees_itself = site.q_len == site.kv_len and lower <= 0 <= upper
-        return all(isinstance(c, Limited) for c in mask.runs.claims) and (mask.band == Band() or sees_itself)
+        return all(isinstance(c, Limited) for c in mask.row_bounds.claims) and (mask.band == Band() or sees_itself)
     rows = mask.rows(site.q_len, site.kv_len)
-    if not proof.limits:
+    if not proof.key_bounds:
         return bool((rows[:, 1] > 0).all())
     itself = torch.arange(site.q_len)
     return bool(((rows[:, 0] <= itself) & (itself < rows[:, 1])).all())
 
 
 def vectors_of(node: fx.Node) -> int:
-    """How many vectors of its last dim a tensor holds."""
+    """How many rows, along its last dim, a tensor holds."""
     sizes = shape(node)
     return 1 if not sizes else int(torch.Size(sizes[:-1]).numel())

@@ -1,11 +1,12 @@
-"""Reading one term: which keys each query sees, for every value of the run-time masks.
+"""Reads one term element by element: which keys each query sees, for all values of the 0/1 inputs.
 
-A term is read as
+The term is evaluated as a table over 0/1 inputs (`values/cells.py`). It can be claimed if it has the form
 
     visible(b, h, i, j) = rows[i][0] <= j < rows[i][1]  and  cell[b, j]
 
-with `rows` constant and `cell` one element of a 0/1 tensor for every key, or not at all. It is read some query rows at
-a time, so that no mask of all rows is ever held.
+Here `rows` are constants, and `cell[b, j]` is one element of a 0/1 tensor for each key, the same for all queries. A
+causal mask with padding has `rows[i] = (0, i + 1)` and `cell[b, j] = attention_mask[b, j]`. The table is computed for
+some query rows at a time, so the mask of all rows is never held.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, layout_steps, run_layout
 from neuron_attn_rewrite.patterns.site import MASKED, Term
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.cells import UNKNOWN, CellTable
+from neuron_attn_rewrite.values.evaluator import Evaluator, Opaque
 from neuron_attn_rewrite.values.regions import Region
-from neuron_attn_rewrite.values.tables import UNKNOWN, Evaluator, Opaque, Table
 
 BLOCK = 2**20
-"""Elements of a mask that are looked at together."""
+"""How many elements of a mask are computed at a time."""
 
 NO_CELL = torch.iinfo(torch.int32).max
+"""Larger than the number of any cell."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one term says."""
+    """Which keys one term shows."""
 
     rows: Tensor
     """Int64 [q_len, 2]: the interval of keys that each query can see, [0, 0) for none."""
     cells: Tensor | None
-    """Int64 [batch | 1, kv_len]: the 0/1 element that each key depends on, -1 for none; None without any."""
+    """Int64 [batch | 1, kv_len]: the cell on which each key depends, -1 for none. None if no key depends on one."""
     inverted: bool
     """Whether 1 means hidden."""
     fill: float | None
@@ -46,7 +49,7 @@ class Reading:
 
 
 def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
-    """Read a term along `dims`, the (batch, heads, query, key) of the kernel."""
+    """Which keys a term shows along `dims`, the (batch, heads, query, key) of the kernel."""
     if layout_steps(term.dims, dims) is None:
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
@@ -85,13 +88,13 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     if not used.any():
         return Reading(found, None, False, fill)
     if always or (used & (first != last)).any():
-        return Unproven(Reason("mask-padding", "its padding is not the same for every query and key"))
+        return Unproven(Reason("mask-padding", "its padding is not the same for every query"))
     if len(senses) > 1:
-        return Unproven(Reason("mask-padding", "it mixes both senses of a padding mask"))
+        return Unproven(Reason("mask-padding", "in its padding, 1 hides some keys and shows others"))
     return Reading(found, last, senses.pop(), fill)
 
 
-def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Table | Unproven, int]]:
+def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[CellTable | Unproven, int]]:
     """The term's table in the kernel's layout, some query rows at a time."""
     q_len = dim_size(dims[2])
     along = [i for i, dim in enumerate(term.dims) if dim and dim == dims[2]]
@@ -121,8 +124,8 @@ def _apply(op: str, value: Tensor, arg: tuple[int, ...]) -> Tensor:
     return moved
 
 
-def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven:
-    """The term as a table of bools, True where the key is seen; what hides keys is added to `fills`."""
+def _visibility(term: Term, table: CellTable, fills: set[float]) -> CellTable | Unproven:
+    """The term as a table of bools, True where the key is seen. The numbers that hide keys are added to `fills`."""
     if table.lo.dtype != torch.bool and (table.cell == UNKNOWN).any():
         return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
     if term.kind in ("show", "hide"):
@@ -131,8 +134,8 @@ def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven
             return Unproven(Reason("mask-weak-fill", words))
         fills.add(term.fill)
         lo, hi = table.lo.bool(), table.hi.bool()
-        return Table(lo, hi, table.cell) if term.kind == "show" else Table(~lo, ~hi, table.cell)
-    seen = Table(table.lo == 0, table.hi == 0, table.cell)
+        return CellTable(lo, hi, table.cell) if term.kind == "show" else CellTable(~lo, ~hi, table.cell)
+    seen = CellTable(table.lo == 0, table.hi == 0, table.cell)
     for values, visible in ((table.lo, seen.lo), (table.hi, seen.hi)):
         found = hiding(values, visible, term.multiplier)
         if found is None:
@@ -142,7 +145,7 @@ def _visibility(term: Term, table: Table, fills: set[float]) -> Table | Unproven
 
 
 def hiding(values: Tensor, visible: Tensor, multiplier: float) -> set[float] | None:
-    """The lowest and the highest number, times the multiplier, that hides a key; None if one is not low enough."""
+    """The lowest and the highest number that hides a key, times the multiplier. None if one is too high to hide it."""
     scaled = values if multiplier == 1.0 else values.double() * multiplier
     lowest = scaled.min()
     uniform = (visible | (scaled == lowest)).all()
@@ -153,7 +156,7 @@ def hiding(values: Tensor, visible: Tensor, multiplier: float) -> set[float] | N
 
 
 def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """Int32 [batch | 1, kv_len] twice: the lowest and the highest cell on which a key depends, for all rows."""
+    """Int32 [batch | 1, kv_len] twice: the lowest and the highest cell on which a key depends in any of the rows."""
     if cell.dim() == 4 and cell.shape[1:3] == (1, 1):  # the usual case: nothing of the size of the mask
         any_row, cell = any_of(depends, 1, 2), cell[:, 0, 0]
         return cell.where(any_row, NO_CELL), cell.where(any_row, -1)
@@ -161,5 +164,5 @@ def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def any_of(flags: Tensor, *dims: int) -> Tensor:
-    """`flags.any(dims)`, which on the CPU is many times slower."""
+    """`flags.any(dims)`, but many times faster on the CPU."""
     return flags.view(torch.uint8).amax(dims).bool()

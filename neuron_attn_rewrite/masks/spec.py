@@ -1,7 +1,8 @@
-"""The algebra of masks: what a mask says, free of any graph.
+"""What can be claimed of a mask, without reference to a graph.
 
-A `MaskSpec` is a conjunction of claims about which key each query row sees. Every claim is about *all* inputs
-that the graph accepts, and has one plain meaning, given by its `rows`.
+A `MaskSpec` is a list of claims. A query sees a key if every claim lets it. `MaskSpec((Band(upper=0),
+KeyPadding("attention_mask")))`, for example, is a causal mask with key padding. A claim holds for *all* inputs that
+the graph accepts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from neuron_attn_rewrite.reasons import Reason
 
 @dataclass(frozen=True)
 class Band:
-    """Query row i sees key j iff `i + lower <= j <= i + upper`; None leaves that side open.
+    """Query row i sees key j if `i + lower <= j <= i + upper`; None leaves that side open.
 
     Causal attention is `upper = offset`: 0 is top-left aligned (SDPA's `is_causal`), `kv_len - q_len` is
     bottom-right aligned (a cache of earlier keys). A sliding window of W keys, the token itself among them as
@@ -36,7 +37,7 @@ class Band:
         return torch.stack([first, end], 1)
 
     def reaches_every_row(self, q_len: int, kv_len: int) -> bool:
-        """Whether each query row sees some key. Both sides of the band are straight, so its ends decide."""
+        """Whether each query row sees some key. It is enough to look at the first and the last row."""
         lower = -q_len if self.lower is None else self.lower
         upper = kv_len if self.upper is None else self.upper
         return upper >= 0 and lower <= upper and q_len - 1 + lower < kv_len
@@ -54,7 +55,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Chunked:
-    """Query row i sees key j iff both lie in the same chunk of `size` positions (Llama 4)."""
+    """Query row i sees key j if both lie in the same chunk of `size` positions (Llama 4)."""
 
     size: int
 
@@ -69,7 +70,7 @@ class Chunked:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Query row i sees the keys of one interval `[lo, hi)`, given row by row (block diagonal, prefix-LM, spans)."""
+    """Query row i sees the keys of one interval `[lo, hi)`. The intervals are listed row by row (prefix-LM, spans)."""
 
     bounds: tuple[tuple[int, int], ...]
 
@@ -83,7 +84,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class KeyPadding:
-    """Key j of batch element b is seen iff the run-time vector `source`[b, j] says so."""
+    """Key j of batch element b is seen if element [b, j] of the run-time tensor `source` says so."""
 
     source: str
 
@@ -97,10 +98,10 @@ class KeyPadding:
 
 @dataclass(frozen=True)
 class Limited:
-    """Each query sees the keys up to a run-time number, or from it on."""
+    """Each query sees the keys up to a bound that is computed at run time, or from this bound on."""
 
     condition: str
-    """In words, such as `key <= cache_position[query]`."""
+    """The bound in words, such as `key <= cache_position[query]`."""
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
         """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see."""
@@ -115,7 +116,7 @@ Claim: TypeAlias = Band | Chunked | Intervals | KeyPadding | Limited
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A conjunction of claims: a key is seen iff every claim lets it be seen. No claim means that all are seen."""
+    """A list of claims: a key is seen if every claim lets it be seen. Without claims, all keys are seen."""
 
     claims: tuple[Claim, ...] = ()
 
@@ -123,7 +124,7 @@ class MaskSpec:
         return MaskSpec((*self.claims, *(c for c in other.claims if c not in self.claims)))
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
-        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each row can see; empty rows are [0, 0)."""
+        """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see, [0, 0) for none."""
         bounds = torch.tensor([[0, kv_len]]).repeat(q_len, 1)
         for claim in self.claims:
             first, end = claim.rows(q_len, kv_len).unbind(1)
@@ -131,22 +132,22 @@ class MaskSpec:
         return bounds.where((bounds[:, 0] < bounds[:, 1])[:, None], 0)
 
     def visible(self, q_len: int, kv_len: int) -> Tensor:
-        """Bool [q_len, kv_len], True where the key is seen, with every run-time vector all true."""
+        """Bool [q_len, kv_len], True where the key is seen if no key is padding and no run-time bound hides one."""
         first, end = self.rows(q_len, kv_len)[:, :, None].unbind(1)
         j = torch.arange(kv_len)
         return (first <= j) & (j < end)
 
     @property
     def band(self) -> Band:
-        """The intersection of all bands."""
+        """The intersection of all `Band` claims."""
         bands = [c for c in self.claims if isinstance(c, Band)]
         lowers = [b.lower for b in bands if b.lower is not None]
         uppers = [b.upper for b in bands if b.upper is not None]
         return Band(max(lowers, default=None), min(uppers, default=None))
 
     @property
-    def runs(self) -> MaskSpec:
-        """The claims that take bounds of each row: a band can't express them."""
+    def row_bounds(self) -> MaskSpec:
+        """The claims that a kernel gets as an interval of keys for each row. A band can't express them."""
         return MaskSpec(tuple(c for c in self.claims if isinstance(c, (Chunked, Intervals, Limited))))
 
     def __str__(self) -> str:
@@ -155,7 +156,7 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class Unproven:
-    """Why nothing can be claimed about a mask."""
+    """Nothing can be claimed about a mask, and this is the reason."""
 
     reason: Reason
 
@@ -164,15 +165,15 @@ class Unproven:
 
 
 class EmptyRows(Enum):
-    """What the model gives for a query row that sees no key at all."""
+    """What the model computes for a query row that sees no key."""
 
     NEVER = "never"
-    """The mask proves that no such row exists."""
+    """It is proven that no such row exists."""
     ZERO = "zero"
     """Zeros: a bool or -inf mask through scaled_dot_product_attention."""
     MEAN = "mean"
     """The mean of all values: every score is replaced by one finite number, such as finfo.min."""
     ANY = "any"
-    """NaN, or the caller has said that such rows do not matter: whatever a kernel gives is right."""
+    """NaN, or the caller has said that such rows do not matter. Any result of a kernel is right."""
     OTHER = "other"
-    """Something no kernel computes, e.g. the softmax of scores that all carry the same finite -1e9."""
+    """Something that no kernel computes, such as the softmax of scores to which -1e9 was added."""

@@ -24,7 +24,7 @@ from neuron_attn_rewrite.patterns.site import (
     UnknownAttention,
 )
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import Evaluator
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 NO_ELEMENTS = Reason("empty", "an operand has no elements")
 

@@ -9,7 +9,7 @@ from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.patterns.softmax_matmul import between, find_softmax_matmul
 from neuron_attn_rewrite.patterns.softmaxes import as_softmax
-from neuron_attn_rewrite.values.tables import Evaluator
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 
 def find(module: fx.GraphModule, evaluator: Evaluator) -> list[AttentionSite | UnknownAttention]:

@@ -23,7 +23,8 @@ from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.rules import Blocked, Rules
 from neuron_attn_rewrite.patterns.site import SoftmaxFacts, Term
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import UNKNOWN, Evaluator, Table
+from neuron_attn_rewrite.values.cells import UNKNOWN, CellTable
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 MOST_COMPARED = 2**24
 """The most elements of a mask that is compared by value."""
@@ -130,12 +131,12 @@ class Walk:
         (given, like), (other, unlike) = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
         return like == unlike and all(map(self.made_alike, given, other))
 
-    def tables(self, *nodes: fx.Node) -> tuple[Table, ...] | None:
+    def tables(self, *nodes: fx.Node) -> tuple[CellTable, ...] | None:
         """The nodes' values for all inputs, element by element; None if one is not known, or too large to compare."""
         if any(prod(shape(node)) > MOST_COMPARED for node in nodes):
             return None
         found = [self.evaluator.table(node) for node in nodes]
-        known = tuple(table for table in found if isinstance(table, Table) and not (table.cell == UNKNOWN).any())
+        known = tuple(table for table in found if isinstance(table, CellTable) and not (table.cell == UNKNOWN).any())
         return known if len(known) == len(nodes) else None
 
     def peel(self, scores: Scores) -> tuple[Scores, Product]:

@@ -15,7 +15,8 @@ from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked
 from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import Evaluator, Table, equal
+from neuron_attn_rewrite.values.cells import CellTable, equal
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
@@ -68,7 +69,8 @@ def _fill_where_zero(walk: Walk, kept: fx.Node, filled: fx.Node) -> float | None
     ones, fills = tables
     if any(bool(((t != 0) & (t != 1)).any()) for t in (ones.lo, ones.hi)):
         return None
-    if not equal(Table(ones.lo.bool(), ones.hi.bool(), ones.cell), Table(fills.lo == 0, fills.hi == 0, fills.cell)):
+    shown = CellTable(ones.lo.bool(), ones.hi.bool(), ones.cell)
+    if not equal(shown, CellTable(fills.lo == 0, fills.hi == 0, fills.cell)):
         return None
     numbers = torch.cat([t[t != 0] for t in (fills.lo, fills.hi)])
     return float(numbers[0]) if numbers.numel() and bool((numbers == numbers[0]).all()) else None

@@ -16,7 +16,7 @@ from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import Evaluator
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
 

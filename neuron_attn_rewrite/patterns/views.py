@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, op_name, permutation, shape, tensor
 from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
-from neuron_attn_rewrite.values.tables import Evaluator
+from neuron_attn_rewrite.values.evaluator import Evaluator
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}

@@ -17,7 +17,7 @@ from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
 from neuron_attn_rewrite.patterns.site import MASKED
 from neuron_attn_rewrite.patterns.softmaxes import as_zero_fill
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.tables import Table, equal
+from neuron_attn_rewrite.values.cells import CellTable, equal
 
 
 @dataclass(frozen=True)
@@ -209,4 +209,4 @@ def _same_mask(walk: Walk, a: fx.Node, b: fx.Node, negated: bool) -> bool:
     if tables is None or {table.lo.dtype for table in tables} != {torch.bool}:
         return False
     one, two = tables
-    return equal(one, Table(~two.lo, ~two.hi, two.cell) if negated else two)
+    return equal(one, CellTable(~two.lo, ~two.hi, two.cell) if negated else two)

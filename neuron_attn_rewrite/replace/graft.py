@@ -20,7 +20,7 @@ from neuron_attn_rewrite.graph.nodes import PERMUTES, dtype, eliminate_dead_code
 from neuron_attn_rewrite.graph.sizes import input_sizes, is_number, parts_of
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Size
-from neuron_attn_rewrite.masks.prove import Dense, Padding, Proof
+from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import EmptyRows, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
@@ -65,8 +65,8 @@ def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> s
     numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
     needed = [str(e) for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
     computed = computed_sizes(module.graph)
-    limits = [of.name for limit in proof.limits for of in limit.end.variables() if isinstance(of, Size)]
-    needed += [name for name in limits if name not in computed]
+    ends = [of.name for bound in proof.key_bounds for of in bound.end.variables() if isinstance(of, Size)]
+    needed += [name for name in ends if name not in computed]
     return next((name for name in needed if name not in given), None)
 
 
@@ -248,14 +248,16 @@ class _Emitter:
 
     def _bounds(self, proof: Proof, site: AttentionSite) -> fx.Node | None:
         """Int32 [batch | 1, q_len, 2] of the keys that each row sees."""
-        runs = proof.mask.runs
-        constant = self._constant_bounds(runs, site) if any(not isinstance(c, Limited) for c in runs.claims) else None
-        if not proof.limits:
+        claims = proof.mask.row_bounds
+        is_constant = any(not isinstance(claim, Limited) for claim in claims.claims)
+        constant = self._constant_bounds(claims, site) if is_constant else None
+        if not proof.key_bounds:
             return constant
         join, before = self._join, site.output
         columns: list[fx.Node] = []
         for column, is_lower in enumerate((True, False)):
-            ends = [self._end(limit.end + (not is_lower), site) for limit in proof.limits if limit.is_lower == is_lower]
+            bounds = [bound for bound in proof.key_bounds if bound.is_lower == is_lower]
+            ends = [self._end(bound.end + (not is_lower), site) for bound in bounds]
             if constant is not None:
                 ends.append(join(aten.select.int, before, constant, -1, column))
             end = self._joined(aten.maximum.default if is_lower else aten.minimum.default, before, ends)
@@ -266,11 +268,11 @@ class _Emitter:
         wide = [join(aten.expand.default, before, c, sizes) for c in columns]
         return self._cast(join(aten.stack.default, before, wide, -1), torch.int32)
 
-    def _constant_bounds(self, runs: MaskSpec, site: AttentionSite) -> fx.Node:
-        key = f"{runs} {runs.claims} {site.q_len} {site.kv_len}"
+    def _constant_bounds(self, claims: MaskSpec, site: AttentionSite) -> fx.Node:
+        key = f"{claims} {claims.claims} {site.q_len} {site.kv_len}"
         if key not in self._known:
             name = f"_attention_bounds_{sum(name.startswith('_attention_bounds') for name in self.module._buffers)}"
-            rows = runs.rows(site.q_len, site.kv_len)[None].int()
+            rows = claims.rows(site.q_len, site.kv_len)[None].int()
             self.module.register_buffer(name, rows, persistent=False)
             with self.graph.inserting_before(self._body):
                 node = self.graph.get_attr(name)

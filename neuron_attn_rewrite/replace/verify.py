@@ -20,7 +20,7 @@ from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.graph.nodes import draws
 from neuron_attn_rewrite.graph.writes import changed_in_place
-from neuron_attn_rewrite.masks.prove import Padding
+from neuron_attn_rewrite.masks.proof import Padding
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.axes import run_layout
 from neuron_attn_rewrite.replace.exact import in_float64, inside

@@ -16,7 +16,7 @@ from torch import fx
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.graph.nodes import tensor
-from neuron_attn_rewrite.masks.prove import Proof
+from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason

@@ -83,7 +83,7 @@ def broken(clauses: Iterable[Clause], problem: AttentionProblem, setting: Settin
 def mask(problem: AttentionProblem) -> Mask:
     """The mask as the SDK's kernels name it, key padding aside."""
     band = problem.mask.band
-    return mask_of(band.lower, band.upper, bool(problem.mask.runs.claims), problem.q_len, problem.kv_len)
+    return mask_of(band.lower, band.upper, bool(problem.mask.row_bounds.claims), problem.q_len, problem.kv_len)
 
 
 def is_padded(problem: AttentionProblem) -> bool:

@@ -12,7 +12,7 @@ import sympy  # type: ignore[import-untyped]
 
 from neuron_attn_rewrite.graph.sizes import at, expression_of
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
-from neuron_attn_rewrite.masks.prove import Proof
+from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, layout_steps, merged, split
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
@@ -52,7 +52,7 @@ def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, 
     """
     chunks = {claim.size for claim in proof.mask.claims if isinstance(claim, Chunked)}
     others = tuple(claim for claim in proof.mask.claims if not isinstance(claim, Chunked))
-    if len(chunks) != 1 or not all(isinstance(claim, Band) for claim in others) or proof.dense or proof.limits:
+    if len(chunks) != 1 or not all(isinstance(claim, Band) for claim in others) or proof.dense or proof.key_bounds:
         return None
     (size,) = chunks
     if site.q_len != site.kv_len or site.q_len % size or site.q_len == size or proof.empty_rows is EmptyRows.MEAN:

@@ -147,6 +147,6 @@ NOTES: tuple[Note, ...] = (
     Note(
         "computes a causal mask in place of the given one",
         "attention_base.py:727",
-        lambda p, _: is_masked(p) and (bool(p.mask.runs.claims) or p.mask.band.upper != p.kv_len - p.q_len),
+        lambda p, _: is_masked(p) and (bool(p.mask.row_bounds.claims) or p.mask.band.upper != p.kv_len - p.q_len),
     ),
 )

@@ -1,1 +1,1 @@
-"""Which values a node of the graph may take."""
+"""Which values a node of the graph may take, over all inputs."""

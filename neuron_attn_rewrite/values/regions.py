@@ -1,7 +1,8 @@
-"""Which part of its inputs a part of a result needs.
+"""Which regions of its inputs an operator needs to compute one region of its result.
 
-A mask of 32,768 x 32,768 elements is never held: it is evaluated for some query rows at a time, and each operator asks
-of its inputs only what those rows are made of.
+A mask of 32,768 x 32,768 elements is too large to hold. It is evaluated for some query rows at a time, and each
+operator reads only the matching region of its inputs. To compute rows 64 to 127 of `positions[:, None] >= keys[None]`,
+for example, elements 64 to 127 of `positions` are needed, and all of `keys`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, op_name, permut
 
 
 class Region(NamedTuple):
-    """`length` indices from `start` of one dim."""
+    """The indices `start` to `start + length - 1` of one dim, and all indices of the other dims."""
 
     dim: int
     start: int
@@ -26,12 +27,14 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Restricted:
-    """An operator call for a region: the regions of its inputs, and its arguments with sizes changed."""
+    """An operator call that computes one region of the result."""
 
     args: tuple[Any, ...]
+    """The arguments, with the sizes of the region."""
     regions: dict[fx.Node, Region] = field(default_factory=dict)
+    """The region of each input that is read. An input that is not listed is read as a whole."""
     stand_ins: tuple[fx.Node, ...] = ()
-    """Inputs of which only the shape or dtype counts."""
+    """Inputs of which only the shape or dtype is read."""
 
 
 POINTWISE = frozenset(
@@ -46,7 +49,7 @@ FILLED_LIKE = frozenset("new_ones new_zeros new_full".split())
 
 
 def restrict(node: fx.Node, region: Region) -> Restricted | None:
-    """The call that computes only the region; None where the operator's rule is not known."""
+    """The call that computes only the region; None if there is no rule for the operator."""
     name = op_name(node)
     out = shape(node)
     if name in POINTWISE:
@@ -88,7 +91,7 @@ def restrict(node: fx.Node, region: Region) -> Restricted | None:
 
 
 def _index(node: fx.Node, source: fx.Node, region: Region) -> Restricted | None:
-    """`x[i, j]` with an index for every dim: the indices broadcast to the result."""
+    """`x[i, j]` with an index tensor for every dim. The index tensors broadcast to the result."""
     indices = node.args[1]
     assert isinstance(indices, (list, tuple))
     given = [i for i in indices if isinstance(i, fx.Node)]

@@ -1,8 +1,7 @@
-"""The algebra of masks, and the proof of each claim: what must be claimed, and near misses that must not."""
+"""Key padding is claimed where it is proven, and not in near misses."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -11,128 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuron_attn_rewrite import RewriteConfig, RewriteWarning, rewrite
-from neuron_attn_rewrite.capture.export import capture
-from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
-from neuron_attn_rewrite.masks.prove import Proof, Prover
-from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
-from neuron_attn_rewrite.patterns.find import find
-from neuron_attn_rewrite.patterns.site import AttentionSite
+from neuron_attn_rewrite.masks import KeyPadding
 from tests.helpers import ALWAYS, check, relative_error
-from tests.models import FAMILIES
 
 LOW = torch.finfo(torch.float32).min
 S = 12
 ROW, KEY = torch.arange(S)[:, None], torch.arange(S)[None, :]
-
-
-# The algebra
-
-
-@pytest.mark.parametrize(
-    ("claim", "text"),
-    [
-        (Band(upper=0), "causal(offset=0)"),
-        (Band(upper=7), "causal(offset=7)"),
-        (Band(-3, 0), "sliding_window(4)"),
-        (Band(4, 7), "sliding_window(4, offset=7)"),
-        (Band(-2, 2), "window(left=2, right=2)"),
-        (Band(lower=-2), "window(left=2)"),
-        (Chunked(4), "chunked(4)"),
-        (Intervals(((0, 1), (0, 2))), "intervals(2 rows)"),
-        (KeyPadding("attention_mask"), "key_padding(attention_mask)"),
-    ],
-)
-def test_claims_read_well(claim: Any, text: str) -> None:
-    assert str(claim) == text
-
-
-def test_a_conjunction_says_each_claim_once() -> None:
-    spec = MaskSpec((Band(upper=0),)) & MaskSpec((Band(upper=0), KeyPadding("m")))
-    assert str(spec) == "causal(offset=0) & key_padding(m)"
-    assert str(MaskSpec()) == "none"
-
-
-@given(
-    st.lists(st.builds(Band, st.none() | st.integers(-6, 6), st.none() | st.integers(-6, 6)), max_size=3),
-    st.lists(st.builds(Chunked, st.integers(1, 9)), max_size=2),
-    st.integers(1, 9),
-    st.integers(1, 9),
-)
-def test_band_and_bounds_lower_the_whole_conjunction(
-    bands: list[Band], chunks: list[Chunked], q_len: int, kv_len: int
-) -> None:
-    spec = MaskSpec((*bands, *chunks))
-    i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
-    expected = torch.ones(q_len, kv_len, dtype=torch.bool)
-    for band in bands:
-        expected &= (j >= i + (-99 if band.lower is None else band.lower)) & (
-            j <= i + (99 if band.upper is None else band.upper)
-        )
-    for chunk in chunks:
-        expected &= i // chunk.size == j // chunk.size
-    assert torch.equal(spec.visible(q_len, kv_len), expected)
-    lowered = MaskSpec((spec.band, *spec.runs.claims))
-    assert torch.equal(lowered.visible(q_len, kv_len), expected)
-
-
-# Constant rows
-
-
-def fitted(visible: Tensor) -> tuple[Any, ...] | None:
-    """The claims of a constant mask, None if some row sees two intervals."""
-    rows = row_intervals(visible)
-    return None if rows is None else fit_rows(rows, visible.shape[1])
-
-
-ROWS: dict[str, tuple[Tensor, tuple[Any, ...] | None]] = {
-    "all": (KEY >= 0, ()),
-    "causal": (KEY <= ROW, (Band(upper=0),)),
-    "causal with a prefix": (KEY <= ROW + 3, (Band(upper=3),)),
-    "strictly causal": (KEY < ROW, (Band(upper=-1),)),
-    "sliding window": ((KEY <= ROW) & (KEY > ROW - 4), (Band(-3, 0),)),
-    "window both ways": ((KEY - ROW).abs() <= 2, (Band(-2, 2),)),
-    "anti-causal": (KEY >= ROW, (Band(lower=0),)),
-    "chunked": ((KEY <= ROW) & (KEY // 4 == ROW // 4), (Band(upper=0), Chunked(4))),
-    "block diagonal": (KEY // 4 == ROW // 4, (Chunked(4),)),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_are_fitted(name: str) -> None:
-    rows, claims = ROWS[name]
-    assert fitted(rows.expand(S, S)) == claims
-
-
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("element", [(0, 0), (5, 4), (7, 9), (11, 11)])
-def test_one_wrong_element_breaks_the_claim(name: str, element: tuple[int, int]) -> None:
-    rows, claims = ROWS[name]
-    broken = rows.expand(S, S).clone()
-    broken[element] = ~broken[element]
-    found = fitted(broken)
-    assert found != claims
-    assert found is None or torch.equal(MaskSpec(found).visible(S, S), broken)
-
-
-@given(st.lists(st.integers(0, 2**6 - 1), min_size=1, max_size=6))
-def test_a_fit_is_exact_or_none(bits: list[int]) -> None:
-    rows = torch.tensor([[bool(b >> j & 1) for j in range(6)] for b in bits])
-    found = fitted(rows)
-    if found is None:
-        diffs = rows.int().diff(dim=1, prepend=torch.zeros(len(bits), 1)).eq(1).sum(1)
-        assert (diffs > 1).any()  # some row is not one interval
-    else:
-        assert torch.equal(MaskSpec(found).visible(*rows.shape), rows)
-
-
-# Run-time padding
-
 B, H, D = 2, 2, 8
 
 
@@ -323,47 +209,3 @@ def test_a_soft_minus_infinity_keeps_its_empty_rows() -> None:
 def test_the_assumption_is_reported() -> None:
     model, _ = PADDINGS["additive"]
     assert "attention_mask holds only 0 and 1" in rewrite(model, inputs(), config=ALWAYS).report.sites[0].reasons
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operator gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.untyped_storage().nbytes() >= result.numel():
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_no_table_of_the_whole_mask_is_held(monkeypatch: pytest.MonkeyPatch, name: str, implementation: str) -> None:
-    """Read in blocks of rows: the same verdict, and nothing near the size of the mask."""
-    length, block = 512, 2**13
-    monkeypatch.setattr("neuron_attn_rewrite.masks.read.BLOCK", block)
-    family = next(f for f in FAMILIES if f.name == name)
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    module = capture(
-        family.build(implementation), (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    ).module
-    prover = Prover(module, ALWAYS)
-    for site in find(module, prover.evaluator):
-        assert isinstance(site, AttentionSite)
-        with Largest() as largest:
-            proof = prover.prove(site)
-        claim = "sliding_window(16)" if name == "mistral" else "causal(offset=0)"
-        assert isinstance(proof, Proof)
-        assert str(proof.mask) == f"{claim} & key_padding(attention_mask)"
-        assert largest.elements <= 2 * block
-
-
-def test_a_band_knows_whether_it_reaches_every_row() -> None:
-    for lower, upper in itertools.product((None, *range(-4, 6)), repeat=2):
-        for q_len, kv_len in itertools.product(range(1, 5), repeat=2):
-            band = Band(lower, upper)
-            first, end = MaskSpec((band,)).rows(q_len, kv_len).unbind(1)
-            assert band.reaches_every_row(q_len, kv_len) == bool((first < end).all()), (band, q_len, kv_len)
