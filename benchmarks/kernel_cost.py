@@ -2,10 +2,9 @@
 
 python -m benchmarks.kernel_cost [length ...]      lengths 2048 8192 16384 if none is given
 
-Causal, bfloat16, head_dim 128, one core: one head, and 16 query heads on 8 key and value heads, of which one group is
-simulated and counted eight times; then one head with a window of 512. The times are lower bounds (each engine's
-instructions back to back, nothing waits), never latencies. With NKI_LIBRARY set to a checkout of
-aws-neuron/nki-library its `attention_cte` stands beside, under the same model.
+All rows are causal, bfloat16, head_dim 128, on one core: one head; 16 query heads on 8 kv heads, of which one group is
+simulated and counted eight times; and one head with a window of 512. The times are lower bounds, not latencies: no engine
+ever waits. If NKI_LIBRARY is set to a checkout of aws-neuron/nki-library, its `attention_cte` is measured too.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from neuron_attn_rewrite import simulator
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.ops import simulated
-from neuron_attn_rewrite.simulator.cost import bound
+from neuron_attn_rewrite.simulator.cost import lower_bound
 
 LENGTHS = (2048, 8192, 16384)
 HEAD_DIM = 128
@@ -32,7 +31,7 @@ TARGETS = {"gen3": "trn2", "gen4": "trn3"}
 
 @dataclass(frozen=True)
 class Row:
-    """`group` query heads on one key and value head, simulated once and counted `times` times."""
+    """`group` query heads on one kv head, simulated once and counted `times` times."""
 
     heads: str
     length: int
@@ -42,7 +41,7 @@ class Row:
 
     @property
     def useful_flops(self) -> float:
-        """Two products for each visible pair of query and key."""
+        """Two matrix products for each pair of a query and a key that it sees."""
         n, w = self.length, min(self.window or self.length, self.length)
         pairs = n * w - w * (w - 1) / 2
         return 4.0 * HEAD_DIM * pairs * self.group * self.times
@@ -71,7 +70,7 @@ def attention_cte(row: Row, target: str) -> simulator.Trace:
 
 def line(name: str, kernel: Callable[[Row, str], simulator.Trace], row: Row, target: str) -> str:
     trace = kernel(row, target)
-    b = bound(trace)
+    b = lower_bound(trace)
     busy = ", ".join(f"{e} {s * row.times * 1e6:.0f}" for e, s in sorted(b.busy.items(), key=lambda x: -x[1]) if s > 0)
     peak = {"gen3": 78.6e12, "gen4": 78.6e12}[target]
     window = "" if row.window is None else f", window {row.window}"

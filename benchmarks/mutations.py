@@ -2,9 +2,9 @@
 
 python -m benchmarks.mutations [word ...]      only the mutations whose name contains one of the words
 
-A mutation replaces a piece of source by a wrong one and runs the tests that are there for it. It is noticed if they
-fail. What may survive is listed with the reason; anything else that survives, or a listed one that is noticed, ends
-with an error. The sources are changed in a copy of the repository, never in place.
+A mutation replaces a piece of source by a wrong one and runs the tests of that source. It is noticed if they fail, and
+survives if they pass. A mutation that may survive says why. The command fails if another one survives, or if one that
+may survive is noticed. The sources are changed in a copy of the repository, never in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from benchmarks.kernel_mutations import BROKEN
 
 ROOT = Path(__file__).parents[1]
 SIMULATOR = "neuron_attn_rewrite/simulator"
-TESTS = ("tests/test_simulator.py", "tests/test_simulator_ops.py", "tests/test_simulator_rules.py")
+TESTS = (
+    "tests/simulator/test_run.py",
+    "tests/simulator/test_instructions.py",
+    "tests/simulator/test_rules.py",
+)
 
 
 @dataclass(frozen=True)
@@ -36,218 +40,243 @@ class Mutation:
     survives: str = ""
 
 
-def sim(name: str, file: str, old: str, new: str, survives: str = "") -> Mutation:
-    return Mutation(name, f"{SIMULATOR}/{file}", old, new, survives=survives)
+def machine(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(name, f"{SIMULATOR}/machine/{file}", old, new)
+
+
+def isa(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(name, f"{SIMULATOR}/nki/isa/{file}", old, new)
+
+
+def language(name: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(name, f"{SIMULATOR}/nki/language/{file}", old, new)
 
 
 MUTATIONS: tuple[Mutation, ...] = (
     # conversions and operators
-    sim(
+    machine(
         "bfloat16 truncates",
         "dtypes.py",
         "lambda x: x.astype(ml_dtypes.bfloat16)",
         "lambda x: (x.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(ml_dtypes.bfloat16)",
     ),
-    sim(
-        "bfloat16 loads a bit too much", "dtypes.py", "<< np.uint32(16)).view", "<< np.uint32(16) | np.uint32(1)).view"
+    machine(
+        "bfloat16 loads a bit too much",
+        "dtypes.py",
+        "<< np.uint32(16)).view",
+        "<< np.uint32(16) | np.uint32(1)).view",
     ),
-    sim(
-        "tfloat32 truncates", "dtypes.py", "np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))", "np.uint32(0)"
+    machine(
+        "tfloat32 truncates",
+        "dtypes.py",
+        "np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))",
+        "np.uint32(0)",
     ),
-    sim("integers truncate", "dtypes.py", "np.rint(x.astype(np.float64))", "np.trunc(x.astype(np.float64))"),
-    sim("integers wrap", "dtypes.py", "limits.min, limits.max)", "-(2**62), 2**62)"),
-    sim("subtract adds", "operators.py", 'Operator("subtract", np.subtract', 'Operator("subtract", np.add'),
-    sim("maximum is minimum", "operators.py", 'Operator("maximum", np.maximum', 'Operator("maximum", np.minimum'),
-    sim("greater_equal is greater", "operators.py", "_float(np.greater_equal)", "_float(np.greater)"),
-    sim("less_equal is less", "operators.py", "_float(np.less_equal)", "_float(np.less)"),
-    sim("exp is expm1", "operators.py", "activation=np.exp)", "activation=np.expm1)"),
+    machine("integers truncate", "dtypes.py", "np.rint(x.astype(np.float64))", "np.trunc(x.astype(np.float64))"),
+    machine("integers wrap", "dtypes.py", "limits.min, limits.max)", "-(2**62), 2**62)"),
+    machine("subtract adds", "operators.py", 'Operator("subtract", np.subtract', 'Operator("subtract", np.add'),
+    machine("maximum is minimum", "operators.py", 'Operator("maximum", np.maximum', 'Operator("maximum", np.minimum'),
+    machine("greater_equal is greater", "operators.py", "_float(np.greater_equal)", "_float(np.greater)"),
+    machine("less_equal is less", "operators.py", "_float(np.less_equal)", "_float(np.less)"),
+    machine("exp is expm1", "operators.py", "activation=np.exp)", "activation=np.expm1)"),
     # tensor engine
-    sim("matmul transposes the other operand", "isa/matmul.py", "np.matmul(a.T, b)", "np.matmul(b.T, a).T * 1.0001"),
-    sim("matmul always overwrites", "isa/matmul.py", "value = kind.load(old) + value", "value = value"),
-    sim(
+    isa("matmul transposes the other operand", "matmul.py", "np.matmul(a.T, b)", "np.matmul(b.T, a).T * 1.0001"),
+    isa("matmul always overwrites", "matmul.py", "value = kind.load(old) + value", "value = value"),
+    isa(
         "matmul always accumulates",
-        "isa/matmul.py",
+        "matmul.py",
         "if accumulate or (accumulate is None and begun.all()):",
         "if begun.all():",
     ),
-    sim(
+    isa(
         "matmul accumulates by tile",
-        "isa/matmul.py",
+        "matmul.py",
         "np.where(begun, kind.load(old) + value, value)",
         "kind.load(old) + value",
     ),
-    sim("matmul forgets that it wrote", "isa/matmul.py", "    begun[...] = True\n", ""),
-    sim("a write does not end an accumulation", "isa/rules.py", "        t.begun()[...] = False\n", "        pass\n"),
-    sim(
+    isa("matmul forgets that it wrote", "matmul.py", "    begun[...] = True\n", ""),
+    isa("a write does not end an accumulation", "rules.py", "        t.begun()[...] = False\n", "        pass\n"),
+    isa(
         "double_row drops a row",
-        "isa/matmul.py",
+        "matmul.py",
         "x.reshape(2 * len(x), -1) for x in (a, b)",
         "x.reshape(2 * len(x), -1) * (np.arange(2 * len(x)) % 2)[:, None] for x in (a, b)",
     ),
-    sim("nc_transpose does not", "isa/matmul.py", ".reshape(p, f).T.reshape(dst.shape)", ".reshape(dst.shape)"),
+    isa("nc_transpose does not", "matmul.py", ".reshape(p, f).T.reshape(dst.shape)", ".reshape(dst.shape)"),
     # scalar engine
-    sim("activation forgets scale", "isa/activations.py", "        x = x * factor\n", "        pass\n"),
-    sim("activation forgets bias", "isa/activations.py", "x = x + i.scalar", "x = x + 0 * i.scalar"),
-    sim("registers start over", "isa/activations.py", "total = op.binary(held, total)", "pass"),
-    sim("registers forget reduce_init", "isa/activations.py", "total = op.binary(init, total)", "pass"),
-    sim(
+    isa("activation forgets scale", "activations.py", "        x = x * factor\n", "        pass\n"),
+    isa("activation forgets bias", "activations.py", "x = x + i.scalar", "x = x + 0 * i.scalar"),
+    isa("registers start over", "activations.py", "total = op.binary(held, total)", "pass"),
+    isa("registers forget reduce_init", "activations.py", "total = op.binary(init, total)", "pass"),
+    isa(
         "registers are not kept",
-        "isa/activations.py",
+        "activations.py",
         "        held[:] = total\n        registers.op = op.name\n",
         "        held = total\n        registers.op = op.name\n",
     ),
-    sim("reduce_res is not negated", "isa/activations.py", "-registers if negate else registers", "registers"),
-    sim(
+    isa("reduce_res is not negated", "activations.py", "-registers if negate else registers", "registers"),
+    isa(
         "operands are not swapped",
-        "isa/activations.py",
+        "activations.py",
         "op.binary(y, x) if reverse else op.binary(x, y)",
         "op.binary(x, y)",
     ),
     # vector engine
-    sim(
+    isa(
         "tensor_copy casts through float32",
-        "isa/elementwise.py",
+        "elementwise.py",
         'if i.operands["dst"].dtype == i.operands["src"].dtype and not scalar:',
         "if False:",
     ),
-    sim("tensor_copy on the scalar engine keeps bits", "isa/elementwise.py", "].dtype and not scalar:", "].dtype:"),
-    sim(
+    isa("tensor_copy on the scalar engine keeps bits", "elementwise.py", "].dtype and not scalar:", "].dtype:"),
+    isa(
         "memset fills with zero",
-        "isa/elementwise.py",
+        "elementwise.py",
         'i.write_raw("dst", kind.store(np.array(value, np.float32)))',
         'i.write_raw("dst", kind.store(np.array(0, np.float32)))',
     ),
-    sim(
+    isa(
         "predicate is not reversed",
-        "isa/elementwise.py",
+        "elementwise.py",
         "!= bool(reverse_pred)\n    if isinstance(src",
         "!= False\n    if isinstance(src",
     ),
-    sim("predicated copy copies all", "isa/elementwise.py", "value, where=chosen)", "value)"),
-    sim("predicated copy marks all as written", "isa/elementwise.py", "mark_written(dst, chosen)", "mark_written(dst)"),
-    sim(
+    isa("predicated copy copies all", "elementwise.py", "value, where=chosen)", "value)"),
+    isa(
+        "predicated copy marks all as written",
+        "elementwise.py",
+        "mark_written(dst, chosen)",
+        "mark_written(dst)",
+    ),
+    isa(
         "integers go through float32",
-        "isa/elementwise.py",
+        "elementwise.py",
         "if not engine.value and arithmetic and (on_gpsimd or words):",
         "if not engine.value and on_gpsimd:",
     ),
-    sim(
+    isa(
         "tensor_scalar drops the second operator",
-        "isa/elementwise.py",
+        "elementwise.py",
         'y = apply_alu(i, "1", op1, y, operand1, reverse1)',
         "pass",
     ),
-    sim(
+    isa(
         "scalar_tensor_tensor ignores reverse1",
-        "isa/elementwise.py",
+        "elementwise.py",
         'i.read("operand1"), reverse1)',
         'i.read("operand1"))',
     ),
-    sim(
+    isa(
         "reciprocal is off by an ulp",
-        "isa/elementwise.py",
+        "elementwise.py",
         'np.float32(1) / i.read("data")',
         'np.float32(1) / i.read("data") * np.float32(1.00001)',
     ),
-    sim("shuffle ignores quadrants", "isa/elementwise.py", "p // 32 * 32 + mask[p % 32]", "mask[p % 32]"),
-    sim(
+    isa("shuffle ignores quadrants", "elementwise.py", "p // 32 * 32 + mask[p % 32]", "mask[p % 32]"),
+    isa(
         "shuffle copies 255 too",
-        "isa/elementwise.py",
+        "elementwise.py",
         "for p in range(dst.shape[0]) if mask[p % 32] != 255]",
         "for p in range(dst.shape[0])]",
     ),
-    sim(
+    isa(
         "scan forgets its start",
-        "isa/elementwise.py",
+        "elementwise.py",
         'i.scalar("initial", initial, "data0", any_float=True), (len',
         "np.float32(0), (len",
     ),
-    sim("bit operators swap", "isa/elementwise.py", "op.bits(y, x) if reverse else op.bits(x, y)", "op.bits(y, x)"),
+    isa("bit operators swap", "elementwise.py", "op.bits(y, x) if reverse else op.bits(x, y)", "op.bits(y, x)"),
     # reductions
-    sim("tensor_reduce is not negated", "isa/reductions.py", "-y if negate else y", "y"),
-    sim("tensor_reduce takes all axes", "isa/reductions.py", "kept = math.prod(data.shape[1 : axes[0]])", "kept = 1"),
-    sim(
+    isa("tensor_reduce is not negated", "reductions.py", "-y if negate else y", "y"),
+    isa("tensor_reduce takes all axes", "reductions.py", "kept = math.prod(data.shape[1 : axes[0]])", "kept = 1"),
+    isa(
         "range_select includes its end",
-        "isa/reductions.py",
+        "reductions.py",
         "comp_op1.binary(index, upper)",
         "comp_op1.binary(index - 1, upper)",
     ),
-    sim(
+    isa(
         "range_select starts at zero",
-        "isa/reductions.py",
+        "reductions.py",
         "np.arange(range_start, range_start + x.shape[1]",
         "np.arange(0, x.shape[1]",
     ),
-    sim("range_select takes either bound", "isa/reductions.py", "!= 0) & (comp_op1", "!= 0) | (comp_op1"),
-    sim(
-        "select_reduce ignores reverse_pred", "isa/reductions.py", "!= 0) != bool(reverse_pred)\n    y", "!= 0)\n    y"
+    isa("range_select takes either bound", "reductions.py", "!= 0) & (comp_op1", "!= 0) | (comp_op1"),
+    isa(
+        "select_reduce ignores reverse_pred",
+        "reductions.py",
+        "!= 0) != bool(reverse_pred)\n    y",
+        "!= 0)\n    y",
     ),
-    sim(
-        "exponential does not subtract", "isa/reductions.py", 'i.read("src") - i.scalar', 'i.read("src") - 0 * i.scalar'
+    isa(
+        "exponential does not subtract",
+        "reductions.py",
+        'i.read("src") - i.scalar',
+        'i.read("src") - 0 * i.scalar',
     ),
     # GpSimd
-    sim("iota forgets the partition", "isa/affine.py", "[:, None] * channel_multiplier", "[:, None] * 0"),
-    sim("iota forgets the offset", "isa/affine.py", "np.array([[offset]], np.int64)", "np.array([[0]], np.int64)"),
-    sim(
+    isa("iota forgets the partition", "affine.py", "[:, None] * channel_multiplier", "[:, None] * 0"),
+    isa("iota forgets the offset", "affine.py", "np.array([[offset]], np.int64)", "np.array([[0]], np.int64)"),
+    isa(
         "affine_select compares the other way",
-        "isa/affine.py",
+        "affine.py",
         "cmp_op.binary(_affine(i, pattern, offset, channel_multiplier), 0)",
         "cmp_op.binary(0, _affine(i, pattern, offset, channel_multiplier))",
     ),
     # DMA
-    sim(
+    isa(
         "gather takes rows in order",
-        "isa/dma.py",
+        "dma.py",
         "_elements(src, rows)[_indices(src)[ok]], src.dtype",
         "_elements(src, rows)[np.flatnonzero(ok)], src.dtype",
     ),
-    sim(
+    isa(
         "scatter writes rows in order",
-        "isa/dma.py",
+        "dma.py",
         "    target = _indices(dst)[ok]\n",
         "    target = np.flatnonzero(ok)\n",
     ),
-    sim("skipped rows shift", "isa/dma.py", "dst.array()[ok] = values", "dst.array()[: ok.sum()] = values"),
-    sim("indices are read by row", "isa/dma.py", ".reshape(by.index.shape[0], -1).T.reshape(-1)", ".reshape(-1)"),
-    sim("dma_transpose swaps the middle", "isa/dma.py", "4: (3, 1, 2, 0)}", "4: (3, 2, 1, 0)}"),
-    sim(
+    isa("skipped rows shift", "dma.py", "dst.array()[ok] = values", "dst.array()[: ok.sum()] = values"),
+    isa("indices are read by row", "dma.py", ".reshape(by.index.shape[0], -1).T.reshape(-1)", ".reshape(-1)"),
+    isa("dma_transpose swaps the middle", "dma.py", "4: (3, 1, 2, 0)}", "4: (3, 2, 1, 0)}"),
+    isa(
         "dma_compute drops a source",
-        "isa/dma.py",
+        "dma.py",
         "    for t in srcs:\n        i.operands",
         "    for t in srcs[1:]:\n        i.operands",
     ),
-    sim("scalar offset is ignored", "isa/rules.py", "t.offset + index_value(by.index, what) * by.stride", "t.offset"),
+    isa("scalar offset is ignored", "rules.py", "t.offset + index_value(by.index, what) * by.stride", "t.offset"),
     # views
-    sim("ap ignores its offset", "tensor.py", "shape, strides, offset or 0, by)", "shape, strides, 0, by)"),
-    sim(
+    machine("ap ignores its offset", "tensor.py", "shape, strides, offset or 0, by)", "shape, strides, 0, by)"),
+    machine(
         "slices ignore their step",
         "tensor.py",
         "strides.append(self.strides[d] * step)",
         "strides.append(self.strides[d])",
     ),
-    sim(
+    isa(
         "partly written counts as written",
-        "isa/rules.py",
+        "rules.py",
         "    t.shadow(marks)[...] = True\n",
         "    s.complete = True\n",
     ),
-    sim(
+    machine(
         "marks of bytes are those of elements",
         "tensor.py",
         "        if self.storage.bytewise:\n",
         "        if False:\n",
     ),
     # two cores
-    sim("sendrecv keeps its own", "isa/control.py", 'i.write_raw("dst", received)', 'i.write_raw("dst", values)'),
-    sim("barrier lets pass", "isa/control.py", 'i.core.link.meet(i.core.id, ("core_barrier", None), None)', "pass"),
-    sim("shared tensors are not", "launch.py", "            storage = other\n", "            pass\n"),
-    sim(
+    isa("sendrecv keeps its own", "control.py", 'i.write_raw("dst", received)', 'i.write_raw("dst", values)'),
+    isa("barrier lets pass", "control.py", 'i.core.link.meet(i.core.id, ("core_barrier", None), None)', "pass"),
+    machine("shared tensors are not", "pair.py", "            storage = other\n", "            pass\n"),
+    language(
         "while_loop runs once",
-        "language.py",
+        "control.py",
         'while register_value(condition, "nl.while_loop"):\n        following',
         'if register_value(condition, "nl.while_loop"):\n        following',
     ),
-    sim("fori_loop ignores its step", "language.py", "upper), step):\n", "upper), 1):\n"),
+    language("fori_loop ignores its step", "control.py", "upper), step):\n", "upper), 1):\n"),
     *(Mutation(*broken) for broken in BROKEN),
 )
 

@@ -25,7 +25,7 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.ops import definitions
 from neuron_attn_rewrite.simulator import active, load, run
-from neuron_attn_rewrite.simulator.cost import Bound, bound
+from neuron_attn_rewrite.simulator.cost import LowerBound, lower_bound
 
 NUMBERS = Path(__file__).with_name("traces.json")
 CASES: tuple[tuple[str, int, int, int, dict[str, int]], ...] = (
@@ -52,12 +52,12 @@ def measure() -> list[dict[str, Any]]:
         terms = definitions.check(query, key, value, scale=0.1, **mask)
         made = prepare.flash_fwd(query, key, value, terms, lnc=1, target="gen3")
         result = run(getattr(load(made.module), made.kernel), lnc=1, target="gen3", **made.tensors, **made.static)
-        theirs: list[Bound] = []
+        theirs: list[LowerBound] = []
 
-        def launch(kernel: Any, lnc: int, theirs: list[Bound] = theirs) -> Any:
+        def launch(kernel: Any, lnc: int, theirs: list[LowerBound] = theirs) -> Any:
             def call(**arguments: Any) -> Any:
                 result = run(kernel, lnc=lnc, target="gen3", same_instructions=False, **arguments)
-                theirs.append(bound(result.trace, "gen3"))
+                theirs.append(lower_bound(result.trace, "gen3"))
                 return result.outputs
 
             return call
@@ -65,12 +65,12 @@ def measure() -> list[dict[str, Any]]:
         adapter = replace(vendor.ADAPTERS["attention_cte"], kernel=cte, launch=launch)
         with contextlib.redirect_stdout(io.StringIO()):
             adapter.call(query, key, value, terms, 1)
-        rows.append({"case": f"{name}, {length} x {dim}", "ours": _numbers(bound(result.trace, "gen3"))})
+        rows.append({"case": f"{name}, {length} x {dim}", "ours": _numbers(lower_bound(result.trace, "gen3"))})
         rows[-1]["attention_cte"] = _numbers(theirs[0])
     return rows
 
 
-def _numbers(of: Bound) -> dict[str, Any]:
+def _numbers(of: LowerBound) -> dict[str, Any]:
     return {"engine": of.engine, "micros": round(of.seconds * 1e6, 1), "megabytes": round(of.hbm_bytes / 1e6, 2)}
 
 

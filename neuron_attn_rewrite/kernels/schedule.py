@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels.nki.plan import ROWS
+from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 
 NO_BLOCK = -1
 """A block of a tile of keys that holds none."""

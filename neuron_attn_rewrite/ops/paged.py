@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import cpu, reference, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
-from neuron_attn_rewrite.kernels.nki.plan import ROWS
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
+from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
 
 NAME = "flash_paged"

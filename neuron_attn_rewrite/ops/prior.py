@@ -22,9 +22,9 @@ from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import cpu, reference
-from neuron_attn_rewrite.kernels.nki import plan, prepare
-from neuron_attn_rewrite.kernels.nki.plan import Intervals
+from neuron_attn_rewrite.kernels.nki import prepare, tiling
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
+from neuron_attn_rewrite.kernels.nki.tiling import Intervals
 from neuron_attn_rewrite.kernels.reference import Terms
 
 NAME = "flash_prior"
@@ -88,7 +88,7 @@ def intervals(q_len: int, prior_lengths: Tensor, capacity: int, window: int | No
 
 
 def _new_keys(q_len: int, window: int | None, device: torch.device | str = "cpu") -> Intervals:
-    return plan.band(q_len, q_len, None if window is None else 1 - window, 0, device)
+    return tiling.band(q_len, q_len, None if window is None else 1 - window, 0, device)
 
 
 def as_one(
@@ -156,7 +156,7 @@ def launch(
             key_prior,
             value_prior,
             prior,
-            plan.band(q_len, capacity, None, None),
+            tiling.band(q_len, capacity, None, None),
             exact=False,
             padding=prior_mask,
         ),

@@ -1,10 +1,16 @@
-"""A strict functional simulator of the NKI subset that flash attention needs, written from public documentation.
+"""A strict functional simulator of NKI: run a kernel on a CPU; get its outputs, its trace and its errors.
 
-    kernels = load("my_package.my_kernels")            # source that does `import nki`
-    result = run(kernels.flash_fwd, q, k, v, lnc=2, target="gen3")
-    result.outputs, result.trace
+    import numpy as np
+    from neuron_attn_rewrite import simulator
 
-It is not NKI: it neither compiles nor schedules. See docs/simulator.md for what it checks and what it does not.
+    kernels = simulator.load("my_package.my_kernels")      # a module that does `import nki`
+    result = simulator.run(kernels.my_kernel, np.ones((128, 512), np.float32), target="gen3")
+    result.outputs                                         # a numpy array, as the argument is
+    result.trace.counts()                                  # how often each instruction ran
+    simulator.lower_bound(result.trace).seconds            # the kernel takes at least so long
+
+It is written from the public documentation, models the subset of NKI that attention kernels need, and is not NKI: it
+neither compiles nor schedules. docs/simulator.md lists what it checks and what it does not.
 """
 
 from __future__ import annotations
@@ -21,9 +27,11 @@ try:
 except ImportError as e:
     raise ImportError("the simulator needs numpy and ml_dtypes: pip install 'neuron-attn-rewrite[simulator]'") from e
 
-from neuron_attn_rewrite.simulator.launch import Run, launch
+from neuron_attn_rewrite.simulator.cost import LowerBound, lower_bound
+from neuron_attn_rewrite.simulator.importing import active, load, real_nki, simulate_really
+from neuron_attn_rewrite.simulator.launch import Result, launch
 from neuron_attn_rewrite.simulator.nki import Kernel
-from neuron_attn_rewrite.simulator.session import Session, active, load, real_nki, simulate_really
+from neuron_attn_rewrite.simulator.session import Memory, Session, Uninitialized, current_session
 from neuron_attn_rewrite.simulator.trace import Instruction, Trace
 
 
@@ -32,37 +40,62 @@ def run(
     *args: Any,
     lnc: int | None = None,
     target: str | None = None,
-    memory: str | None = None,
-    uninitialized: str | None = None,
+    memory: Memory | None = None,
+    uninitialized: Uninitialized | None = None,
     first_core: int = 0,
     same_instructions: bool = True,
     **kwargs: Any,
-) -> Run:
-    """Launch a kernel, `@nki.jit` or a plain function, with tensors of numpy or torch; the rest goes to the kernel.
+) -> Result:
+    """Launch a kernel, and return its outputs and its trace.
 
-    lnc: cores, 1 or 2. target: "gen2", "gen3" or "gen4". memory: "logical" (independent tensors) or "physical"
-    (tensors share bytes by address=, capacity is counted). uninitialized: "error", or "nan" to read NaN. first_core:
-    which core of two runs first up to each synchronisation; a right kernel gives the same either way.
-    same_instructions: whether both cores must issue the same instructions.
+    A kernel of the real `nki` goes to the simulator of the real `nki`.
 
-    Raises SimulatorError where the kernel breaks a rule of NKI. A kernel of the real `nki` goes to its own simulator.
+    Args:
+        kernel: a function under `@nki.jit`, or a plain function that computes with `nki`.
+        args, kwargs: the arguments of the kernel. Tensors are of torch, on the CPU, or of numpy; of any shape, and of a
+            dtype that NKI has, so of at most 32 bits. What the kernel writes into them is in them afterwards. An
+            argument whose name is one of the options below can only be given by position.
+        lnc: how many physical cores run the kernel, 1 or 2; by default as in `kernel[lnc]`, else 1.
+        target: "gen2", "gen3" (trn2) or "gen4" (trn3), or the name of a device such as "trn2". By default that of
+            `active`, else NEURON_PLATFORM_TARGET_OVERRIDE of the environment, else "gen3".
+        memory: "logical" (default): each tensor has bytes of its own. "physical": tensors with `address=` share SBUF
+            and PSUM, and all tensors that Python refers to must fit into them.
+        uninitialized: "error" (default) if a read of bytes that nothing was written to is an error, "nan" if it gives
+            NaN.
+        first_core: which of two cores runs first, and first after each synchronisation: 0 or 1. A correct kernel gives
+            the same result for both.
+        same_instructions: whether it is an error if two cores issue different instructions.
+
+    Raises:
+        SimulatorError: the kernel breaks a rule of NKI or uses what the simulator does not model, or an option has a
+            value that does not exist.
     """
     if isinstance(kernel, Kernel):
-        lnc = lnc or kernel.lnc
-        kernel = kernel.func
+        lnc, kernel = lnc or kernel.lnc, kernel.func
     elif real_nki() and not inspect.isfunction(kernel):
-        return Run(simulate_really(kernel, lnc or 1)(*args, **kwargs), None)
+        return Result(simulate_really(kernel, lnc or 1)(*args, **kwargs), None)
     return launch(
         kernel,
         args,
         kwargs,
         lnc=1 if lnc is None else lnc,
-        target_name=target,
-        memory=memory,
-        uninitialized=uninitialized,
+        options=current_session().options.changed(target=target, memory=memory, uninitialized=uninitialized),
         first_core=first_core,
         same_instructions=same_instructions,
     )
 
 
-__all__ = ["Instruction", "Kernel", "Run", "Session", "SimulatorError", "Trace", "active", "load", "real_nki", "run"]
+__all__ = [
+    "Instruction",
+    "Kernel",
+    "LowerBound",
+    "Result",
+    "Session",
+    "SimulatorError",
+    "Trace",
+    "active",
+    "load",
+    "lower_bound",
+    "real_nki",
+    "run",
+]

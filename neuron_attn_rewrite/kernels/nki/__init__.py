@@ -1,1 +1,1 @@
-"""NKI kernels, for NKI 0.6 and 0.7. Importing one needs `nki`, or the simulator in its place."""
+"""Our NKI kernels, for NKI 0.6 and 0.7, and what the host computes before a launch. Kernels import `nki`."""

@@ -1,8 +1,8 @@
-"""The NKI kernel of paged attention with a schedule: the flash core over tiles that are known only at run time.
+"""The NKI kernel of paged attention: the flash core over a schedule of tiles that is known only at run time.
 
-Which query rows meet which rows of the cache is data: indices for the DMA, and bounds for the mask. So the state of
-every query tile waits in HBM, where the next tile of the schedule, whichever it is, finds it. Keys and values stay in
-SBUF from tile to tile: an index out of range leaves in place what an earlier tile has loaded.
+Which query rows meet which rows of the cache is data: row indices for the DMA, and bounds for the mask. So the states
+of all query rows lie in HBM, and each tile of the schedule loads and stores the ones that it needs. Keys and values
+stay in SBUF from tile to tile: where a row index is out of range, the row that an earlier tile has loaded stays.
 """
 
 from typing import Any
@@ -14,15 +14,14 @@ import nki.language as nl
 from neuron_attn_rewrite.kernels.nki.core import (
     LOWEST,
     ROWS,
+    KeyRange,
     Loaded,
-    Rows,
-    Run,
+    QueryTile,
     State,
     flash_step,
-    load_transposed,
-    load_values,
     normalised,
 )
+from neuron_attn_rewrite.kernels.nki.load import load_transposed, load_values
 
 
 @nki.jit
@@ -43,14 +42,18 @@ def flash_paged(
     softcap: float | None = None,
     section: int = 8192,
 ) -> Any:
-    """Rows of several requests against a paged cache, tile by tile of a schedule, then against the new keys.
+    """The query rows of several requests see a paged cache, tile by tile of a schedule, and then the new keys.
 
-    q: [kv_heads * group * q_len, head_dim], q_len a multiple of 128. k, v: [kv_heads * q_len, head_dim | v_dim], the
-    new keys. k_cache, v_cache: [rows, head_dim | v_dim]. For each tile of the schedule, q_rows int32 [heads, 128,
-    tiles] are the rows of q that it is about, and kv_rows int32 [kv_heads, tiles, 128, kv_tile / 128] those of the
-    cache, key 128 * b + p at [p, b], out of range where an earlier tile's stay. tile_bounds [128, 2 * tiles] float32
-    are the columns that each row sees, active_bounds [128, 2 * q_len / 128] the new keys. Gives
-    [kv_heads * group * q_len, v_dim].
+    q is [kv_heads * group * q_len, head_dim], where q_len is a multiple of 128. The new keys and values are
+    k [kv_heads * q_len, head_dim] and v [kv_heads * q_len, v_dim]. The cache is k_cache [cache_rows, head_dim] and
+    v_cache [cache_rows, v_dim].
+
+    q_rows int32 [heads, 128, tiles]: the rows of q of each tile of the schedule. kv_rows int32
+    [kv_heads, tiles, 128, kv_tile / 128]: the rows of the cache, key 128 * b + p at [p, b]; an index out of range keeps
+    the row of an earlier tile. tile_bounds float32 [128, 2 * tiles]: the interval of a tile's keys that each row sees.
+    active_bounds float32 [128, 2 * q_len / 128]: the interval of the new keys that each row sees.
+
+    Gives the output [kv_heads * group * q_len, v_dim] in the dtype of q.
     """
     cores = 1
     core = 0
@@ -58,7 +61,7 @@ def flash_paged(
         cores = nl.num_programs(0)
         core = nl.program_id(0)
     out = nl.ndarray((q.shape[0], v.shape[1]), dtype=q.dtype, buffer=nl.shared_hbm)
-    # A core has its own copy of the state; heads that do not divide are computed by both.
+    # Each core has states of its own. If the cores cannot share the heads equally, both compute all of them.
     states = nl.ndarray((q.shape[0], v.shape[1] + 2), dtype=nl.float32, buffer=nl.private_hbm)
     tile_bounds_sb = nl.ndarray(tile_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile_bounds_sb, src=tile_bounds)
@@ -80,7 +83,7 @@ def flash_paged(
 
 
 def _clear(states: Any, start: int, count: int, scale: float, softcap: Any) -> None:
-    """Rows that have seen nothing."""
+    """Set the states of these rows to that of a row that has seen no key."""
     width = states.shape[1]
     tile = nl.ndarray((ROWS, width), dtype=nl.float32, buffer=nl.sbuf)
     factor = scale
@@ -93,7 +96,7 @@ def _clear(states: Any, start: int, count: int, scale: float, softcap: Any) -> N
 
 
 def _state(tile: Any) -> State:
-    """A tile [128, v_dim + 2] as a state: the output, then the largest exponent, then the sum."""
+    """A tile [128, v_dim + 2] as a state: acc, then neg_max, then total."""
     v_dim = tile.shape[1] - 2
     return State(tile[:, 0:v_dim], tile[:, v_dim : v_dim + 1], tile[:, v_dim + 1 : v_dim + 2])
 
@@ -102,26 +105,26 @@ def _packed(state: State) -> Any:
     rows, v_dim = state.acc.shape
     tile = nl.ndarray((rows, v_dim + 2), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_copy(dst=tile[:, 0:v_dim], src=state.acc)
-    nisa.tensor_copy(dst=tile[:, v_dim : v_dim + 1], src=state.neg_top)
+    nisa.tensor_copy(dst=tile[:, v_dim : v_dim + 1], src=state.neg_max)
     nisa.tensor_copy(dst=tile[:, v_dim + 1 : v_dim + 2], src=state.total)
     return tile
 
 
 def _gathered(source: Any, rows: Any) -> Any:
-    """Rows of HBM [rows, width] as SBUF [128, width]; rows: int32 [128, 1] in SBUF."""
+    """Rows of HBM [rows, width] as an SBUF tile [128, width]. `rows` is int32 [128, 1] in SBUF."""
     width = source.shape[1]
     tile = nl.ndarray((ROWS, width), dtype=source.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile, src=source.ap([[width, ROWS], [1, width]], vector_offset=rows, indirect_dim=0))
     return tile
 
 
-def _turned(tile: Any, into: Any, start: int) -> None:
-    """SBUF [128, size] transposed into the tiles [<=128, n] of `into`, at the columns from `start` on."""
+def _transpose_into(tile: Any, into: Any, start: int) -> None:
+    """Transpose an SBUF tile [128, size] into the tiles [<=128, n] of `into`, from column `start` on."""
     for c in range(len(into)):
         features = into[c].shape[0]
-        turned = nl.ndarray((features, ROWS), dtype=tile.dtype, buffer=nl.psum)
-        nisa.nc_transpose(dst=turned, data=tile[:, c * ROWS : c * ROWS + features], engine=nisa.engine.tensor)
-        nisa.activation(dst=into[c][:, start : start + ROWS], op=nl.copy, data=turned)
+        transposed = nl.ndarray((features, ROWS), dtype=tile.dtype, buffer=nl.psum)
+        nisa.nc_transpose(dst=transposed, data=tile[:, c * ROWS : c * ROWS + features], engine=nisa.engine.tensor)
+        nisa.activation(dst=into[c][:, start : start + ROWS], op=nl.copy, data=transposed)
 
 
 def _feature_tiles(size: int, count: int, dtype: Any) -> Any:
@@ -144,14 +147,14 @@ def _prior(
     scale: float,
     softcap: Any,
 ) -> None:
-    """The tiles of the schedule, for one kv head."""
+    """One kv head: the tiles of the schedule."""
     tiles = kv_rows.shape[1]
     blocks = kv_rows.shape[3]
     head_dim = k_cache.shape[1]
     v_dim = v_cache.shape[1]
     keys = nl.ndarray((ROWS, blocks, head_dim), dtype=k_cache.dtype, buffer=nl.sbuf)
     values = nl.ndarray((ROWS, blocks, v_dim), dtype=v_cache.dtype, buffer=nl.sbuf)
-    # Skipped rows of a first tile are hidden, but what hides them multiplies.
+    # The mask hides skipped rows of the first tile, but their products must be numbers.
     nisa.memset(dst=keys, value=0.0)
     nisa.memset(dst=values, value=0.0)
     q_index = []
@@ -175,15 +178,15 @@ def _prior(
                 src=v_cache.ap([[v_dim, ROWS], [1, v_dim]], vector_offset=at, indirect_dim=0),
                 oob_mode=nisa.oob_mode.skip,
             )
-            _turned(keys[:, b, :], k_t, b * ROWS)
+            _transpose_into(keys[:, b, :], k_t, b * ROWS)
         loaded = Loaded(0, k_t, values, None, None)
-        run = Run(0, blocks * ROWS, blocks * ROWS, blocks * ROWS)
+        key_range = KeyRange(0, blocks * ROWS, blocks * ROWS, blocks * ROWS)
         for g in range(group):
             at = q_index[g][:, t : t + 1]
             q_t = _feature_tiles(head_dim, ROWS, q.dtype)
-            _turned(_gathered(q, at), q_t, 0)
-            tile = Rows(q_t, bounds[:, 2 * t : 2 * t + 1], bounds[:, 2 * t + 1 : 2 * t + 2])
-            state = flash_step(tile, loaded, run, None, scale, softcap, _state(_gathered(states, at)))
+            _transpose_into(_gathered(q, at), q_t, 0)
+            tile = QueryTile(q_t, bounds[:, 2 * t : 2 * t + 1], bounds[:, 2 * t + 1 : 2 * t + 2])
+            state = flash_step(tile, loaded, key_range, None, scale, softcap, _state(_gathered(states, at)))
             nisa.dma_copy(
                 dst=states.ap([[v_dim + 2, ROWS], [1, v_dim + 2]], vector_offset=at, indirect_dim=0),
                 src=_packed(state),
@@ -205,7 +208,7 @@ def _active(
     section: int,
     out: Any,
 ) -> None:
-    """The new keys, for one kv head; then the output."""
+    """One kv head: the new keys, then the output."""
     q_len = k.shape[0] // kv_heads
     for start in range(0, q_len, section):
         stop = min(start + section, q_len)
@@ -217,17 +220,19 @@ def _active(
             None,
         )
         for row in range(start, q_len, ROWS):
-            # No row sees a key that comes after it.
+            # No row sees a key after its own position.
             last = min(row + ROWS, stop)
             column = row // ROWS * 2
             for g in range(group):
                 at = (head * group + g) * q_len + row
-                tile = Rows(
+                tile = QueryTile(
                     load_transposed(q, at, ROWS), bounds[:, column : column + 1], bounds[:, column + 1 : column + 2]
                 )
                 before = nl.ndarray((ROWS, states.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
                 nisa.dma_copy(dst=before, src=states[at : at + ROWS, :])
-                state = flash_step(tile, loaded, Run(start, last, last, last), None, scale, softcap, _state(before))
+                state = flash_step(
+                    tile, loaded, KeyRange(start, last, last, last), None, scale, softcap, _state(before)
+                )
                 if stop < row + ROWS:
                     nisa.dma_copy(dst=states[at : at + ROWS, :], src=_packed(state))
                 else:

@@ -1,4 +1,4 @@
-"""From an op's operands to a kernel launch: the host's share of the work, the same for simulator, device and tests."""
+"""From the operands of an op to the launch of a kernel. It is the same for the simulator and for a device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels.nki import plan
-from neuron_attn_rewrite.kernels.nki.plan import Intervals
+from neuron_attn_rewrite.kernels.nki import tiling
+from neuron_attn_rewrite.kernels.nki.tiling import Intervals
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, Orders, plain_shape, turned
 from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
 
@@ -20,30 +20,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256
 """Largest head_dim and v_head_dim."""
 HIDDEN = -3.0e38
-"""Added to a score that must not count; a bias that is -inf counts as this."""
+"""Added to the scores of hidden keys, and in the place of a bias of -inf."""
 LOWEST_BIAS = -5.0e29
-"""A finite bias counts as at least this: still far below any score, and above `core.LOWEST`, so that a row whose
-biases are all as low as that sees its keys."""
+"""Finite biases are clamped to at least this. It is far below any score, but above `core.LOWEST`, so that a row whose
+biases are all so low still sees its keys."""
 KEY_BYTES = 80 * 1024
-"""SBUF bytes of a partition for keys and values."""
+"""SBUF bytes for keys and values, in each partition."""
 ACCEPTED = Accepted(*(((PLAIN, "BSHD"),) * 4))
-"""Heads behind each other, or side by side in a row."""
+"""The heads lie behind each other, or side by side in a row."""
 STATE_BYTES = 32 * 1024
-"""SBUF bytes of a partition for tiles that wait while sections of keys pass by."""
+"""SBUF bytes for the states of query tiles, in each partition."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: `finish(kernel[lnc](**tensors, **static))` is what the op gives.
+    """One kernel call: the op returns `finish(kernel[lnc](**tensors, **static))`.
 
-    Nothing here reads a tensor's data unless it lies on the CPU, so that a launch can be traced on any device.
+    To make a launch, only data of tensors on the CPU is read, so a launch can be traced on any device.
     """
 
     module: str
-    """Where the kernel is; importing it needs `nki` or the simulator."""
+    """The module of the kernel. To import it, `nki` or the simulator is needed."""
     kernel: str
     tensors: Mapping[str, Tensor]
-    """By argument name, contiguous, in the kernel's layout. An absent operand is left out."""
+    """By argument name: contiguous, in the layout of the kernel. Absent operands are left out."""
     static: Mapping[str, Any]
     """Compile-time arguments: numbers, and tuples of them."""
     lnc: int
@@ -52,22 +52,22 @@ class Launch:
 
 @dataclass(frozen=True)
 class Source:
-    """Keys that the rows look at, and what they see of them."""
+    """Keys and values, and which of them the query rows see."""
 
     suffix: str
-    """Of the kernel's arguments: "" or "_prior"."""
+    """Of the names of the kernel's arguments: "" or "_prior"."""
     key: Tensor
     value: Tensor
     intervals: Intervals
     """What each row sees."""
     planned: Intervals
-    """What is known of it before the launch, on the CPU: no row sees more."""
+    """What is known before the launch, on the CPU. No row sees more."""
     exact: bool
-    """It is all that hides a key of this source from a row, but for `padding` and a bias."""
+    """Whether a row sees exactly these keys, except for those that `padding` or a bias hides."""
     padding: Tensor | None = None
-    """Bool [1 | batch, kv_len], True where a key is seen."""
+    """bool [1 | batch, kv_len], True if the key is seen."""
     orders: tuple[str, str] = (PLAIN, PLAIN)
-    """How key and value lie: two of `ACCEPTED`."""
+    """The layouts of key and value, two of `ACCEPTED`."""
 
 
 def flash_fwd(
@@ -81,23 +81,24 @@ def flash_fwd(
     target: str = "gen3",
     orders: Orders = AS_GIVEN,
 ) -> Launch:
-    """The launch of `neuron_attn::flash_fwd` (operands, terms and strategy as there, all of them checked).
+    """The launch of `neuron_attn::flash_fwd`.
 
-    `orders` is how operands and result lie.
+    Operands, terms and strategy are those of the op, already checked. `target` is "gen2", "gen3" or "gen4". `orders`
+    are the layouts of the operands and of the result.
 
     Raises:
-        InputError: what no kernel here computes, or not on that target: "gen2", "gen3" or "gen4".
+        InputError: no kernel here computes this, or not on this target.
     """
     here = ACCEPTED.nearest(orders)
     query, key, value = orders.to(here, query, key, value)
     q_len, kv_len = plain_shape(query, here.query)[2], plain_shape(key, here.key)[2]
-    with plan.real_numbers():
-        planned = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper)
-    intervals = plan.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
+    with tiling.real_numbers():
+        planned = tiling.band(q_len, kv_len, terms.band_lower, terms.band_upper)
+    intervals = tiling.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
     exact = True
     if terms.bounds is not None:
         lo, hi = terms.bounds.to(torch.int32).unbind(2)
-        intervals = plan.meet(intervals, Intervals(lo, hi).within(kv_len))
+        intervals = tiling.intersection(intervals, Intervals(lo, hi).within(kv_len))
         exact = is_static(terms.bounds)
         planned = intervals if exact else planned
     source = Source("", key, value, intervals, planned, exact, terms.key_padding, (here.key, here.value))
@@ -120,12 +121,13 @@ def launch(
     order: str = PLAIN,
     result: str = PLAIN,
 ) -> Launch:
-    """The launch of the kernel for rows that see keys of one source or two; of `terms` all but the masks count.
+    """The launch of the kernel for query rows that see the keys of one source or of two.
 
-    `order` and `result` say how the query and the result lie: two of `ACCEPTED`.
+    The masks are those of the sources; of `terms` all else is used. `order` and `result` are the layouts of the query
+    and of the result, two of `ACCEPTED`.
 
     Raises:
-        InputError: as `flash_fwd`.
+        InputError: no kernel here computes this, or not on this target.
     """
     batch, heads, q_len, _ = plain_shape(query, order)
     _, kv_heads, kv_len, v_dim = plain_shape(sources[0].value, sources[0].orders[1])
@@ -134,26 +136,26 @@ def launch(
         raise InputError("gen2 has no pairs of cores: its kernels take lnc=1.")
     query, scale = positive_scale(query, terms.scale)
     group, rows = heads // kv_heads, q_len
-    fold = group > 1 and group * q_len <= plan.ROWS
+    fold = group > 1 and group * q_len <= tiling.ROWS
     bias, row_bias = _biases(terms, scale, kv_len, fold)
-    sink = None if terms.sink is None else terms.sink.float()[:, None].expand(heads, min(plan.ROWS, q_len))
+    sink = None if terms.sink is None else terms.sink.float()[:, None].expand(heads, min(tiling.ROWS, q_len))
     inside = result
-    if fold:  # the rows of a group of heads are one tile, and lie behind each other
+    if fold:  # The rows of all heads of a group are one tile, behind each other.
         query, order, inside = turned(query, order, PLAIN), PLAIN, PLAIN
         bias = _folded_bias(bias, group, q_len)
         sink = None if sink is None else sink.reshape(kv_heads, group * q_len)
         sources = [replace(s, intervals=_folded(s.intervals, group)) for s in sources]
         group, rows = 1, group * q_len
-    with plan.real_numbers():
+    with tiling.real_numbers():
         planned = [_folded(s.planned, heads // kv_heads) if fold else s.planned for s in sources]
-        runs = [plan.runs(p, s.exact) for p, s in zip(planned, sources, strict=True)]
+        key_ranges = [tiling.key_ranges(p, s.exact) for p, s in zip(planned, sources, strict=True)]
         empty = bool((sources[0].planned.lo >= sources[0].planned.hi).any())
-    if target == "gen2" and any(not plan.is_full(run) for part in runs for run in part):
+    if target == "gen2" and any(not tiling.is_full(key_range) for part in key_ranges for key_range in part):
         raise InputError("the NKI kernel of gen2 takes no causal, window or bounds mask: it has no range_select.")
     tensors: dict[str, Tensor | None] = {"q": _rows(query, order), "bias": bias, "sink": sink}
     static = {
-        **_tiles(plan.tile_starts(rows), runs),
-        **sizes(query, sources, group, len(runs[0]), bias is not None),
+        **_tiles(tiling.tile_starts(rows), key_ranges),
+        **sizes(query, sources, group, len(key_ranges[0]), bias is not None),
         "items": batch * kv_heads,
         "group": group,
         "kv_heads": kv_heads,
@@ -169,7 +171,7 @@ def launch(
         tensors |= {
             f"k{s.suffix}": _rows(s.key, s.orders[0]),
             f"v{s.suffix}": _rows(s.value, s.orders[1]),
-            f"bounds{s.suffix}": plan.bounds_tensor(s.intervals),
+            f"bounds{s.suffix}": tiling.bounds_tensor(s.intervals),
             f"key_bias{s.suffix}": _key_bias(s.padding, row_bias),
         }
     shape = (batch, heads, q_len, v_dim) if inside == PLAIN else (batch, q_len, heads, v_dim)
@@ -184,7 +186,7 @@ def launch(
 
 
 def refuse(query: Tensor, value: Tensor) -> None:
-    """Raise InputError for what no kernel here computes."""
+    """Raise InputError if no kernel here takes the dtype or the head_dim."""
     if query.dtype not in DTYPES:
         raise InputError(f"the NKI kernels take {', '.join(map(str, DTYPES))}, not {query.dtype}.")
     if max(query.shape[3], value.shape[3]) > HEAD_DIM:
@@ -194,22 +196,22 @@ def refuse(query: Tensor, value: Tensor) -> None:
 
 
 def is_static(tensor: Tensor) -> bool:
-    """Its values may be read: on a device, or while a graph is traced, they are not there yet."""
+    """Whether its values can be read now. They can't on a device, or while a graph is traced."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _rows(tensor: Tensor, order: str) -> Tensor:
-    """The rows of all heads under each other, or side by side."""
+    """The operand as rows, with the heads behind each other or side by side."""
     return tensor.reshape(-1, tensor.shape[3] if order == PLAIN else tensor.shape[2] * tensor.shape[3])
 
 
 def _side_by_side(order: str, heads: int) -> int:
-    """How many heads a row holds."""
+    """How many heads lie side by side in a row."""
     return 1 if order == PLAIN else heads
 
 
 def _folded(intervals: Intervals, group: int) -> Intervals:
-    """Of the rows of all heads of a group under each other."""
+    """The intervals of the rows of all heads of a group, behind each other."""
     return Intervals(intervals.lo.repeat(1, group), intervals.hi.repeat(1, group))
 
 
@@ -221,10 +223,10 @@ def _folded_bias(bias: Tensor | None, group: int, q_len: int) -> Tensor | None:
 
 
 def _biases(terms: Terms, scale: float, kv_len: int, fold: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The bias as [1 | batch, 1 | heads, rows, 1 | kv_len], or [1 | batch, 1 | heads, kv_len] if all rows of a tile
-    have the same.
+    """The bias as the kernel takes it: [1 | batch, 1 | heads, rows, 1 | kv_len], or one row for all rows of a tile.
 
-    The kernel multiplies the latter by the scale, or the softcap, as it does with the scores.
+    The second is [1 | batch, 1 | heads, kv_len]. It is divided by the scale, or by the softcap: the kernel adds it to
+    the scores before it multiplies them.
     """
     bias = terms.bias
     if bias is None:
@@ -234,7 +236,7 @@ def _biases(terms: Terms, scale: float, kv_len: int, fold: bool) -> tuple[Tensor
         scaled = (row / (terms.softcap or scale)).clamp(LOWEST_BIAS, -LOWEST_BIAS)
         return None, torch.where(row == -torch.inf, HIDDEN, scaled)
     bias = bias.float() if bias.dtype == torch.float64 else bias
-    if bias.dtype != torch.float16:  # whose finite numbers are all large enough
+    if bias.dtype != torch.float16:  # The finite numbers of float16 are all above LOWEST_BIAS.
         bias = torch.where(bias == -torch.inf, bias, bias.clamp_min(LOWEST_BIAS))
     return bias, None
 
@@ -249,28 +251,28 @@ def _key_bias(padding: Tensor | None, row_bias: Tensor | None) -> Tensor | None:
 
 
 def _hides_more(sources: list[Source], terms: Terms) -> bool:
-    """What hides keys is not in the plan alone: some row may see none."""
+    """Whether more than the planned intervals hides keys, so that some row may see none."""
     return any(not s.exact or s.padding is not None for s in sources) or terms.bias is not None
 
 
-def _tiles(starts: tuple[int, ...], sources: list[tuple[plan.Run, ...]]) -> dict[str, Any]:
-    """The plan of one core, and of two that share the tiles, as the kernel takes it."""
-    pairs = [plan.paired(starts, runs) for runs in sources]
+def _tiles(starts: tuple[int, ...], sources: list[tuple[tiling.KeyRange, ...]]) -> dict[str, Any]:
+    """The kernel's arguments `tiles`, for one core, and `pairs`, for two cores that share the query tiles."""
+    pairs = [tiling.paired(starts, key_ranges) for key_ranges in sources]
     return {
-        "tiles": tuple(((start,), tuple(runs[t] for runs in sources)) for t, start in enumerate(starts)),
+        "tiles": tuple(((start,), tuple(key_ranges[t] for key_ranges in sources)) for t, start in enumerate(starts)),
         "pairs": tuple((pairs[0][p][0], tuple(pair[p][1] for pair in pairs)) for p in range(len(pairs[0]))),
     }
 
 
 def section(query: Tensor, value: Tensor) -> int:
-    """How many keys, with their values, lie in SBUF at a time."""
+    """How many keys and values are in SBUF at a time."""
     partitions = 128
     features = -(-query.shape[3] // partitions) * partitions
-    return KEY_BYTES * partitions // (query.element_size() * (features + value.shape[3])) // plan.ALIGN * plan.ALIGN
+    return KEY_BYTES * partitions // (query.element_size() * (features + value.shape[3])) // tiling.ALIGN * tiling.ALIGN
 
 
 def sizes(query: Tensor, sources: list[Source], group: int, tiles: int, bias: bool) -> dict[str, int]:
-    """How much lies in SBUF at a time: keys, scores of one step, waiting tiles."""
+    """How much is in SBUF at a time: keys (`section`), keys of one step (`chunk`), query tiles (`block`)."""
     value = sources[0].value
     keys = section(query, value)
     chunk = 8192 if query.element_size() == 2 and not bias else 4096
