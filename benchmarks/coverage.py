@@ -1,7 +1,7 @@
-"""The README's coverage table: for each tiny model, what was found, replaced and kept, and the largest error.
+"""Coverage in detail: what was found, replaced and kept of each tiny model, and the largest error.
 
 python -m benchmarks.coverage            print the table
-python -m benchmarks.coverage --write    put it into README.md, in the place of this stack's table
+python -m benchmarks.coverage --write    put it into docs/coverage.md, in the place of this stack's table
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from neuron_attn_rewrite import CaptureError, RewriteConfig, rewrite
 from tests.models import PADDINGS, Family, variants
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 
 def error_at_valid_positions(
@@ -64,7 +64,7 @@ def stack() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/coverage.md")
     arguments = parser.parse_args()
     text = f"**{stack()}**\n\n{table()}\n"
     print(text)
@@ -72,7 +72,8 @@ def main() -> None:
         major = "a" if transformers.__version__.startswith("5") else "b"
         begin, end = (f"<!-- coverage {major} {word} -->" for word in ("begin", "end"))
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        README.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", README.read_text()))
+        page = DOCS.read_text(encoding="utf-8")
+        DOCS.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ The tests call `pages` and compare, so a page that is out of date fails there.
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import neuron_attn_rewrite
 from docs.drawings import before_and_after, gallery, way
-from docs.reference import api, docstrings
 from neuron_attn_rewrite.reasons import REASONS, TOPICS
 from neuron_attn_rewrite.report.codec import schema
 
@@ -25,7 +26,6 @@ def pages() -> dict[Path, str]:
     """What each generated file should hold."""
     described = {name: words for module in DESCRIBED for name, words in docstrings(PACKAGE / module).items()}
     return {
-        HERE / "api.md": api(),
         HERE / "pictures" / "before_and_after.svg": before_and_after(),
         HERE / "pictures" / "masks.svg": gallery(),
         HERE / "pictures" / "way.svg": way(),
@@ -51,6 +51,24 @@ def troubleshooting() -> str:
                     yield f"\n### `{code}`\n\n{entry.meaning}\n\n{entry.remedy}"
 
     return "\n".join(lines()) + "\n"
+
+
+def docstrings(path: Path) -> dict[str, Mapping[str, str]]:
+    """For each class of a module its docstring (under "") and those of its fields, in one line each."""
+    classes = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            words = {"": ast.get_docstring(node) or "", **dict(fields(node))}
+            classes[node.name] = {name: " ".join(text.split()) for name, text in words.items() if text}
+    return classes
+
+
+def fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """Name and docstring of each annotated field of a class that has a docstring."""
+    for field, below in pairwise(node.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                yield name, words
 
 
 if __name__ == "__main__":

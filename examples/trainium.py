@@ -46,7 +46,7 @@ def main() -> int:
     print(rewritten.report)
 
     if find_spec("torch_xla") is None:
-        print("\nverify_trace is left out: it needs torch-xla (pip install 'neuron-attn-rewrite[xla]')")
+        print("\nverify_trace is left out: it needs torch-xla (pip install torch-xla)")
     else:
         print(f"\n{verify_trace(rewritten, inputs)}")
     if "--check" in sys.argv[1:]:

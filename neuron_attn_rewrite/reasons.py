@@ -59,122 +59,122 @@ TOPICS: Mapping[str, str] = MappingProxyType(
 )
 """What codes are about, in the order in which a rewrite gets there."""
 
-_LEFT = "The attention stays as it was. "
-_DENSE = "The numbers are exact; the kernel reads the mask as a dense operand, or the attention stays native. "
+_LEFT = "The attention is not replaced. "
+_DENSE = "The numbers are exact: the kernel reads the mask as a dense operand, or the attention is not replaced. "
 
 REASONS: Mapping[str, Entry] = MappingProxyType(
     {
         "not-traced": Entry(
             "graph",
             "A graph of torch.compile can't be traced to ATen operators.",
-            _LEFT + "The report quotes the tracer; `rewrite` captures in another way, and may get further.",
+            _LEFT + "The report quotes the tracer. `rewrite` captures in another way and may succeed.",
         ),
         "beside-checkpoint": Entry(
             "graph",
-            "In a graph with regions under torch.utils.checkpoint, only those regions are rewritten.",
-            _LEFT + "Checkpoint the module that holds this attention too, or none.",
+            "The graph has regions under torch.utils.checkpoint, and only those regions are rewritten.",
+            _LEFT + "Checkpoint the module that holds this attention too, or checkpoint no module.",
         ),
         "unknown-node": Entry(
             "find",
-            "Between the two products stands an operator that no rule knows.",
-            _LEFT + "The report names the operator: write it another way, or add a rule for it.",
+            "No rule knows an operator between the two products.",
+            _LEFT + "The report names the operator. Write it another way, or add a rule for it.",
         ),
         "dropout-active": Entry(
             "find",
-            "Dropout on the attention weights is switched on.",
+            "Dropout on the attention weights is active.",
             _LEFT + "Call model.eval(), or set the attention dropout of the model's config to 0.",
         ),
         "gradient": Entry(
             "find",
             "The scores or weights are detached, or computed without gradients.",
-            _LEFT + "Detach query, key or value instead; a maximum that is subtracted from the scores may be detached.",
+            _LEFT + "Detach query, key or value instead. A maximum that is subtracted from the scores may be detached.",
         ),
         "weights-used": Entry(
             "find",
-            "The attention weights, scores or their log-sum-exp are also read by something else.",
-            _LEFT + "A kernel never forms them: don't ask for them (output_attentions=False), or set "
-            'weights="beside" to compute the output by a kernel and the weights beside it.',
+            "Something else also reads the attention weights, the scores or their log-sum-exp.",
+            _LEFT + "A kernel never forms them. Do not ask for them (output_attentions=False), or set "
+            'weights="beside": a kernel then computes the output, and plain operators compute the weights.',
         ),
         "written": Entry(
             "find",
-            "A buffer or input that the attention reads is written while it is computed.",
+            "The model writes into a buffer or input while the attention that reads it is computed.",
             _LEFT + "Let the model write its caches before or after the attention.",
         ),
         "scale-unknown": Entry(
             "find",
-            "What multiplies the scores is neither a number nor one factor for each query.",
+            "The scores are multiplied by something that is neither a number nor one factor for each query.",
             _LEFT + "Scale by a number, or by a tensor that is the same for all keys.",
         ),
         "order": Entry(
             "find",
-            "Masks, scales and softcap are applied in an order that kernels don't have.",
-            _LEFT + "Kernels scale, cap, then add masks and biases, each once and in that order.",
+            "Masks, scales and softcap are applied in an order that no kernel has.",
+            _LEFT + "Kernels scale, then cap, then add masks and biases, each once.",
         ),
         "no-product": Entry(
             "find",
-            "The scores are a sum of which no side is a product of query and key.",
+            "The scores are a sum, and neither side of it is a product of query and key.",
             _LEFT + "The report names the node at which the walk ended.",
         ),
         "fill-unknown": Entry(
             "find",
-            "What a mask puts in place of a score is not a number that is known.",
+            "A mask replaces scores by something that is not a known number.",
             _LEFT + "Fill with a constant such as -inf or torch.finfo(dtype).min.",
         ),
         "limit": Entry(
             "find",
-            "The scores are clamped by a limit that real scores may reach.",
-            _LEFT + "A lower limit of -1e30 or less, and no upper one, is known to change nothing.",
+            "The scores are clamped at a limit that real scores may reach.",
+            _LEFT + "Use a lower limit of -1e30 or less and no upper limit: that changes nothing.",
         ),
         "sink-shape": Entry(
             "find",
-            "The scores are joined with something that is not one sink logit a head.",
-            _LEFT + "Kernels take sinks as one number for each head, in one column beside the keys.",
+            "The scores are joined with something that is not one sink logit for each head.",
+            _LEFT + "Give sinks as one number for each head, in one column beside the keys.",
         ),
         "key-blocks": Entry(
             "find",
-            "One softmax runs over scores that are put together from several pieces.",
-            _LEFT + "Join the keys, and the values, so that there is one product before the softmax and one behind it.",
+            "One softmax runs over scores that are joined from several pieces.",
+            _LEFT
+            + "Join the keys and join the values, so that there is one product before the softmax and one after it.",
         ),
         "empty": Entry(
             "find",
             "A size is 0: there is nothing to compute.",
-            _LEFT + "Give example inputs of real sizes.",
+            _LEFT + "Give example inputs that are not empty.",
         ),
         "one-key": Entry(
             "find",
-            "There is one key, so that the softmax is 1 and the output is the value.",
-            _LEFT + "Nothing is to be gained here.",
+            "There is one key, so the softmax is 1 and the output is the value.",
+            _LEFT + "Nothing to do: a kernel would gain nothing.",
         ),
         "axes": Entry(
             "find",
-            "The axes of the operands don't say which are queries, keys, heads and features.",
-            _LEFT + "Lay the operands out as [batch, heads, length, features], the softmax over the keys alone.",
+            "The axes of the operands do not show which are queries, keys, heads and features.",
+            _LEFT + "Lay the operands out as [batch, heads, length, features], with the softmax over the keys alone.",
         ),
         "mask-axes": Entry(
             "mask",
             "A mask does not run along the axes of the scores.",
-            _LEFT + "Give the mask as something that broadcasts against [batch, heads, queries, keys].",
+            _LEFT + "Give a mask that broadcasts against [batch, heads, queries, keys].",
         ),
         "mask-computed": Entry(
             "mask",
-            "The mask depends on values that are computed, such as a learned position bias.",
-            _DENSE + "Nothing is wrong: what depends on weights or activations can't be proven ahead.",
+            "The mask depends on computed values, such as a learned position bias.",
+            _DENSE + "Nothing is wrong: a mask that depends on weights or activations cannot be proven in advance.",
         ),
         "mask-bias": Entry(
             "mask",
-            "What is added to the scores is neither 0 nor low enough to hide a key.",
-            _DENSE
-            + "Nothing is wrong if it is meant as a bias; a mask should fill with -inf or torch.finfo(dtype).min.",
+            "The model adds something to the scores that is neither 0 nor low enough to hide a key.",
+            _DENSE + "Nothing is wrong if it is a bias. A mask should fill with -inf or torch.finfo(dtype).min.",
         ),
         "mask-weak-fill": Entry(
             "mask",
-            "Hidden scores are filled with a number that does not hide them.",
+            "A mask fills scores with a number that is not low enough to hide them.",
             _LEFT + "Fill with -inf or torch.finfo(dtype).min.",
         ),
         "mask-not-interval": Entry(
             "mask",
             "Some query sees keys with a gap between them.",
-            _DENSE + "Kernels skip work only where each query sees one run of keys.",
+            _DENSE + "Kernels skip work only if each query sees one interval of keys.",
         ),
         "mask-per-head": Entry(
             "mask",
@@ -184,70 +184,69 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         "mask-two-inputs": Entry(
             "mask",
             "Some element of the mask depends on two elements of the input mask.",
-            _DENSE
-            + "Give the mask as one 0/1 vector over the keys; a mask over pairs of positions can't be read as one.",
+            _DENSE + "Give the mask as one 0/1 vector over the keys, not as a mask over pairs of positions.",
         ),
         "mask-symbolic": Entry(
             "mask",
-            "What the mask says for every size and every input is not a matter of bounds and padding.",
-            _DENSE + "The report names the operator, or what is asked for.",
+            "No bounds and padding describe the mask for every size and every input.",
+            _DENSE + "The report names the operator, or the condition.",
         ),
         "mask-padding": Entry(
             "mask",
-            "The input mask is not used as one 0/1 vector over the keys, alike for every query.",
-            _DENSE + "Apply the padding to the keys of every query alike.",
+            "The input mask is not used as one 0/1 vector over the keys that is the same for every query.",
+            _DENSE + "Apply the same padding to the keys of every query.",
         ),
         "padding-promise": Entry(
             "mask",
-            'The key padding could be, or was, dropped by the promise padding="right".',
-            "Set padding=\"right\" if every batch is padded on the right and rows past a sequence's end don't matter.",
+            'The promise padding="right" drops the key padding, or would drop it.',
+            'Set padding="right" if every batch is padded on the right and nobody reads the padded rows.',
         ),
         "data-sizes": Entry(
             "find",
             "A size of the attention depends on the values of an input, as after `nonzero`.",
             _LEFT
-            + "Kernels are called with sizes that follow from the inputs' shapes: pad to a fixed length and mask.",
+            + "A kernel call needs sizes that follow from the shapes of the inputs. Pad to a fixed length and mask.",
         ),
         "dynamic-sizes": Entry(
             "choice",
-            "Some sizes are symbols: the proof holds for all values, the choice is that for the example.",
-            "Nothing needs to be done. To choose for other sizes, capture with an example that has them.",
+            "Some sizes are symbols. The proof holds for all their values; the kernel was chosen for the example.",
+            "Nothing to do. To choose for other sizes, capture with an example that has them.",
         ),
         "dynamic-kernel": Entry(
             "kernel",
-            "Some sizes are symbols, and the kernel call would need one that can't be had.",
-            _LEFT + "Capture with fixed sizes, or make the size one of an input.",
+            "Some sizes are symbols, and the kernel call needs one that the graph does not have.",
+            _LEFT + "Capture with fixed sizes, or make it the size of an input.",
         ),
         "binary-input": Entry(
             "mask",
-            "The proof rests on a mask input that holds only 0 and 1.",
-            "That is what an attention_mask is. Don't pass other numbers to the rewritten module.",
+            "The proof assumes that a mask input holds only 0 and 1.",
+            "Every attention_mask does. Do not pass other numbers to the rewritten module.",
         ),
         "empty-rows-dense": Entry(
             "empty",
-            "A row that sees no key would give something that no kernel gives, so the masks stay dense.",
-            'Set empty_rows="any" if such rows (they are all padding) don\'t matter: the masks become proofs again.',
+            "For a row that sees no key, the model gives something that no kernel gives, so the masks stay dense.",
+            'Set empty_rows="any" if such rows (they are all padding) do not matter. The masks can then be proven.',
         ),
         "empty-rows": Entry(
             "empty",
-            "A row that sees no key gives neither zeros nor the mean of all values.",
-            _LEFT + 'Set empty_rows="any" or padding="right" if such rows don\'t matter.',
+            "For a row that sees no key, the model gives neither zeros nor the mean of all values.",
+            _LEFT + 'Set empty_rows="any" or padding="right" if such rows do not matter.',
         ),
         "no-kernel-call": Entry(
             "kernel",
-            'With attn_implementation="neuron_nki", transformers asks for what no kernel gives.',
+            'With attn_implementation="neuron_nki", transformers asks for something that no kernel does.',
             _LEFT + "The report says what: dropout, attention weights, a paged cache, or a mask of another form.",
         ),
-        "size-zero": Entry("kernel", "Some size is 0.", _LEFT + "Capture with example inputs that are not empty."),
+        "size-zero": Entry("kernel", "A size is 0.", _LEFT + "Capture with example inputs that are not empty."),
         "head-groups": Entry(
             "kernel",
-            "The query heads are not a multiple of the key heads.",
+            "The number of query heads is not a multiple of the number of key heads.",
             _LEFT + "Every key head must serve the same number of query heads.",
         ),
         "head-dim": Entry(
             "kernel",
-            "A head is wider than the kernel's tiles.",
-            _LEFT + "The report says the limit; narrower heads fit.",
+            "The head_dim is larger than the kernel takes.",
+            _LEFT + "The report gives the limit.",
         ),
         "dtype": Entry(
             "kernel",
@@ -259,66 +258,68 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         "kernel-target": Entry(
             "kernel",
             "The kernel does not run on this hardware.",
-            _LEFT + "Set target to the hardware that is meant, or allow another kernel by kernels=.",
+            _LEFT + "Set target to your hardware, or allow another kernel with kernels=.",
         ),
         "kernel-sdk": Entry(
             "kernel",
             "The kernel does not come with this release of the SDK.",
-            _LEFT + "Set sdk to the installed release, or allow another kernel by kernels=.",
+            _LEFT + "Set sdk to the installed release, or allow another kernel with kernels=.",
         ),
         "kernel-undocumented": Entry(
             "kernel",
-            "The SDK has such a kernel, but too little is published of it to call it right.",
-            _LEFT + "Allow another kernel by kernels=: flash_fwd takes what can be proven.",
+            "The SDK has such a kernel, but too little is published about it to call it correctly.",
+            _LEFT + "Allow another kernel with kernels=: flash_fwd takes everything that can be proven.",
         ),
         "kernel-size": Entry(
             "kernel",
-            "A length, or a number of heads, is outside of what the kernel takes.",
-            _LEFT + "The report says the limit; another kernel may take it (kernels=).",
+            "The kernel does not take this length, or this number of heads.",
+            _LEFT + "The report gives the limit. Another kernel may take it (kernels=).",
         ),
         "kernel-mask": Entry(
             "kernel",
             "The kernel has no such mask.",
-            _LEFT + "Allow another kernel by kernels=: flash_fwd takes every mask that can be proven.",
+            _LEFT + "Allow another kernel with kernels=: flash_fwd takes every mask that can be proven.",
         ),
         "kernel-bias": Entry(
             "kernel",
             "The kernel takes no bias of this form.",
-            _LEFT + "Allow another kernel by kernels=: flash_fwd takes every bias.",
+            _LEFT + "Allow another kernel with kernels=: flash_fwd takes every bias.",
         ),
         "kernel-softcap": Entry(
             "kernel",
             "The kernel has no softcap.",
-            _LEFT + "Allow flash_fwd by kernels=: no kernel of the SDK has one.",
+            _LEFT + "Allow flash_fwd with kernels=: no kernel of the SDK has a softcap.",
         ),
         "kernel-sink": Entry(
             "kernel",
             "The kernel takes no sinks.",
-            _LEFT + "Allow another kernel by kernels=: flash_fwd and attention_cte take them.",
+            _LEFT + "Allow another kernel with kernels=: flash_fwd and attention_cte take sinks.",
         ),
         "bridge": Entry(
             "choice",
-            "Operands are brought into the kernel's form by a step that changes no number.",
+            "An exact step brings the operands into the form that the kernel takes.",
             "Nothing to do. Another kernel may need fewer such steps (kernels=).",
         ),
         "cost": Entry(
             "choice",
             "The cost model, or a measured profile, compared the kernel with the native operators.",
-            'To take a kernel wherever one is legal, set policy="always"; to follow the SDK\'s table, policy="sdk"; '
-            "to decide by your own device, measure a profile.",
+            'To take a kernel wherever one is legal, set policy="always". To follow the table of the SDK, set '
+            'policy="sdk". To decide by your own device, measure a profile.',
         ),
         "gradients": Entry(
             "choice",
             "A kernel of the SDK computes the gradients too.",
-            "Nothing to do. It is asked again when they are taken, of the SDK that is installed there.",
+            "Nothing to do. When the gradients are computed, the SDK that is installed there decides again.",
         ),
         "gradients-decomposed": Entry(
             "choice",
-            "Plain operators compute the gradients: no kernel for them is installed, or none can.",
-            "They are exact, and form the scores. The report quotes what each kernel for gradients demands.",
+            "Plain operators compute the gradients, because no kernel for them is installed, or none can do it.",
+            "The gradients are exact, but the scores are formed. The report quotes what each gradient kernel demands.",
         ),
         "site-override": Entry(
-            "choice", "A strategy or a kernel was set for this site.", "To let the policy choose, take it out of sites."
+            "choice",
+            "A strategy or a kernel was set for this site.",
+            "To let the policy choose, remove the site from sites.",
         ),
         "sdk-rule": Entry(
             "choice",
@@ -331,18 +332,18 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             'To follow the table, set policy="sdk".',
         ),
         "strategy-forced": Entry(
-            "choice", "The strategy was asked for.", "To let the policy choose, set strategy=None."
+            "choice", "The configuration forces this strategy.", "To let the policy choose, set strategy=None."
         ),
         "strategy-illegal": Entry(
             "choice",
-            "The strategy that was asked for can't compute this attention.",
-            _LEFT + "Ask for another strategy, or set strategy=None.",
+            "The strategy that the configuration forces cannot compute this attention.",
+            _LEFT + "Set another strategy, or strategy=None.",
         ),
         "put-back": Entry(
             "check",
-            "On the example inputs the kernel's result differs from the original's by more than the tolerance.",
-            "The original was put back. If it is rounding that you accept, raise tolerances; else please send "
-            "the script that report.reproducer(site) gives.",
+            "On the example inputs, the kernel and the original differ by more than the tolerance.",
+            "The original was put back. If you accept the rounding, raise tolerances. If it is no rounding, please "
+            "send the script that report.reproducer(site) gives.",
         ),
     }
 )

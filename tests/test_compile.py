@@ -427,7 +427,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "_is_installed", lambda package: False)
-    with pytest.raises(Exception, match=r"inner='openxla' needs torch-xla: pip install 'neuron-attn-rewrite\[xla\]'"):
+    with pytest.raises(Exception, match=r"inner='openxla' needs torch-xla: pip install torch-xla"):
         compiled(Stack().eval(), "openxla")(*example())
 
 

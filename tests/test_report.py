@@ -341,7 +341,7 @@ def test_the_page_of_nothing(report: RewriteReport) -> None:
 
 def test_a_missing_extra_gives_one_clear_line(report: RewriteReport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(RewriteError, match=r"neuron-attn-rewrite\[report\]"):
+    with pytest.raises(RewriteError, match=r"needs jinja2: pip install jinja2"):
         report.to_html()
 
 

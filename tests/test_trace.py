@@ -137,7 +137,7 @@ def test_bad_input() -> None:
 
 def test_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "find_spec", lambda name: None)
-    with pytest.raises(TraceError, match=r"verify_trace needs torch-xla: pip install 'neuron-attn-rewrite\[xla\]'"):
+    with pytest.raises(TraceError, match=r"verify_trace needs torch-xla: pip install torch-xla"):
         verify_trace(Block(), example())
 
 

@@ -40,7 +40,7 @@ PREFERRED = ("neuron", "neuron_libtorch")
 EXTRAS: Mapping[str, str] = {
     "neuron": "TorchNeuron, which comes with the AWS Neuron SDK",
     "neuron_libtorch": "libtorch_neuronx_lite, which comes with the AWS Neuron SDK",
-    "openxla": "torch-xla: pip install 'neuron-attn-rewrite[xla]'",
+    "openxla": "torch-xla: pip install torch-xla",
 }
 """What an inner backend needs."""
 

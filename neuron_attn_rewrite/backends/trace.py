@@ -155,7 +155,7 @@ def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True)
         TraceError: torch-xla is missing, or, if `strict`, what `TraceCheck.problems` says.
     """
     if find_spec("torch_xla") is None:
-        raise TraceError("verify_trace needs torch-xla: pip install 'neuron-attn-rewrite[xla]'.")
+        raise TraceError("verify_trace needs torch-xla: pip install torch-xla.")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     inputs = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import click  # noqa: F401
     except ImportError:
-        print("neuron-attn-rewrite needs its extra: pip install 'neuron-attn-rewrite[cli]'", file=sys.stderr)
+        print("neuron-attn-rewrite needs more packages: pip install click jinja2 rich", file=sys.stderr)
         sys.exit(2)
     from neuron_attn_rewrite.cli.commands import run
 

@@ -42,7 +42,7 @@ def _packages() -> Iterator[Finding]:
         ("transformers", "pip install transformers, for models by type or config"),
         (
             "torch-xla",
-            "it comes with torch-neuronx; from there, or pip install 'neuron-attn-rewrite[xla]'",
+            "it comes with torch-neuronx; from there, or pip install torch-xla",
         ),
     ):
         found = _distribution(name)

@@ -52,7 +52,7 @@ TWO_CORE_TARGETS = tuple(name for name, chip in HARDWARE.items() if chip.max_lnc
 
 @dataclass(frozen=True)
 class RewriteConfig:
-    """How to rewrite. Every field has a default that keeps the model's numbers exactly.
+    """How to rewrite. With the defaults, the results stay the same up to floating-point rounding.
 
     Raises:
         ConfigError: a field is unknown, or its value is not one of those listed.
@@ -63,47 +63,49 @@ class RewriteConfig:
     lnc: int | None = None
     """Physical cores in a logical NeuronCore, 1 or 2; None takes the target's default (2 on trn2 and trn3)."""
     policy: str = "profitable"
-    """"profitable" takes a kernel where the cost model predicts that it is faster, "sdk" follows the rule table of an
-    SDK release, "always" takes a kernel at every legal site."""
+    """When to take a kernel. "profitable": if the cost model predicts that it is faster. "sdk": if the rule table of
+    the SDK release takes one. "always": wherever a kernel can compute the attention."""
     sdk: str = "2.29"
-    """The release whose rule table `policy="sdk"` follows and whose kernels are meant: "2.26" to "2.32"."""
+    """The SDK release, "2.26" to "2.32": `policy="sdk"` follows its rule table, and its kernels are the candidates."""
     attn_kernel_enabled: bool | None = None
-    """As in NxD Inference, for its rule table: True also takes 512 to 4095 tokens on LNC 1, False takes no kernel."""
+    """The switch of NxD Inference, for its rule table. True: also 512 to 4095 tokens on LNC 1. False: no kernel."""
     table: tuple[Rule | Mapping[str, Any], ...] = field(default=(), hash=False)
-    """A rule table in place of the SDK's: rows, or plain data with the fields of `strategy.tables.Rule`."""
+    """A rule table in place of the SDK's: rows, or plain data with the fields of `config.rules.Rule`."""
     kernels: tuple[str, ...] = ()
-    """Kernels that may be used: "flash_fwd" (ours) and those of `kernels.vendor.ADAPTERS`. Empty means ours and those
-    of the SDK that is installed where the rewrite runs."""
+    """Kernels that may be used: "flash_fwd" (of this package) and those of `kernels.vendor.ADAPTERS`. Empty means the
+    one of this package and those of the SDK that is installed where the rewrite runs."""
     sites: Mapping[str, FlashAttentionStrategy | str] = field(default_factory=dict, hash=False)
-    """Overrides by module path, e.g. {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or a kernel's name.
-    The first pattern that fits counts; a kernel that can't compute the site is refused all the same."""
+    """Overrides by module path, such as {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or the name of a
+    kernel. The first pattern that matches counts. A kernel that cannot compute the attention is still refused."""
     profile: str | None = None
-    """A file of measured times, which replace the cost model's where they are."""
+    """A file of measured times. Where it has a time, that replaces the prediction of the cost model."""
     cp_degree: int = 1
-    """Ranks among which the query rows are split, where the graph is one rank's."""
+    """How many ranks share the query rows, if the graph is that of one rank."""
     cp_rank: int = 0
     """The rank whose graph this is."""
     strided_context_parallel: bool = False
-    """Whether rank r holds the rows r, r + cp_degree, ... and not a contiguous part."""
+    """Whether rank r holds the rows r, r + cp_degree, ... instead of a contiguous part."""
     strategy: FlashAttentionStrategy | None = None
-    """Force one strategy on every site at which it is legal."""
+    """Force one strategy on every attention that it can compute."""
     padding: str = "exact"
-    """"right" promises that every `attention_mask` pads on the right: key padding under a causal mask is then
-    dropped, and output rows past a sequence's length are undefined."""
+    """"right" is your promise that every `attention_mask` pads on the right. Key padding under a causal mask is then
+    dropped, and output rows past the end of a sequence are undefined."""
     empty_rows: str = "exact"
-    """"any" says that output rows which see no key at all do not matter."""
+    """"any" is your promise that output rows which see no key do not matter."""
     weights: str = "native"
-    """What becomes of an attention whose weights or scores something else reads too (`output_attentions`): "native"
-    leaves it as it is, "beside" lets a kernel compute the output and keeps the softmax for the weights alone."""
+    """If something else also reads the attention weights or scores (`output_attentions`): "native" does not replace the
+    attention; "beside" lets a kernel compute the output and keeps the softmax for the weights."""
     gradients: bool | None = None
-    """Whether gradients will be taken: the report then says what computes them. None says yes of a model in training
-    mode with parameters that require gradients, and of a graph of torch.compile that is compiled to take them."""
+    """Whether gradients will be taken. If so, the report says what computes them. None means yes for a model in
+    training mode with parameters that require gradients, and for a graph that torch.compile compiles for training."""
     verify: bool = True
-    """Compare each replaced site with the original on the example inputs, and put back those that differ."""
+    """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
+    than the tolerance. Compare the captured graph with the model, and warn if they differ."""
     require: int | str | None = None
-    """How many attentions must be replaced, exactly, or "all" that are found: anything else is a `RewriteError`."""
+    """How many attentions must be replaced: exactly this number, or "all" that are found. Else a `RewriteError`."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
-    """Overrides of `TOLERANCES`, by dtype."""
+    """Largest accepted difference by dtype, relative to the largest output. A dtype that is not named keeps its
+    default: float64 1e-9, float32 2e-5, bfloat16 1.6e-2, float16 2e-3."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RewriteConfig:
         names = [f.name for f in fields(cls)]

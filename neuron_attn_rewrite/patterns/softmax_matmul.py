@@ -88,12 +88,13 @@ def _pattern(scores: Scores) -> str:
 MIXES = frozenset("linear mm addmm conv1d conv2d convolution layer_norm embedding topk argmax sort argsort".split())
 """Operators whose result is not made element by element.
 
-Scores that come from one of them are a gate over experts or a pooling. Weights that end in one are not summed over keys.
+Scores that come from one of them are a gate over experts or a pooling. Weights that end in one are not summed over
+keys.
 """
 
 
 def _is_router(node: fx.Node) -> bool:
-    """Whether scores that come from this node are made without a product, as by the gate of a router or of a pooling."""
+    """Whether scores from this node are made without a product, as by the gate of a router or of a pooling."""
     seen, stack = {node}, [node]
     while stack and len(seen) < MOST_FOLLOWED:
         node = stack.pop()
@@ -196,7 +197,8 @@ def _operands_made(
     operands: dict[fx.Node, None] = {}
     for weights, product in ends:
         scores = weights.scores
-        given = [given.node for given in (*scores.terms, *scores.tensor_scales, *weights.tensor_scales)]
+        given = [term.node for term in scores.terms]
+        given += [scale.node for scale in (*scores.tensor_scales, *weights.tensor_scales)]
         given += [scores.sink[0]] if scores.sink else []
         operands |= dict.fromkeys([*given, *({product.left, product.right} - {weights.node})])
     for node in operands:

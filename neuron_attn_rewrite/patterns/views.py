@@ -32,7 +32,7 @@ def is_inactive_dropout(node: fx.Node) -> bool:
 
 
 def keeps_values(node: fx.Node) -> bool:
-    """Whether the node has the elements of its source, each in its place. A cast between float dtypes counts as well."""
+    """Whether the node has the elements of its source, each in its place. A cast between floats counts as well."""
     name = op_name(node)
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False

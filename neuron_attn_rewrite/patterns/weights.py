@@ -122,7 +122,7 @@ def _nan_to_zero(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
 
 @WEIGHTS("where", "masked_fill")
 def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """Sets weights to zero: all those of a row that sees no key, or those of the keys that a mask has hidden already."""
+    """Sets weights to zero: all of a row that sees no key, or those of the keys that a mask has hidden already."""
     cut = as_zero_fill(user)
     if cut is None or cut[0] is not weights.node:
         return None
@@ -187,7 +187,7 @@ def _over_keys(node: fx.Node, weights: Weights) -> bool:
 
 
 def _zero_filled_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
-    """The model applies a mask again that hid scores before. Those weights are 0 already, except in rows without a key."""
+    """A mask that hid scores is applied again to the weights. These are 0 already, except in rows without a key."""
     cut = as_zero_fill(user)
     if cut is None or cut[0] is not weights.node:
         return None

@@ -18,7 +18,7 @@ def to_html(report: RewriteReport) -> str:
     try:
         import jinja2
     except ImportError as error:
-        raise RewriteError("to_html needs jinja2: pip install 'neuron-attn-rewrite[report]'.") from error
+        raise RewriteError("to_html needs jinja2: pip install jinja2.") from error
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -25,7 +25,7 @@ try:
     import ml_dtypes  # noqa: F401
     import numpy  # noqa: F401
 except ImportError as e:
-    raise ImportError("the simulator needs numpy and ml_dtypes: pip install 'neuron-attn-rewrite[simulator]'") from e
+    raise ImportError("the simulator needs numpy and ml_dtypes: pip install numpy ml_dtypes") from e
 
 from neuron_attn_rewrite.simulator.cost import LowerBound, lower_bound
 from neuron_attn_rewrite.simulator.importing import active, load, real_nki, simulate_really
