@@ -3,8 +3,8 @@
 python -m benchmarks.kernel_cost [length ...]      lengths 2048 8192 16384 if none is given
 
 All rows are causal, bfloat16, head_dim 128, on one core: one head; 16 query heads on 8 kv heads, of which one group is
-simulated and counted eight times; and one head with a window of 512. The times are lower bounds, not latencies: no engine
-ever waits. If NKI_LIBRARY is set to a checkout of aws-neuron/nki-library, its `attention_cte` is measured too.
+simulated and counted eight times; and one head with a window of 512. The times are lower bounds, not latencies: no
+engine ever waits. If NKI_LIBRARY is set to a checkout of aws-neuron/nki-library, its `attention_cte` is measured too.
 """
 
 from __future__ import annotations

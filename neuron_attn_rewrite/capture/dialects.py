@@ -1,4 +1,4 @@
-"""What other tracers and fused operators leave in a graph, brought to plain ATen with shapes on every node."""
+"""Brings graphs of other tracers, and fused operators, to plain ATen with a shape on every node."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from neuron_attn_rewrite.graph.nodes import arguments, op_name
 def plain_transformers() -> Iterator[None]:
     """Trace torch.nn's transformer layers by their plain form.
 
-    Their fast path is another implementation of the same numbers (at positions that are not padding). Whether a mask
-    happens to be causal is asked of its values, which stops a tracer; not to know it changes nothing, as the mask is
-    applied all the same.
+    Their fast path computes the same numbers in another way (at positions that are not padding). They also read the
+    values of a mask to see if it is causal, which a tracer can't do. Without that check the mask is applied as it is,
+    and the result is the same.
     """
     layers = nn.modules.transformer
     detect = layers._detect_is_causal_mask
@@ -39,7 +39,7 @@ def plain_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_masks() -> Iterator[None]:
-    """Let transformers build its masks by broadcasting: torch.export can't trace its torch.vmap for open sizes."""
+    """Let transformers build its masks by broadcasting: torch.export can't trace its torch.vmap with open sizes."""
     try:
         masking = importlib.import_module("transformers.masking_utils")
     except ImportError:
@@ -54,11 +54,11 @@ def open_masks() -> Iterator[None]:
 
 
 VMAPS = ("_vmap_for_bhqkv", "_vmap_expansion_sdpa")
-"""What maps a function of four indices over all of them, in transformers 4 and 5."""
+"""The functions of transformers 4 and 5 that map a function of four indices over all of them."""
 
 
 def _broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of one (batch, head, query, key) as one of a vector of each, [batch, heads, query, key]."""
+    """Turn a function of one (batch, head, query, key) into one of a vector of each: [batch, heads, query, key]."""
 
     def mask(*indices: Tensor) -> Tensor:
         apart = [i.reshape([-1 if axis == d else 1 for d in range(4)]) for axis, i in enumerate(indices)]
@@ -164,7 +164,7 @@ EXPANSIONS: Mapping[str, Callable[..., Any]] = {
 
 
 def _splice(module: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:
-    """Put what `function` does with the node's arguments in place of the node."""
+    """Replace a node by the graph of `function`, called with the node's arguments."""
     given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
     leaves, spec = pytree.tree_flatten(tuple(given.values()) if given else (*node.args, *node.kwargs.values()))
     tensors = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)]
@@ -204,9 +204,9 @@ def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -
 
 
 def refresh_shapes(module: fx.GraphModule) -> None:
-    """Give every node a fake tensor of one and the same mode, if any lacks one (as after make_fx or AOTAutograd).
+    """Give every node a fake tensor of one mode, if some node has none (as after make_fx or AOTAutograd).
 
-    Symbolic sizes that are inputs of their own become the numbers of the example that they were traced with.
+    Symbolic sizes that are inputs themselves become the numbers of the example that they were traced with.
     """
     nodes = [n for n in module.graph.nodes if n.op in ("placeholder", "call_function", "get_attr")]
     values = [v for n in nodes for v in pytree.tree_leaves(n.meta.get("val"))]

@@ -1,8 +1,4 @@
-"""From a model to one flat ATen graph with shapes on every node.
-
-Everything after this step may rely on: one level of `torch.ops` calls, no bookkeeping nodes of torch.export, every
-tensor attribute a parameter or buffer, no device baked in, and `node.meta["val"]` on every tensor node.
-"""
+"""From a model to one flat ATen graph, with `node.meta["val"]` on every tensor node."""
 
 from __future__ import annotations
 
@@ -24,14 +20,14 @@ from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
 from neuron_attn_rewrite.errors import CaptureError, InputError
 
 COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
-"""Buffers that may hold the length of a cache."""
+"""The dtypes and the most elements of a buffer that may hold the length of a cache."""
 
 
 @dataclass(frozen=True)
 class Captured:
     """A flat graph and the example call that it was made with.
 
-    The call is None where only shapes were known, or where a tensor is on the meta device: nothing can be run.
+    The call is None if only shapes were given, or if a tensor is on the meta device. Then nothing can be run.
     """
 
     module: fx.GraphModule
@@ -52,7 +48,7 @@ def capture(
 ) -> Captured:
     """Turn a module, an exported program or a GraphModule into one flat ATen graph. Weights are shared.
 
-    `dynamic_shapes` is that of `torch.export.export`, for a model that is not captured yet.
+    `dynamic_shapes` is passed to `torch.export.export`. It is only allowed for a model that is not captured yet.
 
     Raises:
         InputError: the example inputs are missing or don't fit the model's signature.
@@ -70,7 +66,7 @@ def capture(
         if not given and model.example_inputs:
             (args, kwargs), given = model.example_inputs, True
     elif isinstance(model, torch.jit.ScriptModule):
-        raise InputError("model must be the module itself, and not what torch.jit has made of it.")
+        raise InputError("model must be the module itself, not a torch.jit.ScriptModule.")
     elif not isinstance(model, nn.Module):
         raise InputError(
             f"model must be an nn.Module, an ExportedProgram or an FX GraphModule, not {type(model).__name__}."
@@ -85,7 +81,7 @@ def capture(
         program, training = _export(model, args, kwargs, dynamic_shapes), model.training
     if dynamic_shapes is not None and program is model:
         raise InputError(
-            "dynamic_shapes is for a model that is not captured yet: this one has the sizes of its capture."
+            "dynamic_shapes is for a model that is not captured yet: this one is, and its sizes are fixed."
         )
     module = _copied(program) if isinstance(program, fx.GraphModule) else _unlift(program)
     if isinstance(program, fx.GraphModule):
@@ -156,8 +152,10 @@ def _refuse_objects(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _distinct(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with a copy of each tensor that comes twice, or is a weight: a tracer takes two inputs that are one
-    tensor for one input, and so would the result, whatever it is called with."""
+    """The inputs, with a copy of each tensor that comes twice or is a weight.
+
+    A tracer makes one input of two that are the same tensor. Then the result would ignore the other one.
+    """
     seen = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if len(seen | {id(leaf) for leaf in leaves}) == len(seen) + len(leaves):
@@ -173,7 +171,7 @@ def _distinct(
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
-    """torch.export without, then with Dynamo."""
+    """torch.export without Dynamo, and if that fails with it."""
     causes: list[str] = []
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
@@ -185,7 +183,7 @@ def _export(
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
     sizes = (
-        "leave fewer sizes open in dynamic_shapes, as the model makes numbers of some (it may not with "
+        "leave fewer sizes open in dynamic_shapes, as the model turns some into numbers (perhaps not with "
         'attn_implementation="sdpa"); '
     )
     tries = "" if dynamic_shapes is None else sizes
@@ -201,7 +199,7 @@ def _export(
 
 @contextlib.contextmanager
 def _counters_kept(model: nn.Module) -> Iterator[None]:
-    """Put back small buffers of integers: export really runs what writes into one that an object outside holds too."""
+    """Restore small integer buffers: export runs a write into a buffer if an object outside the model holds it too."""
     small = [b for b in model.buffers() if b.dtype in COUNTERS and b.numel() <= MOST_COUNTERS and not b.is_meta]
     saved = [(buffer, buffer.clone(), buffer._version) for buffer in small]
     try:

@@ -1,4 +1,4 @@
-"""Writes into intermediate tensors become values: a pass of `capture`."""
+"""A pass of `normalise`: writes into intermediate tensors become new tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ aten = torch.ops.aten
 
 
 def functionalise(module: fx.GraphModule) -> None:
-    """Turn writes into intermediate tensors into new tensors, so that no value changes after it was computed.
+    """Replace writes into intermediate tensors by new tensors, so that no value changes after it is computed.
 
-    Writes into inputs and buffers (caches) are effects of the model and stay, and so do writes through views whose
-    inverse is not in `SCATTERS`.
+    Writes into inputs and buffers (caches) are effects of the model and stay. Writes through a view whose inverse is
+    not in `SCATTERS` stay as well.
     """
     if any(mutates(node) for node in module.graph.nodes):
         _Functionalisation(module.graph).run()
@@ -32,11 +32,11 @@ SCATTERS: dict[Any, Any] = {
     aten.alias.default: None,
     **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), None),
 }
-"""What puts a changed view back into its base; None where the view is the base."""
+"""For each view the operator that writes it back into its base; None if the view has all elements of the base."""
 
 
 class _Functionalisation:
-    """Walks a graph in order and knows which node holds the present value of each original node."""
+    """Walks a graph in order and tracks which node holds the present value of each original node."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -44,7 +44,7 @@ class _Functionalisation:
         self.present: dict[fx.Node, fx.Node] = {}
         self.stale: set[fx.Node] = set()
         self.kept: set[fx.Node] = set()
-        """Tensors with a write that stays: then all that follow do, its result among what they write into."""
+        """Tensors with a write that stays. All later writes into them stay as well."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -64,7 +64,7 @@ class _Functionalisation:
                     self.base[node] = originals
 
     def _now(self, node: fx.Node) -> fx.Node:
-        """The present value; a view of something that has changed since is taken again."""
+        """The present value of a node. A view is made again if its base has changed since."""
         if node in self.stale:
             self.stale.discard(node)
             base = self._now(self.base[node])
@@ -103,7 +103,7 @@ class _Functionalisation:
 
 
 def _first_alias(node: fx.Node) -> Any:
-    """The alias annotation of the first argument; None where the result is a tensor of its own."""
+    """The alias annotation of the first argument; None if the result has memory of its own."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
         return None
     alias = node.target._schema.arguments[0].alias_info
@@ -115,7 +115,7 @@ def _first_alias(node: fx.Node) -> Any:
 
 
 def _functional(write: fx.Node) -> Any:
-    """The operator that computes what this one writes; None if there is none of the same result."""
+    """The operator without a write that computes the same; None if there is none with the same dtype."""
     assert isinstance(write.target, torch._ops.OpOverload)
     name = write.target.overloadpacket.__name__
     plain = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")

@@ -35,14 +35,16 @@ def normalise(
 
 
 def inline_regions(module: fx.GraphModule) -> None:
-    """Inline what export wraps for a change of grad mode or autocast; no-grad regions end in a detach."""
+    """Inline regions that export wraps for a change of grad mode or autocast. No-grad regions end in a detach."""
     wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     for node in list(module.graph.nodes):
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or name not in wrappers:
             continue
         if name == "wrap_with_autocast" and node.args[2]:
-            raise CaptureError("the model runs a region under torch.autocast: cast the model itself and turn it off.")
+            raise CaptureError(
+                "the model runs a region under torch.autocast: turn autocast off and cast the model itself."
+            )
         lead = wrappers[name]
         body = module.get_submodule(node.args[lead].target)
         assert isinstance(body, fx.GraphModule)
@@ -71,8 +73,8 @@ def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
 def flatten_vmap(module: fx.GraphModule) -> None:
     """Turn the batch dims of a recorded torch.vmap into plain dims.
 
-    Export records vmap as bookkeeping calls without data edges. Each outermost region is traced again, so that
-    torch's own batching rules say what it computes.
+    Export records vmap as bookkeeping calls that are not connected to the data. Each outermost region is traced again,
+    so that torch applies its own batching rules.
     """
     for region in list(_vmap_regions(module.graph)):
         _flatten_region(module, region)
@@ -120,12 +122,12 @@ def _vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """The check of inputs that torch.export puts in front of what it captured."""
+    """Whether this is the check of the inputs that torch.export adds to a captured graph."""
     return node.op == "call_module" and str(node.target).endswith("_guards_fn")
 
 
 def drop_guards(module: fx.GraphModule) -> None:
-    """Remove assertions and guards: the rewritten module checks its inputs itself."""
+    """Remove assertions and guards. The rewritten module checks its inputs itself."""
     checks = {
         getattr(aten, name)
         for name in ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size")
@@ -138,7 +140,7 @@ def drop_guards(module: fx.GraphModule) -> None:
 
 
 def register_constants(module: fx.GraphModule) -> None:
-    """Make every tensor attribute that is neither parameter nor buffer a non-persistent buffer, so that it moves."""
+    """Make tensor attributes non-persistent buffers, so that they move with the module."""
     mode = fake_mode(module.graph)
     for node in module.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
@@ -152,7 +154,7 @@ def register_constants(module: fx.GraphModule) -> None:
 
 
 def follow_input_device(module: fx.GraphModule) -> None:
-    """Replace each baked device by the device of the first tensor input."""
+    """Replace each device literal by the device of the first tensor input."""
     users = [n for n in module.graph.nodes if any(isinstance(a, torch.device) for a in _leaves(n))]
     tensors = [n for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
     if not users or not tensors:

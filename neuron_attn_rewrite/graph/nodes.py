@@ -13,15 +13,14 @@ from neuron_attn_rewrite.graph.sizes import number_of
 
 aten = torch.ops.aten
 SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
-"""Calls that change how everything behind them runs."""
+"""Calls that change how all later nodes run."""
 PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
 
 
 def op_name(node: fx.Node) -> str:
     """The operator without namespace and overload, such as `softmax`; "" for no operator.
 
-    One that writes keeps its mark (`mul_`, `mul.out`): what its arguments hold is not what they held, so that nothing
-    which is true of `mul` is true of it.
+    An operator that writes keeps its mark (`mul_`, `mul.out`), so that no rule for `mul` is applied to it.
     """
     if node.op != "call_function":
         return ""
@@ -59,13 +58,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def tensor(node: fx.Node) -> torch.Tensor | None:
-    """The node's fake tensor, None if it isn't one tensor."""
+    """The node's fake tensor; None if the node is not a single tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
-    """The sizes of the node's tensor as the analysis knows them: see `sizes.py` for those that are symbols."""
+    """The sizes of the node's tensor, with a number in place of each symbol (`sizes.py`)."""
     value = tensor(node)
     assert value is not None, node
     return tuple(map(number_of, value.shape))
@@ -96,7 +95,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
-    """Whether each node is computed with gradients, in a graph that switches between the two; empty for any other."""
+    """Whether each node is computed with gradients. Empty if the graph does not switch gradients on or off."""
     switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
     if not switches:
         return {}
@@ -113,7 +112,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether the call draws random numbers: not an attention or dropout whose dropout is off."""
+    """Whether the call draws random numbers. A dropout or attention does not if its dropout is off."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
@@ -123,7 +122,7 @@ def draws(node: fx.Node) -> bool:
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Drop what nothing reads and what has no effect."""
+    """Remove unused nodes that have no effect."""
 
     def has_effect(node: fx.Node) -> bool:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -134,7 +133,7 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 def permutation(node: fx.Node) -> list[int]:
-    """The order of an operator of `PERMUTES`, read off what it does to a tensor whose sizes are all different."""
+    """The order of an operator of `PERMUTES`, found by applying it to a tensor whose sizes are all different."""
     rank = len(shape(node))
     probe = torch.empty(*range(rank), device="meta")
     moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]

@@ -1,8 +1,8 @@
 """Sizes that are symbols of torch, such as a batch or length that torch.export left open.
 
-The analysis works on numbers. Each symbol, and each expression that is no product, is a prime of its own beyond every
-size that a tensor can have: two sizes are equal, or one divides the other, exactly where that holds of the expressions
-for all values of the symbols.
+The analysis works on numbers. Each symbol, and each expression that is not a product, stands as a prime of its own. The
+primes are larger than any size of a tensor. So two numbers are equal, or one divides the other, exactly if this is true
+of the expressions for all values of the symbols.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
 LARGEST = 2**31
-"""No dim of a tensor that is a number gets as large."""
+"""Larger than any dim of a tensor that is a number."""
 
 _numbers: dict[sympy.Expr, int] = {}
 _expressions: dict[int, sympy.Expr] = {}
@@ -50,7 +50,7 @@ def _prime_of(expression: sympy.Expr) -> int:
 
 
 def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:
-    """The factor that is a number, and the expressions that it is multiplied by."""
+    """A size of the analysis as a product: its factor that is a number, and its factors that are expressions."""
     found = []
     if number > LARGEST:
         for prime, expression in _expressions.items():
@@ -61,7 +61,7 @@ def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:
 
 
 def is_number(size: int) -> bool:
-    """Whether a size of the analysis is what it seems, and no symbol."""
+    """Whether a size of the analysis is a plain number, without a symbol."""
     return not parts_of(size)[1]
 
 
@@ -79,7 +79,7 @@ def has_symbols(graph: fx.Graph) -> bool:
 
 
 def input_sizes(graph: fx.Graph) -> list[tuple[fx.Node, int | None, int | torch.SymInt]]:
-    """Each size that comes with the inputs: the placeholder, the dim, its size. A number has no dim."""
+    """The sizes of all inputs, as (placeholder, dim, size). An input that is a number itself has the dim None."""
     inputs = [(n, n.meta.get("val")) for n in graph.find_nodes(op="placeholder")]
     numbers = [(n, None, v) for n, v in inputs if isinstance(v, torch.SymInt)]
     return [*numbers, *((n, d, s) for n, v in inputs if isinstance(v, torch.Tensor) for d, s in enumerate(v.shape))]
@@ -97,9 +97,9 @@ def at(number: int, values: Mapping[sympy.Symbol, int]) -> int:
 
 
 def limits_of(limits: Any) -> tuple[int, int | None]:
-    """The least and the largest value of a symbol, given torch's range; None for no largest.
+    """The smallest and the largest value of a symbol, given torch's range; None if there is no largest.
 
-    torch starts its ranges at 2 while it traces, and still means 1.
+    torch starts its ranges at 2 while it traces, although 1 is allowed.
     """
     lower = int(limits.lower) if limits is not None and limits.lower.is_Integer else 0
     upper = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
@@ -107,7 +107,7 @@ def limits_of(limits: Any) -> tuple[int, int | None]:
 
 
 def bind(expected: Iterable[int | torch.SymInt], found: Iterable[int], values: dict[sympy.Symbol, int]) -> str | None:
-    """Give symbols the values at which the expected sizes are the found ones; what is wrong, if they can't be."""
+    """Solve expected = found for the symbols, and add them to `values`; return an error if that fails."""
     for size, given in zip(expected, found, strict=True):
         if isinstance(size, int):
             if size != given:

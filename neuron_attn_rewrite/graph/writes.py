@@ -21,12 +21,12 @@ MAY_COPY = {"reshape", "contiguous", "flatten", "to"}
 
 @dataclass
 class Writes:
-    """Which tensors of a graph some call writes into, and when."""
+    """Which tensors of a graph are written into, and when."""
 
     graph: fx.Graph
     _order: dict[fx.Node, int] = field(default_factory=dict)
     _owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """The tensor in whose memory a view lies, or a written tensor."""
+    """For a view, or the result of a write: the tensor whose memory it shares."""
     _times: dict[fx.Node, list[int]] = field(default_factory=dict)
     """When each owner is written."""
 
@@ -57,7 +57,7 @@ class Writes:
 
     @cached_property
     def changed(self) -> frozenset[fx.Node]:
-        """Everything whose memory is written, before or after it is computed."""
+        """Every tensor whose memory is written, before or after the tensor is computed."""
         return frozenset(n for n in self.graph.nodes if self._times and self._owner.get(n, n) in self._times)
 
     def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:

@@ -26,12 +26,13 @@ def register(table: Literal["weights"], op: str, rule: WeightsRule) -> Registrat
 @overload
 def register(table: Literal["product"], op: str, rule: ProductRule) -> Registration: ...
 def register(table: str, op: str, rule: Any) -> Registration:
-    """Teach the finder an operator. The rule is asked before all others of that operator; None means "not mine".
+    """Teach the finder an operator. The rule is asked before all others of that operator. If it returns None, the next
+    one is asked.
 
     Args:
-        table: where the operator stands: "softmax" for what gives the weights, "scores" for what happens before it,
-            "weights" for what happens behind it, "product" for a product of two tensors.
-        op: the operator's name without namespace and overload, as `softmax` of `torch.ops.aten.softmax.int`.
+        table: "softmax" if the operator gives the weights, "scores" if it comes before the softmax, "weights" if it
+            comes after it, "product" if it is a product of two tensors.
+        op: the operator's name without namespace and overload, such as `softmax` for `torch.ops.aten.softmax.int`.
         rule: what the operator means, in the algebra of `Scores`, `Weights` or `Product`.
 
     Returns:

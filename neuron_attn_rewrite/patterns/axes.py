@@ -1,8 +1,8 @@
-"""The axis algebra: which axes of the attention each dim of a tensor runs over, exactly.
+"""The axis algebra: which axes of the attention each dim of a tensor runs over.
 
-The scores of an attention have axes (batch, head, query, key, ...). Every tensor near them is described by what each of
-its dims runs over: a product of *atoms*, where an atom is one digit of one axis' index. Splitting, merging, permuting
-and broadcasting dims then is arithmetic on atoms, and a role (query, key, feature) is known, never guessed from a size.
+The scores of an attention have axes (batch, head, query, key, ...). Each dim of a tensor near them runs over a product
+of *atoms*. An atom is one digit of the index along one axis. So splitting, merging, permuting and broadcasting dims is
+arithmetic on atoms, and a role (query, key, feature) is never guessed from a size.
 
 A dim that runs over nothing has size 1, so an axis of size 1 has no atom.
 """
@@ -47,7 +47,7 @@ def atoms(dims: Iterable[Dim]) -> list[Atom]:
 
 
 def merged(dim: Iterable[Atom]) -> Dim:
-    """The same dim with neighbouring digits of one axis joined: the normal form, so that equal means equal."""
+    """The same dim with neighbouring digits of one axis joined. Two equal dims are the same tuple then."""
     out: list[Atom] = []
     for atom in dim:
         if out and out[-1].axis == atom.axis and out[-1].stride == atom.stride * atom.size:
@@ -58,7 +58,7 @@ def merged(dim: Iterable[Atom]) -> Dim:
 
 
 def split(dim: Dim, low: int) -> tuple[Dim, Dim] | None:
-    """Cut a dim into a slow and a fast part, the fast one of size `low`; None where no digit boundary is there."""
+    """Cut a dim into a slow part and a fast part of size `low`; None if there is no digit boundary."""
     fast: list[Atom] = []
     slow = list(dim)
     while low > 1:
@@ -125,8 +125,9 @@ Layout: TypeAlias = tuple[Step, ...]
 def layout_steps(source: Dims, target: Dims, full: bool = False) -> Layout | None:
     """The steps that bring a tensor over `source` into the dims `target`.
 
-    A target dim of which the source has no atom at all stays of size 1 (it broadcasts) unless `full`; one of which it
-    has only some is expanded. None if the source runs over something that the target doesn't, or digits don't align.
+    If the source has no atom of a target dim, that dim has size 1 and broadcasts, or is expanded with `full`. If it has
+    some of its atoms, the dim is expanded. None if the source runs over an atom that the target does not have, or if
+    digits don't align.
     """
     if source == target:
         return ()
@@ -149,7 +150,7 @@ def layout_steps(source: Dims, target: Dims, full: bool = False) -> Layout | Non
 
 
 def _simplified(steps: list[Step], shape: tuple[int, ...]) -> Layout:
-    """Drop steps that change nothing, and join a permute with the reshapes of ones around it."""
+    """Drop steps that change nothing, and join reshapes that follow each other."""
     kept: list[Step] = []
     for step in steps:
         before = shape

@@ -1,4 +1,4 @@
-"""Every attention of a graph, in the order of the graph."""
+"""Finds every attention of a graph, in the order of the graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuron_attn_rewrite.values.evaluator import Evaluator
 
 
 def find(module: fx.GraphModule, evaluator: Evaluator) -> list[AttentionSite | UnknownAttention]:
-    """Read the graph, and change nothing."""
+    """The attentions of a graph. The graph is not changed."""
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     found: list[AttentionSite | UnknownAttention] = []
     covered: set[fx.Node] = set()

@@ -83,7 +83,7 @@ def _rows_by_columns(node: fx.Node, left: object, right: object) -> Product | No
 
 @PRODUCTS("linear")
 def _linear(node: fx.Node) -> Product | None:
-    """linear(query, key) without bias. A key that is a parameter makes it a projection, such as a router's."""
+    """linear(query, key) without bias. If the key is a parameter, it is a projection, such as that of a router."""
     left, right = node.args[:2]
     if len(node.args) > 2 and node.args[2] is not None:
         return None
@@ -96,7 +96,7 @@ def _linear(node: fx.Node) -> Product | None:
 
 @PRODUCTS("sum")
 def _sum_of_products(node: fx.Node) -> Product | None:
-    """sum(a * b) over one dim that both have."""
+    """sum(a * b) over dims that both have."""
     inner, dims = node.args[0], arguments(node).get("dim")
     if not isinstance(inner, fx.Node) or op_name(inner) != "mul" or not isinstance(dims, (list, tuple)) or not dims:
         return None

@@ -1,4 +1,4 @@
-"""From axes to roles: which atoms are the kernel's batch, heads, kv heads, query rows and keys."""
+"""From axes to roles: which atoms are the batch, heads, kv heads, query rows and keys of the kernel."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Roles:
 
 
 def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims) -> Roles | Reason:
-    """Roles of the axes, from which operand runs over what; a reason where the product isn't an attention.
+    """The roles of the axes, found from what each operand runs over; a reason if the product is not an attention.
 
-    The keys are what the softmax runs over: key and value have all of it and the query none. The query rows are the
-    last other dim over which key and value don't run. Of the rest, what key and value lack is the group of a kv head.
+    The keys are the dim that the softmax runs over: key and value run over all of it, and the query over none. The
+    query rows are the last other dim that key and value do not run over. Of the remaining atoms, those that key and
+    value do not have are the group of a kv head.
     """
     keys = scores[key_dim]
     if not keys:
@@ -67,7 +68,7 @@ def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims
 
 
 def _batch_and_heads(others: list[Dim], shared: set[Atom]) -> tuple[Dim, Dim]:
-    """The last dim is the heads (with the one before it if it is a group alone); a single folded dim is cut."""
+    """The last dim is the heads, together with the one before if it is only a group. A single folded dim is cut."""
     if len(others) > 2 and others[-1] and not set(others[-1]) & shared:
         others = [*others[:-2], (*others[-2], *others[-1])]
     if len(others) > 1:

@@ -1,4 +1,4 @@
-"""The tables of rules that a walk looks up, by operator. They are the only place where a spelling is known."""
+"""The tables of rules by operator. Only rules know how an attention may be spelled."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.reasons import Reason
 
 NO_RULE = Reason("unknown-node", "no rule knows it")
-DETACHED = Reason("gradient", "no gradient flows through it, and through a kernel one would")
+DETACHED = Reason("gradient", "no gradient flows through it, but one would flow through a kernel")
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 class Blocked(Exception):
-    """A node that no rule understands: the walk ends there, and the attention stays as it is."""
+    """Raised at a node that no rule can undo. The walk ends there, and the attention is not replaced."""
 
     def __init__(self, node: fx.Node, why: Reason = NO_RULE) -> None:
         self.node = node

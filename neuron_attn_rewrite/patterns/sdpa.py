@@ -1,4 +1,4 @@
-"""Attention written as one operator: scaled_dot_product_attention and what it becomes in other dialects."""
+"""Attention written as one operator: scaled_dot_product_attention and its variants."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
 
 
 def _output(node: fx.Node) -> fx.Node | None:
-    """The tensor result; variants that also give a log-sum-exp count only if nobody reads it."""
+    """The tensor result. None if the operator also gives a log-sum-exp and something reads it."""
     if isinstance(node.meta.get("val"), torch.Tensor):
         return node
     users = list(node.users)

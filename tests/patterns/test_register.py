@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "patterns.md"
 def test_the_page_runs() -> None:
     known: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), known)
     model, inputs = known["Attention"](), qkv()
