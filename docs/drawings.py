@@ -8,8 +8,8 @@ import torch
 
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec, Unproven
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.report.data import NodeReport, SiteReport
 from neuron_attn_rewrite.report.drawing import graph_svg
-from neuron_attn_rewrite.report.model import NodeReport, SiteReport
 from neuron_attn_rewrite.report.pictures import mask_svg
 
 STYLE = """

@@ -18,7 +18,7 @@ from neuron_attn_rewrite.report.codec import schema
 
 HERE = Path(__file__).parent
 PACKAGE = Path(neuron_attn_rewrite.__file__).parent
-DESCRIBED = ("report/model.py", "masks/spec.py")
+DESCRIBED = ("report/data.py", "masks/spec.py")
 """Modules whose dataclasses are in the schema of the report."""
 
 

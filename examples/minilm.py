@@ -48,14 +48,14 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def embed(model: torch.nn.Module, tokens: BatchEncoding) -> Tensor:
-    """Mean over the real tokens, of length 1: [sentences, features]."""
+    """The mean over the tokens that are not padding, normalised: [sentences, features]."""
     hidden = model(**tokens).last_hidden_state
     weight = tokens["attention_mask"][..., None].to(hidden.dtype)
     return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
 
 def is_as_expected(report: RewriteReport) -> dict[str, bool]:
-    """What must be true of the rewrite of this model."""
+    """What must hold for the rewrite of this model."""
     sites = report.replaced
     return {
         "6 of 6 attentions are replaced": len(sites) == len(report.sites) == 6,

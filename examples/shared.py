@@ -1,4 +1,4 @@
-"""What the examples share: a progress bar, the rewrite, the comparison, and the report at the end."""
+"""Code of all examples: a progress bar, the rewrite, the comparison, and the report at the end."""
 
 from __future__ import annotations
 

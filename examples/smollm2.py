@@ -41,7 +41,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def continue_in_window(model: torch.nn.Module, prompt: Tensor) -> Tensor:
-    """Greedy decoding at the one length that was captured: a causal mask hides what stands to the right."""
+    """Greedy decoding at the captured length. The causal mask hides the tokens to the right."""
     window = torch.zeros(1, LENGTH, dtype=prompt.dtype)
     start = prompt.shape[1]
     window[:, :start] = prompt
@@ -51,7 +51,7 @@ def continue_in_window(model: torch.nn.Module, prompt: Tensor) -> Tensor:
 
 
 def is_as_expected(report: RewriteReport) -> dict[str, bool]:
-    """What must be true of the rewrite of this model."""
+    """What must hold for the rewrite of this model."""
     sites = report.replaced
     return {
         "30 of 30 attentions are replaced": len(sites) == len(report.sites) == 30,

@@ -23,7 +23,7 @@ RUNS = 20
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor]:
-    """With padding: of a mask of ones some models make none, and then the traced graph has no mask either."""
+    """Inputs with padding. Some models drop a mask of ones, and then the traced graph has no mask either."""
     mask = torch.ones(1, 512, dtype=torch.int64)
     mask[:, 400:] = 0
     return torch.randint(0, CONFIG.vocab_size, (1, 512)), mask
@@ -34,7 +34,7 @@ def sdk_is_here() -> bool:
         return False
     import torch_neuronx
 
-    return hasattr(torch_neuronx, "trace")  # the package of that name on the public index is empty
+    return hasattr(torch_neuronx, "trace")  # a package index also has an empty package of this name
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The errors and the warning that users meet. Each message says what is wrong, where, and what to do."""
+"""The errors and the warning of this package. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class InputError(RewriteError, TypeError):
 
 
 class KernelError(RewriteError, RuntimeError):
-    """A kernel was to be launched that is not there."""
+    """The kernel of a launch is not installed."""
 
 
 class DeviceError(RewriteError, RuntimeError):
-    """Something is to run on a Neuron device, and there is none."""
+    """There is no Neuron device to run on."""
 
 
 class TraceError(RewriteError, RuntimeError):
-    """A module does not lower as it should, or can't be lowered here."""
+    """A module does not lower as it should, or torch-xla is not installed."""
 
 
 class RewriteWarning(UserWarning):
-    """The rewrite succeeded, but something in it deserves to be read."""
+    """The rewrite succeeded, but the user should check something."""
 
 
 class SimulatorError(RewriteError, RuntimeError):
-    """A NKI kernel does what the documentation of NKI forbids, or what the simulator does not model."""
+    """A NKI kernel does something that the NKI documentation forbids or that the simulator does not model."""

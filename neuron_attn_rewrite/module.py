@@ -1,4 +1,4 @@
-"""What `rewrite` gives back: the rewritten graph as a module that is called like the original."""
+"""`RewrittenModule`: the rewritten graph as a module with the interface of the original."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from neuron_attn_rewrite.errors import InputError, RewriteError
 from neuron_attn_rewrite.graph.sizes import bind
 
 if TYPE_CHECKING:
-    from neuron_attn_rewrite.report.model import RewriteReport
+    from neuron_attn_rewrite.report.report import RewriteReport
 
 
 PROVEN_BUFFERS = "neuron_attn_rewrite.proven_buffers"
-"""Where a module's `meta` has the names of the buffers whose values are part of a proof."""
+"""The key of `module.meta` with the names of the buffers whose values a proof depends on."""
 
 
 class RewrittenModule(fx.GraphModule):
     """A rewritten model: same weights, same arguments by position or name, same output structure, and a `report`.
 
-    It is made for the shapes, dtypes and mode (train or eval) of the example inputs, and says so when it gets others;
-    sizes that the capture left open take every value in their range.
+    It is valid for the shapes, dtypes and mode (train or eval) of the example inputs, and raises an error for others.
+    A dynamic size takes every value in its range.
     """
 
     @classmethod
     def wrap(cls, module: fx.GraphModule, report: RewriteReport) -> RewrittenModule:
-        """Take over graph, parameters and buffers of `module`."""
+        """A module with the graph, parameters and buffers of `module`, and with this report."""
         wrapped = cls(module, module.graph, class_name="RewrittenModule")
         _adopt(module, wrapped)
         for part in wrapped.modules():
@@ -49,40 +49,45 @@ class RewrittenModule(fx.GraphModule):
         return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> RewrittenModule:
-        """Only the mode that was captured is there.
+        """As of nn.Module, but only the mode of the capture is possible.
 
         Raises:
-            RewriteError: the other mode is asked for.
+            RewriteError: `mode` is not the mode of the capture.
         """
         if mode != self.training:
             has, wants = ("train", "eval") if self.training else ("eval", "train")
-            raise RewriteError(f"this graph was captured in {has} mode: call model.{wants}() and rewrite again.")
+            raise RewriteError(
+                f"this graph was captured in {has} mode: call model.{wants}() on the original and rewrite it again."
+            )
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of nn.Module. A mask or scale that was proven from a buffer is not read from it any more.
+        """As of nn.Module, except for buffers that a proof depends on: they must keep their values.
+
+        The graph no longer reads these buffers.
 
         Raises:
-            RewriteError: another value of such a buffer is to be loaded; nothing is loaded then.
+            RewriteError: `state_dict` has another value of such a buffer. Nothing is loaded then.
         """
         for name in sorted(self.meta.get(PROVEN_BUFFERS, ())):
             old, new = self.get_buffer(name), state_dict.get(name)
             if new is not None and new.shape == old.shape and not torch.equal(new.to(old), old):
                 raise RewriteError(
-                    f"the value of buffer {name!r} is part of what was proven, and another one is to be loaded: "
-                    "load it into the model, and rewrite that."
+                    f"a proof depends on the value of buffer {name!r}, and this state_dict has another value. "
+                    "Load it into the original model and rewrite that again."
                 )
         return super().load_state_dict(state_dict, strict, assign)
 
     def __reduce__(self) -> Any:
-        """A pickle of a graph has no shapes, which a rewritten model checks its arguments with."""
+        """A pickle of a graph has no shapes, and a rewritten model checks its arguments with them."""
         raise RewriteError(
-            "a rewritten model can't be pickled: save its state_dict() and rewrite the model again, "
-            "or save torch.export.export(rewritten, ...) with torch.export.save."
+            "a rewritten model can't be pickled: save its state_dict() and rewrite the model again, or save "
+            "torch.export.export(rewritten, ...) with torch.export.save. To load that, import neuron_attn_rewrite.ops "
+            "first: it registers the operators."
         )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, checked against what was captured."""
+        """The arguments by name, after a check against the captured ones."""
         expected = self._expected()
         if len(args) > len(expected):
             raise InputError(
@@ -114,11 +119,11 @@ class RewrittenModule(fx.GraphModule):
         return {name: given[name] for name in expected}
 
     def _expected(self) -> dict[str, list[Any]]:
-        """The example value of each leaf of each argument."""
+        """The captured value of each leaf of each argument."""
         inputs = self.graph.find_nodes(op="placeholder")
         values = [node.meta.get("val", node.args[0] if node.args else None) for node in inputs]
         info = getattr(self.graph._codegen, "pytree_info", None)
-        if info is None:  # a graph whose inputs are its leaves
+        if info is None:  # each input of the graph is one argument
             return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}
         expected: dict[str, list[Any]] = {}
         for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
@@ -137,9 +142,9 @@ def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 
 
 def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
-    """How values differ from what was captured, in words behind it ("" if it is plain to see); None if they fit.
+    """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
 
-    A size that is a symbol fits if it has one value for all arguments, in its range.
+    A symbolic size fits if it has the same value in all arguments and this value is in its range.
     """
     if len(found) != len(expected):
         return ""
@@ -164,7 +169,7 @@ def _describe(values: list[Any]) -> str:
 
 
 def _adopt(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` every parameter and buffer of `source` under the same name and with the same persistence."""
+    """Register every parameter and buffer of `source` in `target`, with the same name and persistence."""
     for path, owner in source.named_modules():
         tensors = {**owner._parameters, **owner._buffers}
         if not tensors:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import neuron_attn_rewrite.ops.definitions  # noqa: F401  registers torch.ops.neuron_attn
+import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
@@ -32,7 +32,7 @@ from neuron_attn_rewrite.replace.exact import inside
 from neuron_attn_rewrite.replace.graft import Graft, Plan, commit, graft, missing_size
 from neuron_attn_rewrite.replace.verify import capture_error, measure, measure_exactly
 from neuron_attn_rewrite.report.build import make_report, snapshot
-from neuron_attn_rewrite.report.model import RewriteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.arrange import arranged
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
 from neuron_attn_rewrite.strategy.forms import Form, at_example, forms, size_from_data

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.config.options import TOLERANCES
-from neuron_attn_rewrite.report.model import SiteReport
+from neuron_attn_rewrite.report.data import SiteReport
 from tests.helpers import Function, kernel_calls, relative_error
 from tests.models import DECODER, LENGTH, tokens
 

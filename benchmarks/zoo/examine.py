@@ -22,7 +22,7 @@ from benchmarks.zoo.count import count, count_in_graphs
 from neuron_attn_rewrite import CaptureError, RewriteConfig, RewrittenModule
 from neuron_attn_rewrite.backends.compile import backend, collect_reports
 from neuron_attn_rewrite.capture.export import capture
-from neuron_attn_rewrite.report.model import SiteReport
+from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
 SECONDS, MEMORY = 120, 4 * 2**30

@@ -1,7 +1,7 @@
 """Activations that torch_neuronx replaces by its own kernels.
 
-`import torch_neuronx` overrides functions of torch.nn.functional, and finds them by name when they are called; a
-captured graph calls the ATen operators behind them, and would lose the overrides. These functions look the name up.
+`import torch_neuronx` overrides functions of torch.nn.functional, such as silu. A captured graph calls ATen operators
+instead, so the overrides would have no effect. The functions here call torch.nn.functional by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return F.softmax(x, dim, dtype=dtype)
 
 
-def softmax_in_place_of_its_core(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+def softmax_of_the_core_op(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     return F.softmax(x, dim, dtype=torch.float32 if half_to_float else None)
 
 
@@ -36,12 +36,12 @@ RESTORED: Mapping[Any, Callable[..., Tensor]] = {
     aten.silu.default: silu,
     aten.gelu.default: gelu,
     aten.softmax.int: softmax,
-    aten._softmax.default: softmax_in_place_of_its_core,
+    aten._softmax.default: softmax_of_the_core_op,
 }
 
 
 def restore_activations(module: fx.GraphModule) -> int:
-    """Let every such operator of a graph call the function by name again. Gives their number."""
+    """Replace every such operator of a graph by the function that calls it by name. Returns their number."""
     nodes = [n for n in module.graph.nodes if n.op == "call_function" and n.target in RESTORED]
     for node in nodes:
         node.target = RESTORED[node.target]

@@ -1,7 +1,7 @@
 """torch.compile(model, backend="neuron_attn_rewrite").
 
-The backend is found by the entry point in pyproject.toml; nothing needs to be imported. Each graph that Dynamo finds is
-rewritten and handed to an inner backend. A graph in which nothing is replaced goes on exactly as it came.
+torch finds the backend by the entry point in pyproject.toml, without an import. It rewrites each graph of Dynamo and
+passes it to an inner backend. A graph in which nothing is replaced is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.nodes import module_path
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import SiteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import demand, rewrite_graph
 
 LOG = logging.getLogger("neuron_attn_rewrite")
 PREFERRED = ("neuron", "neuron_libtorch")
-"""Inner backends that are taken, in this order, where they are installed."""
+"""The default inner backends: the first that is installed is used."""
 EXTRAS: Mapping[str, str] = {
     "neuron": "TorchNeuron, which comes with the AWS Neuron SDK",
     "neuron_libtorch": "libtorch_neuronx_lite, which comes with the AWS Neuron SDK",
     "openxla": "torch-xla: pip install torch-xla",
 }
-"""What an inner backend needs."""
+"""The package that an inner backend needs."""
 
 
 @dataclass
@@ -51,14 +52,14 @@ class GraphReport:
 
     report: RewriteReport
     inner: str
-    """The backend that it was handed to."""
+    """The inner backend that compiled it."""
     calls: int = 0
     """How often it has run."""
 
 
 @dataclass
 class CompileReport:
-    """What `collect_reports` gives: every graph that was compiled, in order."""
+    """The result of `collect_reports`: every graph that was compiled, in order."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
@@ -67,7 +68,7 @@ class CompileReport:
         """One report of all graphs.
 
         Raises:
-            RewriteError: nothing was compiled yet.
+            RewriteError: no graph was compiled.
         """
         if not self.graphs:
             raise RewriteError("no graph was compiled: call the compiled model inside `with collect_reports()`.")
@@ -86,7 +87,7 @@ class CompileReport:
 
 
 def merged(reports: Sequence[RewriteReport]) -> RewriteReport:
-    """One report of several graphs of one model."""
+    """One report for several graphs of one model."""
     return replace(
         reports[0],
         sites=tuple(site for report in reports for site in report.sites),
@@ -111,7 +112,7 @@ def collect_reports() -> Iterator[CompileReport]:
 
 
 def publish(entry: GraphReport) -> None:
-    """Log a report and hand it to every `collect_reports` block around."""
+    """Log a report and add it to every open `collect_reports` block."""
     LOG.info("%s", entry.report)
     for collected in _collectors:
         collected.graphs.append(entry)
@@ -121,7 +122,7 @@ def backend(module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     """Rewrite one graph of Dynamo and compile it with the inner backend.
 
     Args:
-        module: the graph; it is changed in place, as backends may.
+        module: the graph. It is changed in place, which torch.compile allows.
         example_inputs: a value for each placeholder.
         kwargs: `options` of torch.compile: "inner", the name of a backend or a callable; "inner_options", its options;
             and any field of `RewriteConfig`. `mode` goes to the inner backend.
@@ -156,7 +157,7 @@ def _config(options: Mapping[str, Any]) -> RewriteConfig:
     unknown = next((name for name in options if name not in allowed), None)
     if unknown is not None:
         raise ConfigError(
-            f"options has no {unknown!r}: choose of {', '.join(allowed)}; what the inner backend knows goes into "
+            f"options has no {unknown!r}: choose one of {', '.join(allowed)}. Options of the inner backend go into "
             '"inner_options".'
         )
     return RewriteConfig(**options)
@@ -173,13 +174,13 @@ def _inner(inner: Any, example_inputs: Sequence[Any]) -> tuple[str, Callable[...
         on_xla = any(isinstance(value, Tensor) and value.device.type == "xla" for value in example_inputs)
         inner = next((name for name in PREFERRED if name in known), "openxla" if on_xla else "eager")
     if inner == "neuron_attn_rewrite":
-        raise ConfigError('inner="neuron_attn_rewrite" would never end: name another backend.')
+        raise ConfigError('inner="neuron_attn_rewrite" would call itself forever. Name another backend.')
     lacks_xla = inner == "openxla" and not _is_installed("torch_xla")
     if inner in EXTRAS and (inner not in known or lacks_xla):
         raise ConfigError(f"inner={inner!r} needs {EXTRAS[inner]}.")
     if inner not in known:
         raise ConfigError(
-            f"inner={inner!r} is no backend of torch.compile: choose one of {', '.join(known)}, or give a callable."
+            f"inner={inner!r} is no backend of torch.compile: choose one of {', '.join(known)}, or pass a callable."
         )
     return inner, lookup_backend(inner)
 
@@ -193,7 +194,7 @@ def _is_installed(package: str) -> bool:
 def explain_graphs(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], config: RewriteConfig
 ) -> RewriteReport:
-    """Run a model once, compiled, and give the report of all its graphs."""
+    """The report on all graphs of a model that is run once through torch.compile."""
     reports = []
 
     def analyse(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -210,11 +211,11 @@ def explain_graphs(
 def rewrite_dynamo_graph(
     module: fx.GraphModule, example_inputs: Sequence[Any] | None, config: RewriteConfig
 ) -> RewriteReport:
-    """Rewrite a torch-level graph in place; it is untouched if nothing is replaced.
+    """Rewrite a graph of Dynamo in place. It is not changed if nothing is replaced.
 
     Args:
         module: the graph, with shapes on its placeholders.
-        example_inputs: a value for each placeholder, to measure with; None without any.
+        example_inputs: a value for each placeholder, to verify with; None if there are none.
         config: see `RewriteConfig`.
 
     Raises:
@@ -232,14 +233,14 @@ def rewrite_dynamo_graph(
 
 
 def _takes_gradients(inputs: Sequence[Any]) -> bool:
-    """Whether a graph on these inputs, weights among them, is compiled with its backward."""
+    """Whether torch.compile also compiles the backward of a graph with these inputs, which include the weights."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
 
 
 def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, config: RewriteConfig) -> RewriteReport:
     bodies = [body for body in checkpointed(module) if _holds_attention(body)]
     if bodies:
-        reason = Reason("beside-checkpoint", "it stands beside checkpointed regions, and only those are rewritten")
+        reason = Reason("beside-checkpoint", "the graph has checkpointed regions, and only those are rewritten")
         return merged([_untouched(module, config, reason), *(_rewritten(body, None, config) for body in bodies)])
     if not _holds_attention(module):
         return _untouched(module, config)
@@ -250,8 +251,10 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
             report = replace(rewrite_graph(source, values, config), unused_inputs=())
     except NotAnalysed as error:
         return _untouched(module, config, error.reason)
-    except Exception as error:  # a defect of ours must not stop a model that runs without us
-        words = f"the analysis failed, and the graph goes on as it was: {type(error).__name__}: {first_line(error)}"
+    except Exception as error:  # a defect of this package must not break a model that runs without it
+        words = (
+            f"the analysis failed, and the graph is passed on unchanged: {type(error).__name__}: {first_line(error)}"
+        )
         warnings.warn(words, RewriteWarning, stacklevel=2)
         return _untouched(module, config, Reason("not-traced", words))
     if report.replaced:
@@ -264,7 +267,7 @@ def _holds_attention(module: fx.GraphModule) -> bool:
 
 
 def _values(inputs: Sequence[Any]) -> list[Any] | None:
-    """What the graph can be run with; None without any, or on a device that would have to compile first."""
+    """Values to run the graph with. None without values, or if they are not all plain CPU tensors."""
     values = [v.node.hint if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) else v for v in inputs]
     tensors = [v for v in values if isinstance(v, Tensor)]
     on_cpu = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
@@ -272,7 +275,7 @@ def _values(inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def _untouched(module: fx.GraphModule, config: RewriteConfig, *reasons: Reason) -> RewriteReport:
-    """The report on a graph that was not analysed."""
+    """The report on a graph that was not analysed. Attentions are found by the names of their functions."""
     nodes = len(module.graph.nodes)
     sites = tuple(
         SiteReport(module_path(node), str(getattr(node.target, "__name__", node.target)), reasons=reasons)

@@ -1,8 +1,8 @@
-"""From the graph that Dynamo hands to a backend to the graph that the rest of the package reads, and back.
+"""Converts between the graphs of Dynamo and the normalised ATen graphs that the rest of the package reads.
 
-Dynamo's graph holds torch functions and methods, its parameters are inputs, and its metadata is called `example_value`.
-It is traced once more, before autograd and autocast are applied, so that scaled_dot_product_attention stays one node;
-what comes out is normalised like any capture.
+A graph of Dynamo holds torch functions and methods, its parameters are inputs, and its metadata is called
+`example_value`. It is traced again before autograd and autocast, so scaled_dot_product_attention stays one node. The
+result is normalised like any other capture.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from neuron_attn_rewrite.reasons import Reason
 _ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 CAST_BY_AUTOCAST = ("matmul", "bmm", "baddbmm", "einsum", "linear", "scaled_dot_product_attention", "softmax")
-"""Operators around an attention that compute in another dtype under torch.autocast."""
+"""Operators in an attention whose dtype torch.autocast changes."""
 
 
 class NotAnalysed(Exception):
-    """A graph goes on as it came, for this `reason`."""
+    """A graph can't be analysed, for this `reason`. It is passed on unchanged."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
@@ -42,10 +42,10 @@ class NotAnalysed(Exception):
 
 
 def to_aten(module: fx.GraphModule) -> fx.GraphModule:
-    """A new, normalised ATen graph of what a torch-level graph computes, with the same inputs in the same order.
+    """A new, normalised ATen graph that computes the same, with the same inputs in the same order.
 
     Raises:
-        NotAnalysed: an input is no plain tensor, or some call can't be traced.
+        NotAnalysed: an input is not a plain tensor, or a call can't be traced.
     """
     _must_be_plain(module.graph)
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -59,7 +59,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
         with _reading_data(mode), mode, preserve_node_meta(), runner.restoring_state():
             inputs = [_fresh(v) for v in values]
             traced = make_fx(lambda *a: runner.run(*a), pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
-    except Exception as error:  # whatever a tracer meets: the graph goes on as it was
+    except Exception as error:  # a tracer can raise anything; the graph is then passed on unchanged
         words = f"the graph can't be traced to ATen: {type(error).__name__}: {first_line(error)}"
         raise NotAnalysed(Reason("not-traced", words)) from error
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
@@ -67,13 +67,13 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
         new.meta.setdefault("val", value(old))
     if runner.casts or any(torch.is_autocast_enabled(device) for device in devices):
         spell_out_autocast(traced.graph)
-    # The devices of a graph that is made for one call are those of the call.
+    # This graph is compiled for the devices of one call, so its devices are fixed.
     return normalise(traced, tuple(p for p in PASSES if p is not follow_input_device))
 
 
 @contextmanager
 def _reading_data(mode: FakeTensorMode) -> Iterator[None]:
-    """Allow what Dynamo allowed while it traced: `tensor.tolist()` gives sizes that come from data."""
+    """Allow sizes that depend on data, such as those of `tensor.tolist()`, as Dynamo did while it traced."""
     before, mode.allow_scalar_outputs = mode.allow_scalar_outputs, True
     try:
         yield
@@ -82,23 +82,27 @@ def _reading_data(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def value(node: fx.Node) -> Any:
-    """What a node of either dialect says that it holds."""
+    """The value in the metadata of a node, of Dynamo or of ATen."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _must_be_plain(graph: fx.Graph) -> None:
-    """Every input has a shape, and none is more than a tensor."""
+    """Check that every input has a shape and that no input is a tensor subclass.
+
+    Raises:
+        NotAnalysed: this does not hold.
+    """
     for node in graph.find_nodes(op="placeholder"):
         given = value(node)
         if given is None:
-            raise NotAnalysed(Reason("not-traced", f"the input {_readable(node)} carries no shape"))
+            raise NotAnalysed(Reason("not-traced", f"the input {_readable(node)} has no shape"))
         if isinstance(given, Tensor) and (type(given) is not FakeTensor or given.layout is not torch.strided):
-            words = f"the input {_readable(node)} is a {type(given).__name__} and no plain tensor"
+            words = f"the input {_readable(node)} is a {type(given).__name__}, not a plain tensor"
             raise NotAnalysed(Reason("not-traced", words))
 
 
 def _fresh(given: Any) -> Any:
-    """An input of its own for the tracer: what the graph writes must not reach the tensors that Dynamo keeps."""
+    """A copy of an input for the tracer, so that writes in the graph do not reach the tensors that Dynamo keeps."""
     if not isinstance(given, FakeTensor):
         return given
     return torch.empty_strided(
@@ -107,13 +111,17 @@ def _fresh(given: Any) -> Any:
 
 
 def _readable(node: fx.Node) -> str:
-    """`attention_mask` for `l_attention_mask_`. Only inputs of the model may claim by name to be a mask of 0 and 1."""
+    """The name of an input in the model, such as `attention_mask` for `l_attention_mask_`.
+
+    In the name of a parameter or buffer, "mask" is changed: only an input of the model is taken as a mask of 0 and 1
+    because of its name.
+    """
     name = re.sub(r"^l_(kwargs_)?|_$", "", node.name)
     return name.replace("mask", "m_ask") if name.startswith("self_") else name
 
 
 class _Run(fx.Interpreter):
-    """Runs a Dynamo graph and keeps count of the autocast regions in it."""
+    """Runs a Dynamo graph and records the autocast regions that are open."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -131,7 +139,7 @@ class _Run(fx.Interpreter):
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
-        """Leave grad mode and autocast as they were, even if the run ends half way."""
+        """Restore grad mode and autocast at the end, also after an error."""
         grad = torch.is_grad_enabled()
         try:
             yield
@@ -142,7 +150,7 @@ class _Run(fx.Interpreter):
 
 
 def spell_out_autocast(graph: fx.Graph) -> None:
-    """Make the casts that autocast puts in front of an operator nodes of the graph."""
+    """Add a node for each cast that autocast applies to an input of an operator."""
     for node in list(graph.nodes):
         if op_name(node) not in CAST_BY_AUTOCAST or not is_tensor(node):
             continue
@@ -156,10 +164,10 @@ def spell_out_autocast(graph: fx.Graph) -> None:
 
 
 def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:
-    """Let the very graph object of `target` compute what `source` computes; its placeholders stay as they are.
+    """Replace the content of the graph object of `target` by that of `source`. The placeholders stay.
 
-    Kernel calls have the id of our sources in their names, by which compile caches tell graphs apart: what AOTAutograd
-    keeps was traced through the gradients of this version.
+    The names of kernel calls contain the hash of the sources of this package. Compile caches tell graphs apart by their
+    names, so they do not reuse a graph whose gradients another version of this package traced.
     """
     graph = target.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -191,13 +199,13 @@ def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:
 
 @functools.cache
 def sources() -> str:
-    """Changes with any line of this package."""
+    """A hash of all source files of this package."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def make_in_graph(module: fx.GraphModule, names: Collection[str]) -> None:
-    """Let the graph make these buffers of the module itself."""
+    """Replace these buffers of the module by nodes that create the same tensors."""
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target not in names:
             continue
@@ -215,7 +223,7 @@ def make_in_graph(module: fx.GraphModule, names: Collection[str]) -> None:
 
 
 def declare_constants(module: fx.GraphModule) -> None:
-    """Say of each buffer that Dynamo does not know where it is from: AOTAutograd asks for it."""
+    """Give each buffer that Dynamo does not know a source, which AOTAutograd needs."""
     from torch._dynamo.source import ConstantSource
 
     sources = getattr(module, "_param_name_to_source", None)
@@ -231,7 +239,7 @@ def _attribute(module: torch.nn.Module, target: str) -> Any:
 
 @contextmanager
 def tracing_as(module: fx.GraphModule) -> Iterator[None]:
-    """A tracing context of the fake mode in which the graph's values live: Dynamo's own may be a later one."""
+    """A tracing context with the fake mode of the graph's values. The current one of Dynamo may be another."""
     fakes = (value(node) for node in module.graph.nodes)
     mode = next((v.fake_mode for v in fakes if isinstance(v, FakeTensor)), None)
     with tracing(TracingContext(mode)):
@@ -239,7 +247,7 @@ def tracing_as(module: fx.GraphModule) -> Iterator[None]:
 
 
 def checkpointed(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """The bodies of the regions under torch.utils.checkpoint."""
+    """The graphs of the regions under torch.utils.checkpoint."""
     calls = [n for n in module.graph.nodes if str(getattr(n.target, "__name__", "")).endswith("activation_checkpoint")]
     names = dict.fromkeys(str(a.target) for call in calls for a in call.all_input_nodes if a.op == "get_attr")
     return [body for name in names if isinstance(body := _attribute(module, name), fx.GraphModule)]
@@ -250,11 +258,11 @@ EXP = re.compile(r"\bexp\b")
 
 
 def attentions(graph: fx.Graph) -> Sequence[fx.Node]:
-    """The calls of a torch-level graph that look like attention by their names, for a graph that is not analysed."""
+    """The calls whose names look like attention, for the report on a graph that is not analysed."""
     return [n for n in graph.nodes if n.op != "placeholder" and NAMES.search(str(n.target))]
 
 
 def may_hold_attention(graph: fx.Graph) -> bool:
-    """Whether it is worth the time to look: an attention by name, or an exp, of which a softmax can be made."""
+    """Whether a graph may have an attention: a call with such a name, or an exp, which may be part of a softmax."""
     names = [str(n.target) for n in graph.nodes if n.op != "placeholder"]
     return any(NAMES.search(name) or EXP.search(name) for name in names)

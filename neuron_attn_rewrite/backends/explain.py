@@ -1,4 +1,4 @@
-"""`explain(model, *args)`: the report alone, also of a model that only torch.compile can capture."""
+"""`explain(model, *args)`: the report alone, also for a model that only torch.compile can capture."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.report.model import RewriteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
 
 def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, **kwargs: Any) -> RewriteReport:
-    """What `rewrite` would do with a model, without a rewritten model.
+    """The report on what `rewrite` would do with a model.
 
-    A model that can't be captured as one graph is run once through torch.compile, and the report is of all its graphs.
+    If the model can't be captured as one graph, it is run once through torch.compile. The report then covers all its
+    graphs.
 
     Args:
         model: as for `rewrite`, or the result of torch.compile.
         args: example positional inputs.
-        config: see `RewriteConfig`; its `require` is not applied.
+        config: see `RewriteConfig`; `require` has no effect.
         kwargs: example keyword inputs.
 
     Raises:
-        InputError: the example inputs are missing or don't fit.
+        InputError: the example inputs are missing or don't fit the model.
     """
     config = replace(RewriteConfig.of(config), require=None)
     model = getattr(model, "_orig_mod", model)

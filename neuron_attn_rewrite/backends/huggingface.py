@@ -1,11 +1,11 @@
-"""The kernels as an attention implementation of transformers, for who wants no graph pass.
+"""The kernels as an attention implementation of transformers, without a graph.
 
     register_with_transformers()
     model = AutoModel.from_pretrained(..., attn_implementation="neuron_nki")
 
-transformers hands over scale, softcap, sinks and masks by name, so that little is left to prove: what the mask's own
-function says about each query and key is computed and fitted, as a graph's mask is, and padding stays a vector.
-While a model is captured (torch.export, torch.compile) the plain scaled_dot_product_attention is left in its graph.
+transformers passes scale, softcap, sinks and masks by name, so only the mask is left to prove. The mask function of the
+model is evaluated for each query and key and fitted to claims, like the mask of a graph. Padding stays a vector over
+the keys. While a model is captured (torch.export, torch.compile), its graph gets scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import RewriteError
@@ -28,26 +29,27 @@ from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import NodeReport, SiteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
 
 NAME = "neuron_nki"
 MASK = "_neuron_attn_rewrite_mask"
-"""The attribute under which a mask tensor carries what is known of it. What is sliced or cast carries nothing."""
+"""The attribute of a mask tensor with its `KnownMask`. A slice or a cast of the tensor does not have it."""
 
 
 @dataclass(frozen=True)
 class KnownMask:
-    """What a 4-D mask is made of: a pattern that is the same for each batch element and head, and padding."""
+    """The parts of a 4-D mask: a pattern that is the same for all batch elements and heads, and padding."""
 
     pattern: MaskSpec
     padding: Tensor | None
-    """Bool [batch, kv_len], True where the key is seen."""
+    """Bool [batch, kv_len], True where the key is visible. None without padding."""
 
 
 @dataclass
 class Registration:
-    """What `register_with_transformers` gives."""
+    """The result of `register_with_transformers`, which collects a report."""
 
     config: RewriteConfig
     _sites: dict[SiteReport, None] = field(default_factory=dict)
@@ -55,17 +57,17 @@ class Registration:
 
     @property
     def report(self) -> RewriteReport:
-        """Every attention that was called so far: one entry for each layer, shape and mask."""
+        """The attentions that were called so far: one site for each layer, shape and mask."""
         config = self.config
         return RewriteReport(tuple(self._sites), config.target, config.logical_cores, config.policy, 0, 0)
 
     def reset(self) -> None:
-        """Forget the calls so far."""
+        """Start a new report."""
         self._sites.clear()
         self._names.clear()
 
     def name_of(self, module: nn.Module) -> str:
-        """The module's class, with its layer or, if it has none, the order in which it was first called."""
+        """The class of the module and its layer index; without one, the number of its first call among its class."""
         if module not in self._names:
             kind = type(module).__name__
             number = getattr(module, "layer_idx", None)
@@ -76,14 +78,14 @@ class Registration:
 
 
 def register_with_transformers(config: RewriteConfig | None = None, *, name: str = NAME) -> Registration:
-    """Register the attention function and its mask function: without the second, transformers would drop causality.
+    """Register an attention function and a mask function. Without the second, transformers would drop causal masks.
 
     Args:
-        config: see `RewriteConfig`. Nothing is measured here, and `require` is not applied.
+        config: see `RewriteConfig`. `verify` and `require` have no effect.
         name: what to pass as `attn_implementation`.
 
     Raises:
-        RewriteError: transformers is missing, or too old to have both interfaces.
+        RewriteError: transformers is missing, or older than 4.57.
     """
     try:
         attention = import_module("transformers").AttentionInterface
@@ -109,7 +111,7 @@ def _capturing() -> bool:
 
 
 def make_mask(*args: Any, **options: Any) -> Tensor | None:
-    """transformers' 4-D bool mask, always materialised, with what is known of it as an attribute."""
+    """The 4-D bool mask of transformers, never None, with its `KnownMask` as an attribute if it could be found."""
     sdpa_mask = import_module("transformers.masking_utils").sdpa_mask
     if _capturing():
         return sdpa_mask(*args, **options)  # type: ignore[no-any-return]
@@ -128,7 +130,10 @@ def make_mask(*args: Any, **options: Any) -> Tensor | None:
 
 
 def _pattern(visible: Tensor) -> MaskSpec | None:
-    """The claims that say exactly this, [batch, 1, q_len, kv_len]; None if there are none, or no values to read."""
+    """The claims that describe `visible`, bool [batch, 1, q_len, kv_len], exactly. None if there are none.
+
+    None also for a tensor whose values can't be read, and if the batch elements differ.
+    """
     if type(visible) is not Tensor or visible.device.type != "cpu":
         return None
     one = visible[0, 0]
@@ -175,8 +180,8 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and q_len > 1 and attention_mask is None
     if causal and q_len != kv_len:
-        unsupported = unsupported or "no mask came along, and which keys each query sees can't be told"
-    known, bias = (None, None) if unsupported else _terms(attention_mask, position_bias, kv_len, query.dtype)
+        unsupported = unsupported or "there is no mask, and the keys that each query sees are not known"
+    known, bias = (None, None) if unsupported else _mask_and_bias(attention_mask, position_bias, kv_len, query.dtype)
     pattern = known.pattern if known else MaskSpec((Band(upper=0),) if causal else ())
     padding = known.padding if known else None
     claims = (*pattern.claims, KeyPadding("attention_mask")) if padding is not None else pattern.claims
@@ -228,22 +233,22 @@ def _attention(
 
 
 def _unsupported(mask: Tensor | None, kv_len: int, dropout: float, options: dict[str, Any]) -> str:
-    """Why no kernel is asked for; "" if one is."""
+    """Why no kernel can be called; "" if one may be."""
     if dropout:
         return "dropout is active"
     if options.get("output_attentions") or options.get("head_mask") is not None:
-        return "the attention weights are asked for, or heads are masked"
+        return "the attention weights are returned, or heads are masked"
     if options.get("cache") is not None:
         return "the cache is paged"
     if mask is not None and (mask.dim() != 4 or mask.shape[-1] < kv_len):
-        return f"the mask is {list(mask.shape)}, and not [batch, heads, queries, keys]"
+        return f"the mask has the shape {list(mask.shape)}, not [batch, heads, queries, keys]"
     return ""
 
 
-def _terms(
+def _mask_and_bias(
     mask: Tensor | None, position_bias: Tensor | None, kv_len: int, dtype: torch.dtype
 ) -> tuple[KnownMask | None, Tensor | None]:
-    """What is known of a mask, and what goes to the kernel as a dense operand."""
+    """The `KnownMask` of a mask, and the dense bias for the kernel: [.., q_len, kv_len], or None."""
     known: KnownMask | None = getattr(mask, MASK, None)
     bias = position_bias
     if mask is not None and known is None:
@@ -262,10 +267,17 @@ def _eager(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """The model's own eager attention, which knows softcap and sinks."""
+    """Call the eager attention of the model itself, which supports softcap and sinks.
+
+    Raises:
+        RewriteError: the model has none.
+    """
     eager: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise RewriteError(f"{type(module).__name__} has softcap or sinks and no eager attention to go back to.")
+        raise RewriteError(
+            f"{type(module).__name__} has softcap or sinks. No kernel computes this call, and the model has no eager "
+            "attention that could."
+        )
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
     given = {name: value for name, value in options.items() if value is not None}

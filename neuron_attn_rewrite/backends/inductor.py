@@ -1,4 +1,4 @@
-"""The rewrite as a hook of Inductor, for who compiles with backend="inductor"."""
+"""The rewrite as a graph pass of Inductor, for users of backend="inductor"."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 class InductorPass(CustomGraphPass):
     """`torch._inductor.config.pre_grad_custom_pass = InductorPass(config)`.
 
-    Behind autograd an attention is the CPU's own flash attention: this is the one hook of Inductor that sees it before.
+    After autograd, an attention is already the CPU's own flash attention. This is the only hook of Inductor that runs
+    before it.
 
     Args:
-        config: see `RewriteConfig`. What is replaced is not measured: Inductor hands over no values.
+        config: see `RewriteConfig`. The replaced attentions are not verified, because Inductor gives a pass no inputs.
     """
 
     def __init__(self, config: RewriteConfig | None = None) -> None:
@@ -31,14 +32,14 @@ class InductorPass(CustomGraphPass):
         assert isinstance(module, fx.GraphModule) and module.graph is graph
         before = dict(module.named_buffers())
         publish(GraphReport(rewrite_dynamo_graph(module, None, self.config), "inductor"))
-        # Inductor may have listed before what the module holds.
+        # Inductor may have listed the buffers of the module already.
         make_in_graph(module, dict(module.named_buffers()).keys() - before)
 
     def uuid(self) -> str:
-        """Changes with the configuration, with torch, and with any line of this package."""
+        """The key for compile caches. It changes with the configuration, torch, and the source of this package."""
         return pass_id(self.config)
 
 
 def pass_id(config: RewriteConfig) -> str:
-    """What a compile cache must know of a rewrite with this configuration."""
+    """The key of a rewrite with this configuration for compile caches."""
     return hashlib.sha256(f"{sources()}{torch.__version__}{config!r}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The way to `torch_neuronx.trace`: a module that it lowers as it is, and a check of that on any machine."""
+"""Prepares a model for `torch_neuronx.trace`, and checks on any machine how it lowers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.ops.launch import TARGET, placeholder_kernels
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import SiteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite
 
 WHOLE_MODEL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest accepted difference of a lowered model's output, relative to the largest magnitude: XLA rounds otherwise."""
+"""Tolerance of the output of a lowered model, relative to the largest magnitude. XLA rounds differently."""
 FLASH = torch.ops.neuron_attn.flash_fwd.default
 
 
@@ -35,13 +36,13 @@ def rewrite_for_trace(
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     config: RewriteConfig | None = None,
 ) -> RewrittenModule:
-    """What to hand to `torch_neuronx.trace(rewritten, example_inputs)`.
+    """A rewritten model for `torch_neuronx.trace(rewritten, example_inputs)`.
 
     Args:
         model: as for `rewrite`.
-        example_inputs: as for torch_neuronx.trace, a tensor or a tuple; or a dict of keyword inputs, and then
-            `tuple(example_inputs.values())` is what the result is traced with.
-        config: see `RewriteConfig`; `require="all"` makes an attention that stays native an error.
+        example_inputs: as for torch_neuronx.trace, a tensor or a tuple; or a dict of keyword inputs. With a dict, trace
+            the result with `tuple(example_inputs.values())`.
+        config: see `RewriteConfig`. With `require="all"`, an attention that is not replaced is an error.
 
     Returns:
         A module that is called by position. A dict or ModelOutput among its outputs is a dict of tensors, and any
@@ -65,7 +66,7 @@ def rewrite_for_trace(
 
 
 def _plain_outputs(module: fx.GraphModule) -> None:
-    """Give dicts, lists and tuples of tensors only."""
+    """Make the outputs of the module dicts, lists and tuples of tensors."""
     codegen: Any = module.graph._codegen
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     leaves = list(pytree.tree_leaves(output.args[0]))
@@ -96,35 +97,35 @@ def _plain(value: Any, kept: set[int]) -> Any:
 
 @dataclass(frozen=True)
 class TraceCheck:
-    """What `verify_trace` has seen in the lowered graph."""
+    """The findings of `verify_trace` in the lowered graph."""
 
     unused_inputs: tuple[str, ...]
-    """Inputs that the module reads and the lowered graph does not: they were baked in, or dropped."""
+    """Inputs that the module reads but the lowered graph does not. They became constants, or were dropped."""
     baked_weights: tuple[str, ...]
-    """Parameters and buffers, likewise."""
+    """Parameters and buffers that the module reads but the lowered graph does not."""
     fallbacks: tuple[str, ...]
-    """Operators that torch_xla ran on the CPU while it traced: their results are constants of the graph."""
+    """Operators that torch_xla ran on the CPU while it traced. Their results are constants in the graph."""
     kernels: int
-    """NKI custom calls."""
+    """Number of NKI custom calls."""
     expected_kernels: int | None
-    """Kernel calls in the module's own graph; None if it has no graph."""
+    """Number of kernel calls in the graph of the module; None if it has no graph."""
     score_buffers: tuple[str, ...]
-    """Shapes of intermediates that hold a score for each query and key of a replaced attention."""
+    """Shapes of intermediate results that hold a score for each query and key of a replaced attention."""
     max_error: float | None
     """Largest difference from the module on the CPU, relative to the largest magnitude; None if it was not run."""
     tolerance: float
-    """What `max_error` must not pass."""
+    """The largest accepted `max_error`."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong, in one line each."""
+        """One line for each thing that is wrong."""
         found = []
         for name in self.unused_inputs:
             found.append(
-                f"input {name} vanished: it is a constant of the lowered graph, or nothing reads it. Trace with an "
-                "example that uses it (an attention_mask with padding), and bake no device into the graph."
+                f"input {name} vanished: it is a constant in the lowered graph, or nothing reads it. Trace with an "
+                "example that uses it, such as an attention_mask with padding, and do not fix a device in the model."
             )
-        found += [f"weight {name} vanished: it is baked into the lowered graph" for name in self.baked_weights]
+        found += [f"weight {name} vanished: it is a constant in the lowered graph" for name in self.baked_weights]
         found += [f"{name} ran on the CPU while tracing: its result is a constant" for name in self.fallbacks]
         if self.expected_kernels is not None and self.kernels != self.expected_kernels:
             found.append(f"{self.kernels} NKI custom calls, but {self.expected_kernels} attentions were replaced")
@@ -141,18 +142,18 @@ class TraceCheck:
 
 
 def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True) -> TraceCheck:
-    """Lower a module through torch_xla as torch_neuronx.trace does, on the CPU, and look at what became of it.
+    """Lower a module through torch_xla on the CPU, as torch_neuronx.trace does, and check the lowered graph.
 
-    The kernels are placeholder custom calls while the graph is looked at, and plain torch operators while it is run.
-    Neither the module nor the inputs are moved or changed; weights are copied to the XLA device while the call lasts.
+    To inspect the graph, kernels are lowered as placeholder custom calls. To run it, they are lowered as plain torch
+    operators. The module and the inputs are not moved or changed. Weights are copied to the XLA device for the call.
 
     Args:
-        module: what `rewrite_for_trace` gives; any other module can be checked as well.
+        module: the result of `rewrite_for_trace`, or any other module.
         example_inputs: as for torch_neuronx.trace: a tensor, a tuple, or a dict that is passed in its order.
         strict: raise if anything is wrong.
 
     Raises:
-        TraceError: torch-xla is missing, or, if `strict`, what `TraceCheck.problems` says.
+        TraceError: torch-xla is missing, or `strict` is set and `TraceCheck.problems` is not empty.
     """
     if find_spec("torch_xla") is None:
         raise TraceError("verify_trace needs torch-xla: pip install torch-xla.")
@@ -188,7 +189,7 @@ class _Lowered:
 
 
 def lowered_hlo(module: nn.Module, example_inputs: tuple[Any, ...]) -> str:
-    """The text of the HLO, with placeholders for kernels. Nothing is executed."""
+    """The lowered graph as HLO text, with placeholder calls for kernels. Nothing is executed."""
     return _lower(module, example_inputs).hlo
 
 
@@ -219,14 +220,14 @@ def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
     baked = [
         name
         for name, tensor in weights.items()
-        # torch_xla makes constants of single numbers, as it does of literals.
+        # torch_xla turns single numbers into constants, like literals.
         if tensor.dim() and name in (read_weights or ()) and context.tensor_parameter_id(tensor) == -1
     ]
     return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks)
 
 
 def _moved_weights(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Copies on the device, ties kept. The module's own tensors stay where they are."""
+    """Copies of the weights on the device. Tied weights stay tied."""
     copies: dict[int, Tensor] = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: copies.setdefault(id(t), t.detach().to(device)) for name, t in named}
@@ -247,7 +248,7 @@ def _input_names(module: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
 
 
 def _names_that_are_read(module: nn.Module) -> tuple[set[str] | None, set[str] | None]:
-    """Inputs and weights that a graph computes with; None where there is no graph to tell."""
+    """The names of the inputs and of the weights that a graph computes with; None without a graph."""
     if not isinstance(module, fx.GraphModule):
         return None, None
     read = [node for node in module.graph.nodes if any(user.target is not getattr for user in node.users)]
@@ -256,7 +257,7 @@ def _names_that_are_read(module: nn.Module) -> tuple[set[str] | None, set[str] |
 
 
 def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | None, float]:
-    """How far the lowered module is from the module; None where XLA is not on the CPU."""
+    """The error of the lowered module and its tolerance. The error is None if XLA does not run on the CPU."""
     torch_xla: Any = import_module("torch_xla")
     tolerance = max((WHOLE_MODEL.get(t.dtype, 0.0) for t in module.parameters()), default=WHOLE_MODEL[torch.float32])
     if import_module("torch_xla.runtime").device_type() != "CPU":
@@ -264,7 +265,7 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
     given = pytree.tree_map_only(Tensor, lambda t: t.detach().to(torch_xla.device()), inputs)
     with torch.no_grad():
         lowered = torch.func.functional_call(module, _moved_weights(module, torch_xla.device()), given)
-        # On copies, for what is written in place.
+        # On copies, because the module may write in place.
         kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
         expected = torch.func.functional_call(module, kept, pytree.tree_map_only(Tensor, torch.clone, inputs))
     errors = [0.0]
@@ -280,7 +281,7 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
 
 
 def score_buffers(hlo: str, site: SiteReport) -> list[str]:
-    """Shapes in HLO text that hold a score, or a mask, for each query and key of a replaced attention."""
+    """Shapes in HLO text with a score, or a mask, for each query and key of a replaced attention."""
     if site.bias is not None or site.kv_len in (site.head_dim, site.v_head_dim) or not site.batch or not site.num_heads:
         return []
     found = []

@@ -1,4 +1,4 @@
-"""The command line. Importing this needs none of its extra."""
+"""The command line. Importing it needs no optional package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `neuron-attn-rewrite`. Leaves by SystemExit: 0 is fine, 1 a finding, 2 an error."""
+    """Run `neuron-attn-rewrite` and exit: 0 is success, 1 a finding, 2 an error."""
     try:
         import click  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""What of the Neuron stack is here, and what to do about the rest."""
+"""Which parts of the Neuron stack are installed, and what to do about the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything that is worth knowing about this machine, in the order of the stack."""
+    """All findings about this machine, from Python up to the devices."""
     return [finding for check in CHECKS for finding in check()]
 
 
@@ -84,18 +84,17 @@ def _devices() -> Iterator[Finding]:
     if devices:
         yield Finding(OK, "devices", ", ".join(devices))
     else:
-        yield Finding(
-            NOTE, "devices", "none", "rewriting and checking need none; tracing for a device is done on its instance"
-        )
+        advice = "rewriting and checking need none; trace for a device on an instance that has it"
+        yield Finding(NOTE, "devices", "none", advice)
 
 
 def _environment() -> Iterator[Finding]:
     for name, meaning in (
-        ("NEURON_LOGICAL_NC_CONFIG", "cores in a logical NeuronCore: RewriteConfig.lnc must be the same"),
+        ("NEURON_LOGICAL_NC_CONFIG", "cores in a logical NeuronCore; RewriteConfig.lnc must be the same"),
         ("NEURON_RT_VISIBLE_CORES", "cores that the runtime may use"),
-        ("NEURON_PLATFORM_TARGET_OVERRIDE", "compiles for this target: RewriteConfig.target must be the same"),
+        ("NEURON_PLATFORM_TARGET_OVERRIDE", "target of the compiler; RewriteConfig.target must be the same"),
         ("NEURON_CC_FLAGS", "options of the compiler"),
-        ("PJRT_DEVICE", "what torch_xla runs on"),
+        ("PJRT_DEVICE", "device that torch_xla runs on"),
     ):
         if name in os.environ:
             yield Finding(NOTE, name, os.environ[name], meaning)
@@ -112,6 +111,6 @@ def _distribution(name: str) -> Distribution | None:
 
 
 def is_placeholder(found: Distribution, module: str) -> bool:
-    """Whether a distribution has the name of a Neuron package but none of its code: under 1000 bytes of it."""
+    """Whether a distribution has the name of a Neuron package but not its code: less than 1000 bytes."""
     files = [Path(str(found.locate_file(file))) for file in found.files or [] if str(file).startswith(module)]
     return sum(file.stat().st_size for file in files if file.suffix in (".py", ".so") and file.is_file()) < 1000

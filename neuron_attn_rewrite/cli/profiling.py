@@ -1,4 +1,4 @@
-"""The calls that `profile` times: each kind of attention of a report, alone, as it was and as a kernel."""
+"""The calls that `profile` times: each kind of attention alone, as native operators and as a kernel."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 
 from neuron_attn_rewrite.masks.spec import MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
+from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.report.groups import groups
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 
 Make = Callable[[torch.device], Callable[[], Any]]
 
 
 def calls(report: RewriteReport) -> Iterator[tuple[AttentionProblem, str, Make]]:
-    """Problem, kernel name, and what makes the call on a device."""
+    """For each call: the problem, the name of the kernel, and a function that prepares the call on a device."""
     for group in groups(report):
         site = group.first
         if not site.is_replaced:
@@ -31,7 +32,7 @@ def calls(report: RewriteReport) -> Iterator[tuple[AttentionProblem, str, Make]]
 
 
 def problem_of(site: SiteReport) -> AttentionProblem:
-    """What the attention of an understood site computes."""
+    """The problem that the attention of a site poses."""
     assert isinstance(site.mask, MaskSpec) and site.dtype is not None and site.scale is not None
     sizes = {
         name: getattr(site, name)

@@ -1,4 +1,4 @@
-"""A small config of the same architecture, for any config of transformers."""
+"""From any config of transformers to a small config of the same architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCABULARY, LAYERS, HEADS, WIDTH = 256, 2, 4, 64
 HEAD = WIDTH // HEADS
 
 MOST_KINDS = 4
-"""A list with more values than these, one for each layer, does not tell kinds of layers."""
+"""A list with one entry for each layer names kinds of layers if it has at most this many different values."""
 
 Sizes = tuple[tuple[int, str], ...]
 Given = Callable[[Any], Mapping[str, Any]]
@@ -24,7 +24,7 @@ COUNTS: Sizes = (
     (32, r"moe_(\w+_)?intermediate_size|expert_ffn_hidden_size|shared_(expert_)?intermediate_size"),
     (VOCABULARY, r"(.*_)?vocab_size\w*|(.*_)?codebook_size"),
 )
-"""How many of each: the layers, experts and words."""
+"""Numbers of layers, experts and tokens in the vocabulary, as (largest value, pattern of the field's name)."""
 
 WIDTHS: Sizes = (
     (HEADS, r"(.*_)?num_(attention_|encoder_attention_|decoder_attention_)?heads|n_heads?|(.*_)?attention_heads"),
@@ -36,26 +36,26 @@ WIDTHS: Sizes = (
     (96, r"intermediate_size|.*ffn_(dim|hidden_size|intermediate_size)|d_ff|d_inner|n_inner|dim_feedforward|mlp_dim"),
     (8, r"mamba_n(um)?_heads"),
 )
-"""How wide. The first pattern that a field's whole name matches gives the most that it may be."""
+"""Widths, as (largest value, pattern of the field's name). The first pattern that matches the whole name decides."""
 
 
 def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
-    """A new config of the same class, small, and so are its parts. One with stages of several widths keeps them.
+    """A new config of the same class whose sizes, and those of its parts, are small.
 
-    It is made by its class from smaller arguments, so that whatever the class derives from them fits. Of the layers
-    those stay that are of different kinds, two at least.
+    The class makes it from smaller arguments, so the values that the class derives from them fit. The first layer of
+    each kind stays, and at least two layers. A config with stages of several widths keeps the widths.
 
     Args:
-        config: any config of transformers. It stays as it is.
-        sizes: the most that an integer may be, by the pattern of its name.
-        given: what else the class is given, by the config.
+        config: any config of transformers. It is not changed.
+        sizes: the largest value of an integer, by the pattern of its name.
+        given: more arguments for the class, as a function of the config.
     """
     if _is_list(getattr(config, "depths", None)):
         sizes = tuple(row for row in sizes if row not in WIDTHS)
     names = arguments(type(config))
     inner = [name for name, value in vars(config).items() if _is_config(value)]
     old = {name: _field(config, name) for name in dict.fromkeys([*names, *inner]) if _has(config, name)}
-    old = {name.removeprefix("_"): value for name, value in old.items()}  # _out_features has a public name
+    old = {name.removeprefix("_"): value for name, value in old.items()}  # _out_features is given as out_features
     count = old.get("num_hidden_layers")
     kept = _layers(old, count)
 
@@ -65,7 +65,8 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
 
     new = small(old)
     if "depths" not in old and any(_stage(name) > LAYERS for name in new.get("out_features") or ()):
-        new |= {"out_features": None, "out_indices": None}  # stages are layers: the class takes the last
+        # Each layer is a stage. Without a choice, the class takes the last stage.
+        new |= {"out_features": None, "out_indices": None}
     if kept:
         new |= {name: type(v)(v[i] for i in kept) for name, v in old.items() if _is_list(v) and len(v) == count}
         new["num_hidden_layers"] = len(kept)
@@ -92,7 +93,7 @@ def _stage(name: Any) -> int:
 
 
 def no_extras(config: Any) -> Any:
-    """The same config without a cache or more outputs than one, in itself and its parts."""
+    """The same config, changed in place: no cache, attentions or hidden states among the outputs, in no part of it."""
     for part in filter(_is_config, list(vars(config).values())):
         no_extras(part)
     for name in ("use_cache", "output_attentions", "output_hidden_states"):
@@ -114,12 +115,12 @@ def _smaller(name: str, value: Any, sizes: Sizes, given: Given) -> Any:
     if type(value) is not int:
         return value
     if name.endswith(("token_id", "token_index", "_idx")) and value >= VOCABULARY:
-        return VOCABULARY - 1 - sum(map(ord, name)) % 32  # different tokens stay different
+        return VOCABULARY - 1 - sum(map(ord, name)) % 32  # so that different tokens stay different
     return next((min(small, value) for small, pattern in sizes if value > 0 and re.fullmatch(pattern, name)), value)
 
 
 def _of_latents(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from other fields where keys and values come from one latent, which all heads share."""
+    """Fields that follow from others in multi-head latent attention, where all heads share one latent."""
     made = {}
     if new.get("kv_lora_rank") and new.get("num_key_value_heads"):
         made["num_key_value_heads"] = new["num_attention_heads"]
@@ -137,7 +138,7 @@ def _has(config: Any, name: str) -> bool:
 
 
 def _field(config: Any, name: str) -> Any:
-    """Its own value even where layers have others, and reading it by its name is an error."""
+    """The value of the config itself. Where layers have other values, reading the attribute is an error."""
     return vars(config)[name] if name in vars(config) else getattr(config, name)
 
 
@@ -151,7 +152,7 @@ def _base(kind: type) -> type:
 
 
 def arguments(kind: type) -> list[str]:
-    """What the class, or those that it extends, can be made from."""
+    """The names of the arguments of a config class and of its base classes."""
     base = _base(kind)
     classes = [kind] if hasattr(kind, "__dataclass_fields__") else [c for c in kind.__mro__ if issubclass(c, base)][:-1]
     named = [name for c in classes or [kind] for name, p in inspect.signature(c).parameters.items() if p.kind in KINDS]
@@ -171,7 +172,7 @@ def _head_dim(fields: Mapping[str, Any]) -> float:
 
 
 def _layers(old: Mapping[str, Any], count: Any) -> list[int]:
-    """The first layer of each kind, two layers at least. None where no list tells the kinds."""
+    """The first layer of each kind, and at least two layers. Empty if no list has an entry for each layer."""
     lists = [v for v in old.values() if _is_list(v) and len(v) == count]
     kinds = [v for v in lists if all(isinstance(kind, (str, int)) for kind in v) and len(set(v)) <= MOST_KINDS]
     first = {kind: i for i, kind in reversed(list(enumerate(zip(*kinds, strict=True))))}
@@ -180,7 +181,7 @@ def _layers(old: Mapping[str, Any], count: Any) -> list[int]:
 
 
 def _portions(parts: Iterable[int], total: int) -> list[int]:
-    """Integers in about the same proportions that have this sum."""
+    """Integers that have this sum and about these proportions."""
     parts = list(parts)
     smaller = [max(1, part * total // sum(parts)) for part in parts[:-1]]
     return [*smaller, total - sum(smaller)]

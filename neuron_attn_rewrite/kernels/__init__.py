@@ -1,1 +1,1 @@
-"""The ops that replace attention; importing `neuron_attn_rewrite.ops.definitions` registers them."""
+"""What a kernel is: its formula, its implementations, and the operands that it takes."""

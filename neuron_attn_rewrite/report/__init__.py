@@ -1,1 +1,1 @@
-"""What was found, proven, chosen and replaced, and why."""
+"""The report: what was found, proven, chosen and replaced, and why."""

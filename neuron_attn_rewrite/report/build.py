@@ -1,4 +1,4 @@
-"""From a finished rewrite to its report. Counts come from the final graph."""
+"""Makes the report of a finished rewrite. Counts come from the final graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,17 @@ from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace.graft import Graft, Plan
-from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import NodeReport, SiteReport
+from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE
+from neuron_attn_rewrite.version import __version__
 
 MOST_NODES = 48
-"""How far a kept attention is followed back."""
+"""The largest number of nodes that is listed for an attention that was not replaced."""
 
 
 def snapshot(graph: fx.Graph) -> dict[str, NodeReport]:
-    """What each node is and reads, by name and in order: outlives the nodes."""
+    """Each node as data, by name and in the order of the graph. It stays valid when nodes are removed."""
     return {node.name: describe_node(node) for node in graph.nodes}
 
 
@@ -41,7 +42,7 @@ def make_report(
     errors: Mapping[Graft, float],
     config: RewriteConfig,
 ) -> RewriteReport:
-    """One line for each site, in the order of the graph. Linear in the size of the graph."""
+    """The report, with one entry for each site in the order of the graph. Linear in the number of nodes."""
     present = {node.name: node for node in graph.nodes}
     position = {name: i for i, name in enumerate(before)}
     gone = set(before) - set(present)
@@ -49,33 +50,36 @@ def make_report(
     for node in before.values():
         for name in node.inputs:
             users[name].append(node.name)
-    made = {id(g.plan): g for g in grafts}
+    graft_of = {id(g.plan): g for g in grafts}
     sites = []
     for plan in plans:
         if isinstance(plan, UnknownAttention):
-            old = _around(plan.anchor.name, before, users)
+            nodes = _around_softmax(plan.anchor.name, before, users)
             sites.append(
                 SiteReport(
                     plan.name,
                     plan.pattern,
                     *source_of(plan.anchor),
                     reasons=(plan.reason,),
-                    before=_part(old, before, position, dict.fromkeys(old, "kept")),
+                    before=_with_inputs(nodes, before, position, dict.fromkeys(nodes, "kept")),
                 )
             )
             continue
-        graft = made.get(id(plan))
-        named = _operands(plan.site) | (_operands(plan.form.site) if plan.form else {})
+        graft = graft_of.get(id(plan))
+        operand_roles = _operand_roles(plan.site) | (_operand_roles(plan.form.site) if plan.form else {})
         if graft is not None and graft.result.name in present:
-            roles = _removed(plan.site, before, gone)
+            roles = _removed_roles(plan.site, before, gone)
             gone -= set(roles)
             new = {n.name: n for n in graft.added if n.name in present}
             operands = {i.name: i for n in new.values() for i in n.all_input_nodes if i.name not in new}
-            after = tuple(replace(describe_node(n), role=named.get(n.name, "operand")) for n in operands.values())
+            after = tuple(
+                replace(describe_node(n), role=operand_roles.get(n.name, "operand")) for n in operands.values()
+            )
             after += tuple(replace(describe_node(n), role="added") for n in new.values())
         else:
-            roles, after = _kept(plan.site, before), ()
-        sites.append(_site(plan, graft, _part(roles, before, position, named | roles), after, errors, config))
+            roles, after = _kept_roles(plan.site, before), ()
+        shown = _with_inputs(roles, before, position, operand_roles | roles)
+        sites.append(_site_report(plan, graft, shown, after, errors, config))
     return RewriteReport(
         sites=tuple(sites),
         target=config.target,
@@ -86,24 +90,17 @@ def make_report(
         unused_inputs=tuple(
             n.name for n in graph.find_nodes(op="placeholder") if tensor(n) is not None and not users[n.name]
         ),
-        made_with=f"neuron_attn_rewrite {_version()}, torch {torch.__version__}",
+        made_with=f"neuron_attn_rewrite {__version__}, torch {torch.__version__}",
     )
-
-
-def _version() -> str:
-    try:
-        return version("neuron-attn-rewrite")
-    except PackageNotFoundError:  # used from a source tree that is not installed
-        return "unknown"
 
 
 # Which nodes belong to a site
 
 
-def _walk(
+def _reachable(
     start: str, next_of: Callable[[str], Sequence[str]], enter: Callable[[str], bool], limit: int | None = None
 ) -> set[str]:
-    """Everything that can be reached through nodes that may be entered, the nearest first."""
+    """The names that a breadth-first walk from `start` reaches, at most `limit`. It enters names that pass `enter`."""
     reached: set[str] = set()
     waiting = deque([start])
     while waiting and (limit is None or len(reached) < limit):
@@ -114,8 +111,8 @@ def _walk(
     return reached
 
 
-def _around(anchor: str, before: Mapping[str, NodeReport], users: Mapping[str, Sequence[str]]) -> set[str]:
-    """From the products before a softmax that was not understood to those behind it."""
+def _around_softmax(anchor: str, before: Mapping[str, NodeReport], users: Mapping[str, Sequence[str]]) -> set[str]:
+    """The nodes around a softmax that was not understood, up to the nearest products before and after it."""
 
     def is_call(name: str) -> bool:
         return bool(before[name].call)
@@ -126,8 +123,8 @@ def _around(anchor: str, before: Mapping[str, NodeReport], users: Mapping[str, S
     def users_of(name: str) -> Sequence[str]:
         return () if _is_product(before[name]) else users[name]
 
-    behind = _walk(anchor, inputs_of, is_call, MOST_NODES)
-    ahead = _walk(anchor, users_of, is_call, MOST_NODES)
+    behind = _reachable(anchor, inputs_of, is_call, MOST_NODES)
+    ahead = _reachable(anchor, users_of, is_call, MOST_NODES)
     return behind | ahead
 
 
@@ -135,16 +132,21 @@ def _is_product(node: NodeReport) -> bool:
     return any(part in PRODUCTS.by_op for part in node.op.split("."))
 
 
-def _removed(site: AttentionSite, before: Mapping[str, NodeReport], gone: Collection[str]) -> dict[str, str]:
-    """The removed nodes on which the output depended through removed nodes alone: "removed" or "mask"."""
+def _removed_roles(site: AttentionSite, before: Mapping[str, NodeReport], gone: Collection[str]) -> dict[str, str]:
+    """The role of each removed node of a site: "mask" if only the mask needed it, else "removed".
+
+    A removed node belongs to the site if each node on its way to the output was removed too.
+    """
     terms = {term.node.name for term in site.terms}
-    everything = _walk(site.output.name, lambda name: before[name].inputs, lambda name: name in gone)
-    scores = _walk(site.output.name, lambda name: before[name].inputs, lambda name: name in gone and name not in terms)
+    everything = _reachable(site.output.name, lambda name: before[name].inputs, lambda name: name in gone)
+    scores = _reachable(
+        site.output.name, lambda name: before[name].inputs, lambda name: name in gone and name not in terms
+    )
     return {name: "removed" if name in scores else "mask" for name in everything}
 
 
-def _kept(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, str]:
-    """The nodes between the operands and the output."""
+def _kept_roles(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, str]:
+    """The role "kept" for each node from the operands and masks, without these, to the output of a site."""
     operands = [
         site.query,
         site.key,
@@ -157,27 +159,27 @@ def _kept(site: AttentionSite, before: Mapping[str, NodeReport]) -> dict[str, st
     def enter(name: str) -> bool:
         return name not in ends and bool(before[name].call)
 
-    return dict.fromkeys(_walk(site.output.name, lambda name: before[name].inputs, enter, MOST_NODES), "kept")
+    return dict.fromkeys(_reachable(site.output.name, lambda name: before[name].inputs, enter, MOST_NODES), "kept")
 
 
-def _operands(site: AttentionSite) -> dict[str, str]:
-    """Which node is the query, the key and the value; left out where one node is several of them."""
+def _operand_roles(site: AttentionSite) -> dict[str, str]:
+    """The role of the query, key and value node. A node that is more than one of them is left out."""
     pairs = [(site.query.node.name, "query"), (site.key.node.name, "key"), (site.value.node.name, "value")]
     names = [name for name, _ in pairs]
     return {name: role for name, role in pairs if names.count(name) == 1}
 
 
-def _part(
+def _with_inputs(
     names: Iterable[str], before: Mapping[str, NodeReport], position: Mapping[str, int], roles: Mapping[str, str]
 ) -> tuple[NodeReport, ...]:
-    """The named nodes and what they read, in the order of the graph."""
+    """The named nodes and the nodes that they read, in the order of the graph, with their roles."""
     own = set(names)
     shown = own | {i for name in own for i in before[name].inputs}
     nodes = [before[name] for name in sorted(shown, key=position.__getitem__)]
     return tuple(replace(n, role=roles.get(n.name, "operand")) for n in nodes)
 
 
-def _site(
+def _site_report(
     plan: Plan,
     graft: Graft | None,
     before: tuple[NodeReport, ...],
@@ -221,11 +223,11 @@ def _site(
     )
 
 
-# What is said of one node
+# One node as data
 
 
 def describe_node(node: fx.Node) -> NodeReport:
-    """The node as data."""
+    """The name, call, inputs, shape and dtype of a node."""
     value = tensor(node)
     return NodeReport(
         name=node.name,
@@ -245,7 +247,7 @@ def _call(node: fx.Node) -> str:
 
 
 def _literal(value: Any) -> str:
-    """An argument as Python source, nodes by their names."""
+    """An argument as Python source. A node is written as its name."""
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, (tuple, list)):
@@ -261,7 +263,7 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 def source_of(node: fx.Node) -> tuple[str, str]:
-    """The innermost line of the model's own code that made the node, as `path:line`, and what stands there."""
+    """The innermost line of the model's own code that made the node, as `path:line`, and the text of that line."""
     frames = list(FRAME.finditer(node.meta.get("stack_trace") or ""))
     own = [f for f in frames if not f["path"].startswith((TORCH, "<"))] or frames
     if not own:
@@ -270,7 +272,7 @@ def source_of(node: fx.Node) -> tuple[str, str]:
 
 
 def _short(path: str) -> str:
-    """Without what differs from machine to machine: below site-packages or the working directory, else the name."""
+    """A path that is the same on every machine: below site-packages or the working directory, or the file name."""
     if "site-packages/" in path:
         return path.rpartition("site-packages/")[2]
     here = Path.cwd()

@@ -1,7 +1,7 @@
-"""Reports as JSON and back, and the JSON Schema of them: three walks over the type hints of the data model.
+"""Reports as JSON, JSON as reports, and the JSON Schema. All three follow the type hints of the data classes.
 
-A field or a claim that is added to the model is in all three at once; `VERSION` grows when a reader of the old form
-would stumble.
+A new field or a new claim of a mask needs no change here. `VERSION` grows if a reader of the old version can't read the
+new one.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.reasons import REASONS, Reason
-from neuron_attn_rewrite.report.model import RewriteReport
+from neuron_attn_rewrite.report.data import ReportData
 
 VERSION = 1
 """The version of the schema, `schema` in the JSON."""
 
 
-def to_json(report: RewriteReport) -> str:
+def to_json(report: ReportData) -> str:
     head = {"schema": VERSION, "replaced": len(report.replaced), "kept": len(report.kept)}
-    return json.dumps({**head, **encode(report, RewriteReport)}, indent=1)
+    return json.dumps({**head, **encode(report, ReportData)}, indent=1)
 
 
-def from_json(text: str | bytes) -> RewriteReport:
+Report = TypeVar("Report", bound=ReportData)
+
+
+def from_json(text: str | bytes, kind: type[Report]) -> Report:
+    """The report that `to_json` wrote, as an object of `kind`."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -38,17 +42,17 @@ def from_json(text: str | bytes) -> RewriteReport:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != VERSION:
         said = "it has no schema version" if found is None else f"its schema is {found!r}"
-        raise InputError(f"this is not a report that can be read: {said}, and version {VERSION} is needed.")
+        raise InputError(f"this report can't be read: {said}, and version {VERSION} is needed.")
     try:
-        report = decode({k: v for k, v in data.items() if k not in ("schema", "replaced", "kept")}, RewriteReport)
+        report = decode({k: v for k, v in data.items() if k not in ("schema", "replaced", "kept")}, kind)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"this report is damaged: {type(error).__name__}: {error}.") from error
-    assert isinstance(report, RewriteReport)
+    assert isinstance(report, kind)
     return report
 
 
 def is_record(kind: Any) -> bool:
-    """Whether a hint is one of the model's dataclasses."""
+    """Whether a hint is a dataclass."""
     return is_dataclass(kind)
 
 
@@ -60,18 +64,18 @@ def hints(kind: Any) -> Mapping[str, Any]:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """What a hint allows; None is left out."""
+    """The types that a hint allows, without None."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(o for o in options if o is not type(None))
 
 
 def _tagged(hint: Any) -> bool:
-    """Whether a value says by `kind` which dataclass it is."""
+    """Whether the JSON of a value needs the field `kind`, because the hint allows several dataclasses."""
     return sum(is_record(o) for o in _members(hint)) > 1
 
 
 def encode(value: Any, hint: Any) -> Any:
-    """A value of the data model as plain JSON data."""
+    """A value as plain JSON data."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
@@ -117,7 +121,7 @@ def decode(data: Any, hint: Any) -> Any:
             return option[data]
         elif isinstance(option, type) and isinstance(data, option):
             return data
-    raise ValueError(f"{data!r} is not what was expected")
+    raise ValueError(f"{data!r} is of no type that was expected")
 
 
 # The schema
@@ -126,7 +130,11 @@ PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def schema(described: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """The JSON Schema of `to_json`. `described` has the docstrings of fields by class, of the class itself under ""."""
+    """The JSON Schema of `to_json`.
+
+    Args:
+        described: for each class the docstrings of its fields, and its own docstring under the name "".
+    """
     definitions: dict[str, Any] = {}
 
     def of(hint: Any, tag: str = "") -> Any:
@@ -171,7 +179,7 @@ def schema(described: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
             "additionalProperties": False,
         }
 
-    root = record(RewriteReport)
+    root = record(ReportData)
     head = {"schema": {"const": VERSION}, "replaced": {"type": "integer"}, "kept": {"type": "integer"}}
     root["properties"] = {**head, **root["properties"]}
     root["required"] = list(root["properties"])

@@ -1,6 +1,6 @@
-"""Before and after as drawn graphs: a layered layout for SVG, and DOT for Graphviz.
+"""Draws the graph of a site before and after: as SVG with a layered layout, and as DOT for Graphviz.
 
-What only serves a mask is drawn as one box: it is long, and how it was spelled does not matter any more.
+All nodes that only compute a mask are drawn as one box.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import pairwise
 
+from neuron_attn_rewrite.report.data import NodeReport, ReportData, SiteReport
 from neuron_attn_rewrite.report.groups import groups
-from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
 
 WIDTH, HEIGHT, GAP, LAYER = 152, 36, 14, 62
 
@@ -28,7 +28,7 @@ class Box:
 
 
 def boxes(nodes: Sequence[NodeReport]) -> list[Box]:
-    """What is drawn for the nodes of one side."""
+    """The boxes for the nodes of one side (before or after)."""
     masks = [n for n in nodes if n.role == "mask"]
     folded = {n.name for n in masks}
     own = {i for n in nodes if n.role != "mask" and not n.is_operand for i in n.inputs}
@@ -63,16 +63,16 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything goes, in columns and layers."""
+    """The place of each box and edge, in columns and layers."""
 
     at: Mapping[str, tuple[float, int]]
     """Column and layer of each box."""
     routes: Mapping[tuple[str, str], Sequence[tuple[float, int]]]
-    """What each edge passes between its ends, one point a layer."""
+    """The points that each edge passes between its two boxes, one for each layer."""
 
 
 def layout(drawn: Sequence[Box]) -> Layout:
-    """Each box below everything that it reads, near the middle of what it is joined to; edges pass between boxes."""
+    """Place each box below its inputs and near the mean column of its neighbours. Edges pass between boxes."""
     known = {b.name for b in drawn}
     read = {b.name: [i for i in dict.fromkeys(b.inputs) if i in known] for b in drawn}
     layer = _layers(read)
@@ -102,7 +102,7 @@ def layout(drawn: Sequence[Box]) -> Layout:
 
 
 def _layers(inputs: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """One below the lowest input; what reads nothing sinks to just above its first reader."""
+    """The layer of each box: one below its lowest input. A box without inputs is just above its first reader."""
     order = _ordered(inputs)
     layer: dict[str, int] = {}
     for name in order:
@@ -115,7 +115,7 @@ def _layers(inputs: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
 
 def _ordered(inputs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Each name behind everything that it reads."""
+    """The names in topological order."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -134,7 +134,10 @@ def _mean(values: Sequence[float], default: float) -> float:
 
 
 def _spread(row: Sequence[str], wanted: Mapping[str, float], column: dict[str, float], known: set[str]) -> None:
-    """Put a row where it wants to be without overlap, and keep its centre. A bend of an edge needs less room."""
+    """Move the boxes of a row near their wanted columns without overlap, and keep the centre of the row.
+
+    A bend of an edge needs less room than a box.
+    """
     place: list[float] = []
     for i, name in enumerate(row):
         room = (0.5 if name in known else 0.12) + (0.5 if i and row[i - 1] in known else 0.12)
@@ -145,14 +148,14 @@ def _spread(row: Sequence[str], wanted: Mapping[str, float], column: dict[str, f
 
 
 def graph_svg(nodes: Sequence[NodeReport], label: str) -> str:
-    """One side of a site as an SVG; roles are classes of the boxes."""
+    """One side of a site as an SVG. The role of a node is the CSS class of its box."""
     drawn = boxes(nodes)
     if not drawn:
         return ""
-    plan = layout(drawn)
+    placed = layout(drawn)
     pitch = WIDTH + GAP
-    corner = {name: (column * pitch + 1, row * LAYER + 1) for name, (column, row) in plan.at.items()}
-    bends = [c * pitch + WIDTH / 2 for points in plan.routes.values() for c, _ in points]
+    corner = {name: (column * pitch + 1, row * LAYER + 1) for name, (column, row) in placed.at.items()}
+    bends = [c * pitch + WIDTH / 2 for points in placed.routes.values() for c, _ in points]
     width = max([x + WIDTH for x, _ in corner.values()] + bends) + 1
     height = max(y for _, y in corner.values()) + HEIGHT + 1
     roles = {box.name: box.role for box in drawn}
@@ -163,7 +166,7 @@ def graph_svg(nodes: Sequence[NodeReport], label: str) -> str:
             corner[end],
             roles[end],
         )
-        for (start, end), points in plan.routes.items()
+        for (start, end), points in placed.routes.items()
     ]
     shapes = [_shape(box, *corner[box.name]) for box in drawn]
     size = f"width:{width:.0f}px;min-width:{0.7 * width:.0f}px"
@@ -174,7 +177,7 @@ def graph_svg(nodes: Sequence[NodeReport], label: str) -> str:
 
 
 def _edge(start: tuple[float, float], bends: Sequence[tuple[float, float]], end: tuple[float, float], role: str) -> str:
-    """A curve that leaves and enters every layer upright, and passes straight beside the boxes of those between."""
+    """A curve that is vertical where it enters and leaves a layer, and straight beside the boxes of a layer."""
     x, y = start[0] + WIDTH / 2, start[1] + HEIGHT
     path = f"M{x:.0f} {y:.0f}"
     for u, v, straight in [*((u, v, HEIGHT) for u, v in bends), (end[0] + WIDTH / 2, end[1], 0)]:
@@ -206,7 +209,7 @@ DOT_STYLE = {
 }
 
 
-def to_dot(report: RewriteReport) -> str:
+def to_dot(report: ReportData) -> str:
     lines = ["digraph rewrite {", "  rankdir=TB; node [fontname=Helvetica, fontsize=10];"]
     for number, group in enumerate(groups(report)):
         lines.append(f"  subgraph cluster_{number} {{ label={_quoted(group.name)};")
@@ -227,7 +230,7 @@ def to_dot(report: RewriteReport) -> str:
 
 
 def sides(site: SiteReport) -> list[tuple[str, tuple[NodeReport, ...]]]:
-    """What there is to draw of a site."""
+    """The sides of a site that have nodes, with their names."""
     return [(side, nodes) for side, nodes in (("before", site.before), ("after", site.after)) if nodes]
 
 

@@ -1,4 +1,4 @@
-"""Sites that differ in nothing but their layer, told once."""
+"""Groups sites that differ only in their layer, so that a report shows them once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import ReportData, SiteReport
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are told as one, in the order of the graph."""
+    """Sites that are shown as one, in the order of the graph."""
 
     sites: tuple[SiteReport, ...]
 
@@ -23,7 +23,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The names of the sites as one, such as `model.layers.[0-31].self_attn`."""
+        """One name for all sites, such as `model.layers.[0-31].self_attn`."""
         return common_name([site.name for site in self.sites])
 
     @property
@@ -31,26 +31,26 @@ class Group:
         return max((s.max_error for s in self.sites if s.max_error is not None), default=None)
 
 
-def groups(report: RewriteReport) -> list[Group]:
-    """The sites by what matters, in the order in which each kind appears first."""
+def groups(report: ReportData) -> list[Group]:
+    """The groups of a report, in the order of their first sites."""
     kinds: dict[SiteReport, list[SiteReport]] = {}
     for site in report.sites:
-        kinds.setdefault(what_matters(site), []).append(site)
+        kinds.setdefault(without_layer(site), []).append(site)
     return [Group(tuple(sites)) for sites in kinds.values()]
 
 
-def what_matters(site: SiteReport) -> SiteReport:
-    """The site without what differs from layer to layer, and from run to run."""
-    return replace(site, name="", before=(), after=(), max_error=None, reasons=told(site.reasons))
+def without_layer(site: SiteReport) -> SiteReport:
+    """The site without the fields that differ between layers or between runs."""
+    return replace(site, name="", before=(), after=(), max_error=None, reasons=without_numbers(site.reasons))
 
 
-def told(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
-    """Reasons without the numbers of nodes (`add_3` is `add`) and without the numbers of a measurement."""
+def without_numbers(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
+    """Reasons without the numbers in node names (`add_3` becomes `add`) and without measured numbers."""
     return tuple(Reason(r.code, r.code if r.code == "put-back" else re.sub(r"_\d+\b", "", r)) for r in reasons)
 
 
 def common_name(names: Sequence[str]) -> str:
-    """Names that differ in one number alone become one, with its ranges; others are listed."""
+    """One name for several: with the ranges of a number in brackets if only this number differs, otherwise a list."""
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return distinct[0]
@@ -64,7 +64,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """`0-3` for 0, 1, 2, 3; `0,2..30` for every second one; else a list of such."""
+    """Numbers as text: `0-3` for 0, 1, 2, 3; `0,2..30` for a constant step; otherwise a list such as `0-3,7`."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     if len(numbers) > 2 and step > 1 and all(b - a == step for a, b in pairwise(numbers)):
         return f"{numbers[0]},{numbers[1]}..{numbers[-1]}"

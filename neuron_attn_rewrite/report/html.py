@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: no script, no network, light and dark."""
+"""The report as one self-contained HTML page: no script, no network, light and dark colours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib.resources import files
 
 from neuron_attn_rewrite.errors import RewriteError
 from neuron_attn_rewrite.reasons import REASONS
+from neuron_attn_rewrite.report.data import ReportData
 from neuron_attn_rewrite.report.drawing import graph_svg, sides
 from neuron_attn_rewrite.report.groups import groups
-from neuron_attn_rewrite.report.model import RewriteReport
 from neuron_attn_rewrite.report.pictures import mask_svg
 from neuron_attn_rewrite.report.text import amount, mask, shape
 
 
-def to_html(report: RewriteReport) -> str:
+def to_html(report: ReportData) -> str:
     try:
         import jinja2
     except ImportError as error:
@@ -23,11 +23,11 @@ def to_html(report: RewriteReport) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
-    told = groups(report)
-    number = {id(site): i for i, group in enumerate(told) for site in group.sites}
+    grouped = groups(report)
+    number = {id(site): i for i, group in enumerate(grouped) for site in group.sites}
     return template.render(
         report=report,
-        groups=told,
+        groups=grouped,
         strip=[(number[id(site)], site) for site in report.sites],
         strategies=Counter(site.strategy.name for site in report.replaced).most_common(),
         max_error=max((s.max_error for s in report.replaced if s.max_error is not None), default=None),
@@ -44,14 +44,14 @@ def to_html(report: RewriteReport) -> str:
 
 
 def magnitude(count: int) -> str:
-    """A large number for people, in powers of 1000."""
+    """A large number in powers of 1000, such as `12.3 k`."""
     value, units = float(count), ["", "k", "M", "G", "T", "P"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}".strip()
 
 
-def _skipped(report: RewriteReport) -> float:
-    """The part of the work, from 0 to 1, that the proven masks of the replaced attentions hide."""
+def _skipped(report: ReportData) -> float:
+    """The fraction of the work, from 0 to 1, that the proven masks of the replaced attentions hide."""
     total = sum(site.flops for site in report.replaced)
     return 1 - sum(site.flops * site.visible for site in report.replaced) / total if total else 0.0

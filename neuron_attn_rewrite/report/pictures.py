@@ -1,20 +1,20 @@
-"""A mask as a small square: queries from top to bottom, keys from left to right, what is seen in ink."""
+"""Draws a mask as a small square: queries from top to bottom, keys from left to right, visible pairs in ink."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from neuron_attn_rewrite.masks.spec import KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.report.model import SiteReport
+from neuron_attn_rewrite.report.data import SiteReport
 
 CELLS = 32
-"""Rows and columns of the picture; a longer mask is sampled."""
+"""The most rows of the picture. A mask with more queries is sampled."""
 
 
 def mask_svg(site: SiteReport) -> str:
     """An SVG of 64 x 64 units.
 
-    A hatched strip below says that key padding or limits are known at run time; dots above all are a dense operand.
+    A hatched strip below means key padding or limits that are known at run time only. Dots mean a dense bias.
     """
     return (
         '<svg class="mask" viewBox="-2 -2 68 74" role="img" aria-label="' + _words(site) + '">'
@@ -39,7 +39,7 @@ def _parts(site: SiteReport) -> Iterator[str]:
 
 
 def _seen(mask: MaskSpec, q_len: int, kv_len: int) -> str:
-    """One run for each row of the picture, at the query in its middle."""
+    """The SVG path of the visible keys: one rectangle for each row of the picture, for the query in its middle."""
     rows = mask.rows(q_len, kv_len)
     count = min(q_len, CELLS)
     height, width = 64 / count, 64 / kv_len

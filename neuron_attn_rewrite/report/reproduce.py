@@ -1,7 +1,7 @@
-"""A script that rebuilds one attention alone, for a bug report.
+"""Writes a script that rebuilds one attention alone, for a bug report.
 
-Where the attention was understood it is written anew from its sizes and its mask. Where it was not, the very operators
-around its softmax are called one by one.
+An attention that was understood is rebuilt from its sizes and its mask. Otherwise the script calls the operators around
+the softmax one by one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import torch
 
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.masks.spec import Band, Chunked, Intervals, KeyPadding, MaskSpec
-from neuron_attn_rewrite.report.model import NodeReport, RewriteReport, SiteReport
+from neuron_attn_rewrite.report.data import NodeReport, ReportData, SiteReport
 
 
-def reproducer(report: RewriteReport, site: SiteReport) -> str:
-    body = _understood(site) if _is_understood(site) else _replayed(site)
+def reproducer(report: ReportData, site: SiteReport) -> str:
+    """The source of the script.
+
+    Raises:
+        InputError: the report does not hold the nodes of the site.
+    """
+    body = _rebuilt(site) if _can_be_rebuilt(site) else _replayed(site)
     return "\n".join([*_head(report, site), *body, *_tail(report, site)]) + "\n"
 
 
-def _head(report: RewriteReport, site: SiteReport) -> Iterator[str]:
+def _head(report: ReportData, site: SiteReport) -> Iterator[str]:
     source = f", {site.source}" if site.source else ""
     yield f'"""The attention {site.name}{source}, alone: {site.pattern}.'
     yield ""
@@ -33,7 +38,7 @@ def _head(report: RewriteReport, site: SiteReport) -> Iterator[str]:
     yield "from torch import nn"
     yield ""
     yield "from neuron_attn_rewrite import RewriteConfig, rewrite"
-    if _is_understood(site):
+    if _can_be_rebuilt(site):
         yield "from neuron_attn_rewrite.masks.spec import *  # noqa: F403"
     yield ""
     yield "torch.manual_seed(0)"
@@ -41,7 +46,7 @@ def _head(report: RewriteReport, site: SiteReport) -> Iterator[str]:
     yield ""
 
 
-def _tail(report: RewriteReport, site: SiteReport) -> Iterator[str]:
+def _tail(report: ReportData, site: SiteReport) -> Iterator[str]:
     strategy = next((r for r in site.reasons if r.code == "strategy-forced"), None)
     if strategy:
         yield f"# {strategy}"
@@ -57,17 +62,17 @@ def _tail(report: RewriteReport, site: SiteReport) -> Iterator[str]:
     yield '        print(f"largest difference on fresh inputs: {error:.1e} of the largest output")'
 
 
-# Written anew
+# Rebuilt from sizes and mask
 
 REBUILT = (Band, Chunked, Intervals, KeyPadding)
-"""Claims that say all there is to say; the others depend on run-time numbers that the report does not hold."""
+"""Claims that define a mask completely. The others depend on run-time numbers that the report does not hold."""
 
 
-def _is_understood(site: SiteReport) -> bool:
+def _can_be_rebuilt(site: SiteReport) -> bool:
     return isinstance(site.mask, MaskSpec) and all(isinstance(claim, REBUILT) for claim in site.mask.claims)
 
 
-def _understood(site: SiteReport) -> Iterator[str]:
+def _rebuilt(site: SiteReport) -> Iterator[str]:
     assert isinstance(site.mask, MaskSpec) and site.num_heads and site.num_kv_heads
     static = MaskSpec(tuple(c for c in site.mask.claims if not isinstance(c, KeyPadding)))
     padded = static != site.mask
@@ -119,7 +124,7 @@ def _understood(site: SiteReport) -> Iterator[str]:
     yield ""
 
 
-# Called one by one
+# Operators one by one
 
 
 def _replayed(site: SiteReport) -> Iterator[str]:
@@ -145,7 +150,7 @@ def _replayed(site: SiteReport) -> Iterator[str]:
 
 
 def _example(node: NodeReport) -> str:
-    """An input of the node's shape and dtype: random numbers, or ones where the dtype is no float."""
+    """An input of the node's shape and dtype: random numbers for a floating-point dtype, otherwise ones."""
     if node.shape is None or node.dtype is None:
         return "None"
     size = f"({', '.join(map(str, node.shape))}{',' * (len(node.shape) == 1)})"

@@ -1,4 +1,4 @@
-"""The report in lines: plain, coloured, and as Markdown."""
+"""The report as text: plain, coloured, or as a Markdown table."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from neuron_attn_rewrite.report.data import ReportData, SiteReport
 from neuron_attn_rewrite.report.groups import Group, groups
-from neuron_attn_rewrite.report.model import RewriteReport, SiteReport
 
 Line = tuple[tuple[str, str], ...]
-"""Pieces of one line, each with its style."""
+"""The pieces of one line, each with its style."""
 
 
-def to_text(report: RewriteReport, color: bool | None) -> str:
+def to_text(report: ReportData, color: bool | None) -> str:
     if color is None:
         color = sys.stdout.isatty() and find_spec("rich") is not None
     lines = [_headline(report), *_notes(report)]
@@ -31,7 +31,7 @@ def to_text(report: RewriteReport, color: bool | None) -> str:
     return capture.get().rstrip("\n")
 
 
-def _headline(report: RewriteReport) -> Line:
+def _headline(report: ReportData) -> Line:
     done, found = len(report.replaced), len(report.sites)
     saved = f", {amount(report.score_bytes_saved)} of scores never formed" if report.score_bytes_saved else ""
     style = "bold green" if done == found else "bold yellow" if done else "bold red"
@@ -42,7 +42,7 @@ def _headline(report: RewriteReport) -> Line:
     )
 
 
-def _notes(report: RewriteReport) -> Iterator[Line]:
+def _notes(report: ReportData) -> Iterator[Line]:
     for name in report.unused_inputs:
         yield ((f"input {name} is not read by the captured graph", "yellow"),)
     if report.captured_another:
@@ -86,7 +86,7 @@ def shape(site: SiteReport) -> str:
 
 
 def becomes(site: SiteReport) -> str:
-    """The kernel with its strategy, and what computes the gradients if they are taken."""
+    """The kernel with its strategy, and for training what computes the gradients."""
     backward = f", gradients by {site.gradients}" if site.gradients else ""
     return f"{site.kernel} ({site.strategy.name}){backward}"
 
@@ -100,14 +100,14 @@ def mask(site: SiteReport) -> str:
 
 
 def amount(size: int) -> str:
-    """Bytes for people, in powers of 1024."""
+    """A number of bytes in powers of 1024, such as `1.5 GiB`."""
     value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
-def to_markdown(report: RewriteReport) -> str:
+def to_markdown(report: ReportData) -> str:
     lines = ["".join(text for text, _ in line) + "." for line in [_headline(report), *_notes(report)]]
     lines += ["", "| attention | becomes | shape | mask | why | error |", "|---|---|---|---|---|---|"]
     for group in groups(report):

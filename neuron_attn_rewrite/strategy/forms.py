@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import sympy  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING
 
 from neuron_attn_rewrite.graph.sizes import at, expression_of
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
@@ -18,6 +17,9 @@ from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, layou
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
 
 SIZES = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
 """The fields of a site that are sizes."""

@@ -67,7 +67,7 @@ ALWAYS = {"inner": "inductor", "policy": "always"}
 
 
 def test_another_process_finds_the_graph_and_takes_no_other_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "from tests.test_compile_cache import *; print(pass_id(RewriteConfig()), compiled(5))"
+    script = "from tests.backends.test_compile_cache import *; print(pass_id(RewriteConfig()), compiled(5))"
     assert compiled(5) == MISS
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert other.stdout.split()[-2:] == [pass_id(RewriteConfig()), HIT]

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
-from neuron_attn_rewrite.cli import doctor, models
+from neuron_attn_rewrite.cli import doctor
+from neuron_attn_rewrite.cli.build import Weightless, give_stand_ins
 from neuron_attn_rewrite.cli.commands import run
 from neuron_attn_rewrite.cli.models import Asked, load
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
@@ -101,11 +102,11 @@ def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     arguments = ["verify", "bert", *SHORT, "--dtype", "fp32", "--attn", "eager"]
     assert run(arguments) == 0
     out = capsys.readouterr().out
-    assert "they agree" in out and "2 of 2" in out
+    assert "the outputs agree" in out and "2 of 2" in out
     monkeypatch.setattr(RewriteConfig, "tolerance", lambda self, dtype: 1e-12)
     assert run(arguments) == 1
     out = capsys.readouterr().out
-    assert "they differ" in out and "put-back" in out
+    assert "the outputs differ" in out and "put-back" in out
 
 
 def test_diff(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +178,7 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["explain", "FILE:wrong"], "must return (model, inputs)"),
         (["explain", "FILE:branches"], "could not be captured as one graph"),
         (["explain", "DIRECTORY"], "has no config.json"),
-        (["explain", "nothing.json"], "no file, no directory and no model type"),
+        (["explain", "nothing.json"], "is not a file, a directory or a model type"),
         (["explain", "llama", "--set", "hidden"], "is not KEY=VALUE"),
         (["explain", "llama", "--set", "hiden_size=4"], "did you mean hidden_size"),
         (["explain", "llama", "--attn", "nothing"], "transformers can't build llama"),
@@ -192,7 +193,7 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["explain", "DIRECTORY/../wrong.json"], "/wrong.json"),
         (["explain", "DIRECTORY/../part.json"], "not a valid JSON file"),
         (["verify", "DIRECTORY/../cut", "--seq-len", "8"], "transformers can't build"),
-        (["explain", "llava", "--part", "vison"], "those with inputs of their own are "),
+        (["explain", "llava", "--part", "vison"], "The parts with inputs of their own are "),
         (["diff", "FILE", "FILE"], "made.py: this is not JSON"),
         (["diff", "nothing.json", "nothing.json"], "does not exist"),
         (["nothing"], "No such command"),
@@ -218,7 +219,7 @@ def test_an_error_is_one_line(
 def test_a_model_type_needs_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run(["explain", "llama"]) == 2
-    assert capsys.readouterr().err == "error: models by type or config need transformers: pip install transformers\n"
+    assert capsys.readouterr().err == "error: a model type or a config needs transformers: pip install transformers\n"
 
 
 def test_notes(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,11 +227,11 @@ def test_notes(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     path = tmp_path / "config.json"
     path.write_text(SMALL_CONFIG.replace("layers", "layer"), encoding="utf-8")
     (note,) = load(Asked(str(path), seq_len=8, size="tiny")).notes
-    assert "has 'num_hidden_layer', which a config of bert does not: did you mean 'num_hidden_layers'?" in note
+    assert "has 'num_hidden_layer', but a config of bert has no such field: did you mean 'num_hidden_layers'?" in note
     path.write_text(SMALL_CONFIG, encoding="utf-8")
     assert not load(Asked(str(path), seq_len=8)).notes
     assert run(["explain", f"{file}:plain"]) == 0
-    assert capsys.readouterr().err == "note: Identity has no attention that is found.\n"
+    assert capsys.readouterr().err == "note: no attention was found in Identity.\n"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_notes(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 )
 def test_a_tower_that_sees_no_input_is_a_part(name: str, tower: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert load(Asked(name, seq_len=32)).notes == (
-        f"{tower} is not run, as the inputs are text: --part {tower} explains it.",
+        f"{tower} is not run, because the inputs are text: --part {tower} explains it.",
     )
     assert run(["explain", name, *SHORT, "--part", tower]) == 0
     printed = capsys.readouterr()
@@ -318,17 +319,17 @@ def test_what_has_no_values_is_never_read_by_a_proof() -> None:
     """A mask that is held is proven; one on the meta device is an operand, and the numbers are not compared."""
     always = RewriteConfig(policy="always")
     query, key, value = (torch.randn(1, 2, 8, 8) for _ in range(3))
-    with models._Weightless():
+    with Weightless():
         model = Masked()
     assert model.bias.is_meta and not model.visible.is_meta
-    models.give_stand_ins(model)
+    give_stand_ins(model)
     (site,) = rewrite(model, (query, key, value), config=RewriteConfig(policy="always", verify=False)).report.sites
     assert str(site.mask) == "causal(offset=0)" and site.bias == (1, 1, 8, 8)
     everywhere = Masked().to("meta")
     meta = [x.to("meta") for x in (query, key, value)]
     (site,) = rewrite(everywhere, tuple(meta), config=always).report.sites
     assert str(site.mask) != "causal(offset=0)" and site.max_error is None
-    models.give_stand_ins(everywhere)
+    give_stand_ins(everywhere)
     assert isinstance(everywhere.visible, nn.Parameter)
 
 

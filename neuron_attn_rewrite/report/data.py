@@ -1,18 +1,13 @@
-"""The report as data. It decides nothing: every word in it was a reason before.
-
-How it is printed, drawn and compared stands in the modules beside this one; each method here only leads there.
-"""
+"""The report as plain data. It decides nothing: every sentence in it was a reason before."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.graph.nodes import PERMUTES
 from neuron_attn_rewrite.masks.spec import MaskSpec, Unproven
 from neuron_attn_rewrite.reasons import Reason
@@ -40,7 +35,7 @@ class NodeReport:
 
     @property
     def is_transpose(self) -> bool:
-        """Whether it moves axes about, and does nothing else."""
+        """Whether it only permutes axes."""
         return any(part in PERMUTES for part in self.op.split("."))
 
     @property
@@ -95,23 +90,23 @@ class SiteReport:
 
     @property
     def removed_nodes(self) -> tuple[str, ...]:
-        """Names of the nodes that are gone. What several sites shared counts for the first."""
+        """Names of the nodes that were removed. A node that several sites shared belongs to the first."""
         return tuple(n.name for n in self.before if n.role in ("removed", "mask"))
 
     @property
     def added_nodes(self) -> tuple[str, ...]:
-        """Names of the nodes that are new."""
+        """Names of the nodes that were added."""
         return tuple(n.name for n in self.after if n.role == "added")
 
     @property
     def transposes_saved(self) -> int:
-        """How many fewer nodes move axes about than before: the kernel reads and writes where the data lies."""
+        """How many fewer nodes permute axes than before, because the kernel takes the data in its present layout."""
         before = sum(n.is_transpose for n in self.before if n.role in ("removed", "mask"))
         return before - sum(n.is_transpose for n in self.after if n.role == "added")
 
     @property
     def score_bytes(self) -> int:
-        """Bytes of the scores, [batch, num_heads, q_len, kv_len], which a kernel never holds; 0 if not known."""
+        """Bytes of the scores, [batch, num_heads, q_len, kv_len], which a kernel never stores. 0 if not known."""
         sizes = (self.batch, self.num_heads, self.q_len, self.kv_len)
         if self.dtype is None or not all(isinstance(size, int) for size in sizes):
             return 0
@@ -119,7 +114,7 @@ class SiteReport:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of both products, hidden keys included."""
+        """Multiplications and additions of both matrix products, including those of hidden keys."""
         if not self.score_bytes:
             return 0
         pairs = self.score_bytes // self.dtype.itemsize  # type: ignore[union-attr]
@@ -127,7 +122,7 @@ class SiteReport:
 
     @property
     def visible(self) -> float:
-        """The part of all pairs of query and key that the proven mask lets see, from 0 to 1, without padding."""
+        """The fraction of query-key pairs, from 0 to 1, that the proven mask leaves visible. Padding does not count."""
         if not isinstance(self.mask, MaskSpec) or not self.score_bytes:
             return 1.0
         assert self.q_len and self.kv_len
@@ -135,12 +130,12 @@ class SiteReport:
         return float((end - first).sum()) / (self.q_len * self.kv_len)
 
 
-ANOTHER = 0.05
-"""`capture_error` that rounding does not explain, through all layers of a model and in half precision."""
+LARGEST_CAPTURE_ERROR = 0.05
+"""The largest `capture_error` that rounding can explain, through all layers of a model in half precision."""
 
 
 @dataclass(frozen=True)
-class RewriteReport:
+class ReportData:
     """Every attention of a model, and what became of it."""
 
     sites: tuple[SiteReport, ...]
@@ -167,15 +162,15 @@ class RewriteReport:
 
     @property
     def score_bytes_saved(self) -> int:
-        """Bytes of the score matrices that are no longer formed, summed over the replaced attentions."""
+        """Bytes of the score matrices of all replaced attentions, which are no longer stored."""
         return sum(site.score_bytes for site in self.replaced)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a caller should read even if the numbers look right."""
+        """What a caller should check even if the outputs look right, one sentence each."""
         back = tuple(f"{s.name} stays native, {r}" for s in self.kept for r in s.reasons if r.code == "put-back")
         unused = tuple(
-            f"the captured graph does not read its input {name}: what is passed there changes nothing. "
+            f"the captured graph does not read its input {name}, so its value changes nothing. "
             "If it matters, capture with an example that uses it, such as a padded attention_mask."
             for name in self.unused_inputs
         )
@@ -188,104 +183,10 @@ class RewriteReport:
         return (
             "the captured graph is not the model: on the example inputs, before anything was replaced, outputs differ "
             f"by {self.capture_error:.0%} of their largest magnitude. Some models take another path while they are "
-            "traced, most often where a mask is all ones: capture with an example that has padding, and compare.",
+            "traced, most often if a mask is all ones. Capture with an example that has padding, and compare.",
         )
 
     @property
     def captured_another(self) -> bool:
-        """Whether the captured graph computes something else than the model, by more than rounding explains."""
-        return self.capture_error is not None and self.capture_error > ANOTHER
-
-    def __str__(self) -> str:
-        return self.to_text(color=False)
-
-    def to_text(self, color: bool | None = None) -> str:
-        """The report for people. `color` None means: if standard output is a terminal and rich is installed."""
-        from neuron_attn_rewrite.report.text import to_text
-
-        return to_text(self, color)
-
-    def to_markdown(self) -> str:
-        """The report as a Markdown table, for a pull request or a model card."""
-        from neuron_attn_rewrite.report.text import to_markdown
-
-        return to_markdown(self)
-
-    def to_json(self) -> str:
-        """The whole report as JSON, by the schema in `report/schema.json`."""
-        from neuron_attn_rewrite.report.codec import to_json
-
-        return to_json(self)
-
-    @staticmethod
-    def from_json(text: str | bytes) -> RewriteReport:
-        """The report that `to_json` wrote.
-
-        Raises:
-            InputError: the text is no report, or one of another version of the schema.
-        """
-        from neuron_attn_rewrite.report.codec import from_json
-
-        return from_json(text)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one self-contained page, written to `path` if one is given.
-
-        Raises:
-            RewriteError: jinja2 is not installed (extra `report`).
-        """
-        from neuron_attn_rewrite.report.html import to_html
-
-        page = to_html(self)
-        if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
-        return page
-
-    def to_dot(self) -> str:
-        """Before and after of each kind of site, as a graph for Graphviz."""
-        from neuron_attn_rewrite.report.drawing import to_dot
-
-        return to_dot(self)
-
-    def diff(self, other: RewriteReport) -> ReportDiff:
-        """What is different in `other`. The result is false if nothing is, and prints as text."""
-        from neuron_attn_rewrite.report.diff import diff
-
-        return diff(self, other)
-
-    def reproducer(self, site: SiteReport | str | int) -> str:
-        """A script that rebuilds one attention alone, with its shapes and its mask, and rewrites it.
-
-        Args:
-            site: one of `sites`, or its name, or its position.
-
-        Raises:
-            InputError: there is no such site.
-        """
-        from neuron_attn_rewrite.report.reproduce import reproducer
-
-        return reproducer(self, self._site(site))
-
-    def _site(self, site: SiteReport | str | int) -> SiteReport:
-        if isinstance(site, SiteReport):
-            return site
-        if isinstance(site, int) and -len(self.sites) <= site < len(self.sites):
-            return self.sites[site]
-        found = next((s for s in self.sites if s.name == site), None)
-        if found is None:
-            names = ", ".join(dict.fromkeys(s.name for s in self.sites)) or "none"
-            raise InputError(f"the report has no site {site!r}: its sites are {names}.")
-        return found
-
-
-@dataclass(frozen=True)
-class ReportDiff:
-    """What changed between two reports. False if nothing did; printed, one line for each kind of change."""
-
-    lines: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines) or "no change"
+        """Whether the captured graph differs from the model by more than rounding can explain."""
+        return self.capture_error is not None and self.capture_error > LARGEST_CAPTURE_ERROR

@@ -30,14 +30,14 @@ from neuron_attn_rewrite.ops.arguments import check
 from tests.helpers import ALWAYS, relative_error
 from tests.models import FAMILIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch-xla is not installed")
 
 
 def in_process(script: str, *arguments: str) -> dict[str, Any]:
-    """The JSON object that a script in tests/xla prints last."""
+    """The JSON object that a script in tests/backends/xla prints last."""
     environment = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", f"tests.xla.{script}", *arguments]
+    command = [sys.executable, "-m", f"tests.backends.xla.{script}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

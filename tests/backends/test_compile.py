@@ -412,9 +412,9 @@ def test_the_hook_of_inductor() -> None:
     ("options", "message"),
     [
         ({"inner": "inductr"}, "inner='inductr' is no backend of torch.compile: choose one of .*eager"),
-        ({"inner": NAME}, "would never end"),
+        ({"inner": NAME}, "would call itself forever"),
         ({"inner": "neuron"}, "inner='neuron' needs TorchNeuron"),
-        ({"polcy": "always"}, "options has no 'polcy': choose of inner, inner_options, target"),
+        ({"polcy": "always"}, "options has no 'polcy': choose one of inner, inner_options, target"),
         ({"policy": "allways"}, "RewriteConfig.policy='allways' is not possible"),
         ({"require": 3, "policy": "always"}, "require=3, but 2 of 2 attentions were replaced"),
         ({"require": "all"}, r"require='all', but 0 of 2 attentions were replaced.\n  layers.0: "),
@@ -451,7 +451,9 @@ def test_a_defect_of_the_analysis_does_not_stop_the_model(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(door, "rewrite_graph", fails)
     model = Stack().eval()
-    with pytest.warns(RewriteWarning, match="the analysis failed, and the graph goes on as it was: ZeroDivisionError"):
+    with pytest.warns(
+        RewriteWarning, match="the analysis failed, and the graph is passed on unchanged: ZeroDivisionError"
+    ):
         reports = run(model, compiled(model), example())
     assert counts(reports) == (0, 2)
 
@@ -487,7 +489,7 @@ def test_no_reports() -> None:
 
 
 def test_the_entry_point() -> None:
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '[project.entry-points.torch_dynamo_backends]\nneuron_attn_rewrite = "neuron_attn_rewrite.backends' in text
     assert NAME in torch._dynamo.list_backends()
 

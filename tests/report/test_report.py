@@ -76,7 +76,7 @@ def report() -> RewriteReport:
 
 def test_what_a_site_holds(report: RewriteReport) -> None:
     first, second, strange, wide = report.sites
-    assert first.source.startswith("tests/test_report.py:") and "query = layer(" not in first.source_code
+    assert first.source.startswith("tests/report/test_report.py:") and "query = layer(" not in first.source_code
     assert first.source_code and first.source_code in Path(__file__).read_text(encoding="utf-8")
     assert {n.role for n in first.before} >= {"query", "key", "value", "removed", "mask"}
     assert not {n.role for n in second.before} & {"kept", "added"}

@@ -1,0 +1,93 @@
+"""The options that several commands share, and what the commands make of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neuron_attn_rewrite.cli.models import DTYPES, Asked
+from neuron_attn_rewrite.config.options import CHOICES, RewriteConfig
+
+Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE.", context, parameter)
+    return [(name, text) for name, _, text in (value.partition("=") for value in values)]
+
+
+def _choice(name: str, **more: Any) -> Callable[[Command], Command]:
+    """An option for a field of `RewriteConfig`, with the values and the default of the field."""
+    values = [str(v) for v in CHOICES[name] if v is not None]
+    default = getattr(RewriteConfig, name)
+    return click.option(
+        f"--{name}", type=click.Choice(values), default=default, show_default=default is not None, **more
+    )
+
+
+MODEL = _options(
+    click.argument("model"),
+    click.option("--size", type=click.Choice(["tiny", "full"]), help="[default: tiny for a model type, else full]"),
+    click.option("--seq-len", type=click.IntRange(1), default=2048, show_default=True, help="Tokens in each text."),
+    click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size."),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of the weights."),
+    click.option("--attn", metavar="NAME", help="Attention implementation of transformers: eager, sdpa."),
+    click.option("--mask/--no-mask", default=True, help="Give the model an attention_mask of ones, or none."),
+    click.option("--part", metavar="NAME", help="Take only this part of the model, such as its vision_tower."),
+    click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        callback=_pairs,
+        metavar="KEY=VALUE",
+        help="Set a config field.",
+    ),
+)
+CONFIG = _options(
+    _choice("target", help="Hardware to rewrite for."),
+    _choice("lnc", help="Physical cores in a logical NeuronCore."),
+    _choice("policy", help="How to decide between a kernel and the native operators."),
+    _choice("sdk", help="Release of the Neuron SDK, which decides rules and kernels."),
+    _choice("padding", help='"right" promises that every batch is padded on the right.'),
+    _choice("empty_rows", help='"any" allows any output for a query that sees no key.'),
+)
+
+
+class _Output(click.Path):
+    """A file to write. A missing directory is an error before the work starts."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"the directory {str(path.parent)!r} does not exist.", param, ctx)
+        return path
+
+
+OUTPUT = _Output(dir_okay=False, writable=True)
+
+
+def config_of(given: Mapping[str, Any], verify: bool) -> RewriteConfig:
+    """The configuration that the options `CONFIG` ask for."""
+    lnc = given["lnc"]
+    names = ("target", "policy", "sdk", "padding", "empty_rows")
+    return RewriteConfig(lnc=int(lnc) if lnc else None, verify=verify, **{name: given[name] for name in names})
+
+
+def asked_of(given: Mapping[str, Any], numbers: bool) -> Asked:
+    """The model that the options `MODEL` ask for."""
+    names = ("model", "size", "seq_len", "batch", "dtype", "attn", "mask", "changes", "part")
+    return Asked(**{name: given[name] for name in names}, numbers=numbers)
