@@ -52,9 +52,10 @@ def run(
 
     Args:
         kernel: a function under `@nki.jit`, or a plain function that computes with `nki`.
-        args, kwargs: the arguments of the kernel. Tensors are of torch, on the CPU, or of numpy; of any shape, and of a
-            dtype that NKI has, so of at most 32 bits. What the kernel writes into them is in them afterwards. An
-            argument whose name is one of the options below can only be given by position.
+        args: the arguments of the kernel. Tensors are of torch, on the CPU, or of numpy; of any shape, and of a dtype
+            that NKI has, so of at most 32 bits. What the kernel writes into them is in them afterwards.
+        kwargs: more arguments of the kernel. An argument whose name is one of the options here can only be given by
+            position.
         lnc: how many physical cores run the kernel, 1 or 2; by default as in `kernel[lnc]`, else 1.
         target: "gen2", "gen3" (trn2) or "gen4" (trn3), or the name of a device such as "trn2". By default that of
             `active`, else NEURON_PLATFORM_TARGET_OVERRIDE of the environment, else "gen3".
