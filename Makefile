@@ -2,7 +2,8 @@
 #   make example      rewrite two models with real weights and compare them with the originals
 #   make test         the tests, on torch 2.13 and transformers 5
 #   make test-xla     the same tests, on torch 2.9, torch-xla 2.9 and transformers 4.57
-#   make lint         ruff and mypy
+#   make lint         ruff, mypy and the layers of imports
+#   make check        lint and the fast tests, in under a minute
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
 #   make examples     the examples with random weights
 #   make docs         the generated pages of docs/
@@ -47,6 +48,7 @@ lint: .venv/stamp
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 
 zoo: export OMP_NUM_THREADS = 1
 zoo: export PJRT_DEVICE = CPU
