@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neuron_attn_rewrite.kernels.reference import visible
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.arguments import checked_terms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,7 +95,7 @@ def compare(case: Case, dtype: torch.dtype, seconds: float) -> tuple[float, floa
     torch.manual_seed(0)
     query, key, value = case.operands(dtype)
     options = case.options()
-    terms = definitions.check(query, key, value, **options)
+    terms = checked_terms(query, key, value, **options)
     seen = visible(terms, case.q_len, case.kv_len)
     causal = case.mask == {"band_upper": 0} and not case.lengths
     mask = None if causal or bool(seen.all()) else seen

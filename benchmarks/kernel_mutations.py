@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 KERNELS = "neuron_attn_rewrite/kernels"
 FLASH = ("tests/kernels/nki/test_flash.py",)
-CACHED = ("tests/test_cached.py",)
+CACHED = ("tests/ops/test_cached.py",)
 
 
 class Broken(NamedTuple):

@@ -23,7 +23,7 @@ import torch
 
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.arguments import checked_terms
 from neuron_attn_rewrite.simulator import active, load, run
 from neuron_attn_rewrite.simulator.cost import LowerBound, lower_bound
 
@@ -49,7 +49,7 @@ def measure() -> list[dict[str, Any]]:
         torch.manual_seed(0)
         query = torch.randn(1, heads, length, dim).bfloat16()
         key, value = torch.randn(2, 1, 1, length, dim).bfloat16()
-        terms = definitions.check(query, key, value, scale=0.1, **mask)
+        terms = checked_terms(query, key, value, scale=0.1, **mask)
         made = prepare.flash_fwd(query, key, value, terms, lnc=1, target="gen3")
         result = run(getattr(load(made.module), made.kernel), lnc=1, target="gen3", **made.tensors, **made.static)
         theirs: list[LowerBound] = []

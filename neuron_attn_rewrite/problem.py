@@ -1,7 +1,8 @@
-"""What one attention computes, free of graph nodes: the language between finding, choosing and reporting."""
+"""What one attention computes, in sizes and numbers alone: strategies, kernels and reports read it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,56 @@ class AttentionProblem:
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
 
+    @classmethod
+    def of(
+        cls,
+        query: Sequence[int],
+        value: Sequence[int],
+        dtype: torch.dtype,
+        scale: float,
+        mask: MaskSpec,
+        *,
+        bias: Sequence[int] | None = None,
+        softcap: float | None = None,
+        sink: bool = False,
+        empty_rows: EmptyRows = EmptyRows.NEVER,
+    ) -> AttentionProblem:
+        """The problem of operands with these shapes.
+
+        Args:
+            query: [batch, num_heads, q_len, head_dim].
+            value: [batch, num_kv_heads, kv_len, v_head_dim].
+            dtype: of both, and of the key.
+            scale: of the scores.
+            mask: what is known of it.
+            bias: the shape of the dense additive operand, [batch | 1, num_heads | 1, q_len | 1, kv_len | 1].
+            softcap: of the scores.
+            sink: whether there is one.
+            empty_rows: what a row that sees no key gives.
+        """
+        batch, num_heads, q_len, head_dim = query
+        _, num_kv_heads, kv_len, v_head_dim = value
+        shape: tuple[int, int, int, int] | None = None if bias is None else tuple(bias)  # type: ignore[assignment]
+        return cls(
+            batch=batch,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            dtype=dtype,
+            scale=scale,
+            mask=mask,
+            bias_shape=shape,
+            softcap=softcap,
+            sink=sink,
+            empty_rows=empty_rows,
+        )
+
     @property
     def query_bytes(self) -> int:
-        """Of the query, in its dtype."""
+        """Bytes of the query in its dtype."""
         return self.batch * self.num_heads * self.q_len * self.head_dim * self.dtype.itemsize
 
     @property
@@ -52,10 +100,10 @@ class AttentionProblem:
 
     @property
     def operand_bytes(self) -> int:
-        """Of query, key, value and result together."""
+        """Bytes of query, key, value and result together."""
         return self.query_bytes + self.key_bytes + self.value_bytes + self.result_bytes
 
     @property
     def scores(self) -> int:
-        """How many pairs of query and key there are, over all heads."""
+        """The number of query and key pairs, over all heads."""
         return self.batch * self.num_heads * self.q_len * self.kv_len

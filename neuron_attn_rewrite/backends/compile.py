@@ -33,7 +33,8 @@ from neuron_attn_rewrite.graph.nodes import module_path
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
-from neuron_attn_rewrite.rewriter import demand, rewrite_graph
+from neuron_attn_rewrite.report.requirements import check_required
+from neuron_attn_rewrite.rewriter import rewrite_graph
 
 LOG = logging.getLogger("neuron_attn_rewrite")
 PREFERRED = ("neuron", "neuron_libtorch")
@@ -226,7 +227,7 @@ def rewrite_dynamo_graph(
     report = _rewritten(module, example_inputs, replace(config, require=None))
     declare_constants(module)
     if report.sites or config.require == 0:
-        demand(report, config)
+        check_required(report, config)
     for text in report.warnings:
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return report

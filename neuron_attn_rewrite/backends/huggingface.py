@@ -174,8 +174,7 @@ def _attention(
     if _capturing():
         return native()
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    batch, heads, q_len, head_dim = query.shape
-    kv_heads, kv_len, v_head_dim = value.shape[1:]
+    q_len, kv_len = query.shape[2], value.shape[2]
     unsupported = _unsupported(attention_mask, kv_len, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and q_len > 1 and attention_mask is None
@@ -185,18 +184,13 @@ def _attention(
     pattern = known.pattern if known else MaskSpec((Band(upper=0),) if causal else ())
     padding = known.padding if known else None
     claims = (*pattern.claims, KeyPadding("attention_mask")) if padding is not None else pattern.claims
-    problem = AttentionProblem(
-        batch=batch,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        q_len=q_len,
-        kv_len=kv_len,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
-        dtype=query.dtype,
-        scale=scale,
-        mask=MaskSpec(claims),
-        bias_shape=None if bias is None else tuple(bias.shape),  # type: ignore[arg-type]
+    problem = AttentionProblem.of(
+        query.shape,
+        value.shape,
+        query.dtype,
+        scale,
+        MaskSpec(claims),
+        bias=None if bias is None else bias.shape,
         softcap=softcap,
         sink=s_aux is not None,
         empty_rows=EmptyRows.NEVER if padding is None and bias is None else EmptyRows.ZERO,

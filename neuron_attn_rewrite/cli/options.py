@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from neuron_attn_rewrite.cli.models import DTYPES, Asked
-from neuron_attn_rewrite.config.options import CHOICES, RewriteConfig
+from neuron_attn_rewrite.config.options import RewriteConfig, choices
 
 Command = Callable[..., Any]
 
@@ -32,7 +32,7 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: Sequence[
 
 def _choice(name: str, **more: Any) -> Callable[[Command], Command]:
     """An option for a field of `RewriteConfig`, with the values and the default of the field."""
-    values = [str(v) for v in CHOICES[name] if v is not None]
+    values = [str(v) for v in choices()[name] if v is not None]
     default = getattr(RewriteConfig, name)
     return click.option(
         f"--{name}", type=click.Choice(values), default=default, show_default=default is not None, **more
@@ -82,9 +82,9 @@ OUTPUT = _Output(dir_okay=False, writable=True)
 
 def config_of(given: Mapping[str, Any], verify: bool) -> RewriteConfig:
     """The configuration that the options `CONFIG` ask for."""
-    lnc = given["lnc"]
+    lnc: Any = int(given["lnc"]) if given["lnc"] else None
     names = ("target", "policy", "sdk", "padding", "empty_rows")
-    return RewriteConfig(lnc=int(lnc) if lnc else None, verify=verify, **{name: given[name] for name in names})
+    return RewriteConfig(lnc=lnc, verify=verify, **{name: given[name] for name in names})
 
 
 def asked_of(given: Mapping[str, Any], numbers: bool) -> Asked:

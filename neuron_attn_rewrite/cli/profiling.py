@@ -34,17 +34,15 @@ def calls(report: RewriteReport) -> Iterator[tuple[AttentionProblem, str, Make]]
 def problem_of(site: SiteReport) -> AttentionProblem:
     """The problem that the attention of a site poses."""
     assert isinstance(site.mask, MaskSpec) and site.dtype is not None and site.scale is not None
-    sizes = {
-        name: getattr(site, name)
-        for name in ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
-    }
-    bias: Any = site.bias
-    return AttentionProblem(
-        **sizes,
-        dtype=site.dtype,
-        scale=site.scale,
-        mask=site.mask,
-        bias_shape=bias,
+    query: Any = (site.batch, site.num_heads, site.q_len, site.head_dim)
+    value: Any = (site.batch, site.num_kv_heads, site.kv_len, site.v_head_dim)
+    return AttentionProblem.of(
+        query,
+        value,
+        site.dtype,
+        site.scale,
+        site.mask,
+        bias=site.bias,
         softcap=site.softcap,
         sink=site.sink,
     )

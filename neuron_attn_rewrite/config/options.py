@@ -1,16 +1,17 @@
-"""What the caller can ask for."""
+"""The configuration of a rewrite."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Any
+from functools import cache
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from neuron_attn_rewrite.config.rules import SDKS, Rule
+from neuron_attn_rewrite.config.rules import Rule
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import ConfigError
 from neuron_attn_rewrite.hardware import HARDWARE
@@ -20,22 +21,7 @@ TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """Largest accepted difference of one attention's output, relative to the largest magnitude in it."""
 
-CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "target": tuple(HARDWARE),
-        "lnc": (None, 1, 2),
-        "policy": ("profitable", "sdk", "always"),
-        "sdk": SDKS,
-        "attn_kernel_enabled": (None, True, False),
-        "strided_context_parallel": (True, False),
-        "padding": ("exact", "right"),
-        "empty_rows": ("exact", "any"),
-        "weights": ("native", "beside"),
-        "gradients": (None, True, False),
-        "verify": (True, False),
-    }
-)
-KERNEL_NAMES = (
+Kernel = Literal[
     "flash_fwd",
     "attention_cte",
     "attention_tkg",
@@ -45,8 +31,9 @@ KERNEL_NAMES = (
     "sliding_window_flash_fwd",
     "prefix_caching_attention_fwd_isa_kernel",
     "attention_tkg_fwd_isa_kernel",
-)
-"""Every kernel that `strategy.legality.KERNELS` knows: ours first, then those of the SDK."""
+]
+"""The name of a kernel that `strategy.legality.KERNELS` describes: ours first, then those of the SDK."""
+KERNEL_NAMES: tuple[str, ...] = get_args(Kernel)
 TWO_CORE_TARGETS = tuple(name for name, chip in HARDWARE.items() if chip.max_lnc == 2)
 
 
@@ -58,23 +45,23 @@ class RewriteConfig:
         ConfigError: a field is unknown, or its value is not one of those listed.
     """
 
-    target: str = "trn2"
+    target: Literal["trn1", "inf2", "trn2", "trn3"] = "trn2"
     """Hardware: "trn1", "inf2", "trn2" or "trn3"."""
-    lnc: int | None = None
+    lnc: Literal[1, 2] | None = None
     """Physical cores in a logical NeuronCore, 1 or 2; None takes the target's default (2 on trn2 and trn3)."""
-    policy: str = "profitable"
+    policy: Literal["profitable", "sdk", "always"] = "profitable"
     """When to take a kernel. "profitable": if the cost model predicts that it is faster. "sdk": if the rule table of
     the SDK release takes one. "always": wherever a kernel can compute the attention."""
-    sdk: str = "2.29"
+    sdk: Literal["2.26", "2.26.1", "2.27", "2.28", "2.29", "2.30", "2.31", "2.32"] = "2.29"
     """The SDK release, "2.26" to "2.32": `policy="sdk"` follows its rule table, and its kernels are the candidates."""
     attn_kernel_enabled: bool | None = None
     """The switch of NxD Inference, for its rule table. True: also 512 to 4095 tokens on LNC 1. False: no kernel."""
     table: tuple[Rule | Mapping[str, Any], ...] = field(default=(), hash=False)
     """A rule table in place of the SDK's: rows, or plain data with the fields of `config.rules.Rule`."""
-    kernels: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
     """Kernels that may be used: "flash_fwd" (of this package) and those of `kernels.vendor.ADAPTERS`. Empty means the
     one of this package and those of the SDK that is installed where the rewrite runs."""
-    sites: Mapping[str, FlashAttentionStrategy | str] = field(default_factory=dict, hash=False)
+    sites: Mapping[str, FlashAttentionStrategy | Kernel] = field(default_factory=dict, hash=False)
     """Overrides by module path, such as {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or the name of a
     kernel. The first pattern that matches counts. A kernel that cannot compute the attention is still refused."""
     profile: str | None = None
@@ -87,12 +74,12 @@ class RewriteConfig:
     """Whether rank r holds the rows r, r + cp_degree, ... instead of a contiguous part."""
     strategy: FlashAttentionStrategy | None = None
     """Force one strategy on every attention that it can compute."""
-    padding: str = "exact"
+    padding: Literal["exact", "right"] = "exact"
     """"right" is your promise that every `attention_mask` pads on the right. Key padding under a causal mask is then
     dropped, and output rows past the end of a sequence are undefined."""
-    empty_rows: str = "exact"
+    empty_rows: Literal["exact", "any"] = "exact"
     """"any" is your promise that output rows which see no key do not matter."""
-    weights: str = "native"
+    weights: Literal["native", "beside"] = "native"
     """If something else also reads the attention weights or scores (`output_attentions`): "native" does not replace the
     attention; "beside" lets a kernel compute the output and keeps the softmax for the weights."""
     gradients: bool | None = None
@@ -101,7 +88,7 @@ class RewriteConfig:
     verify: bool = True
     """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
     than the tolerance. Compare the captured graph with the model, and warn if they differ."""
-    require: int | str | None = None
+    require: int | Literal["all"] | None = None
     """How many attentions must be replaced: exactly this number, or "all" that are found. Else a `RewriteError`."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     """Largest accepted difference by dtype, relative to the largest output. A dtype that is not named keeps its
@@ -117,7 +104,7 @@ class RewriteConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
+        for name, allowed in choices().items():
             value = getattr(self, name)
             if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
                 raise ConfigError(
@@ -179,3 +166,22 @@ class RewriteConfig:
     def tolerance(self, dtype: torch.dtype) -> float:
         """The largest accepted relative difference for outputs of this dtype."""
         return self.tolerances.get(dtype, TOLERANCES[torch.float32])
+
+
+@cache
+def choices() -> Mapping[str, tuple[object, ...]]:
+    """The values that a field of `RewriteConfig` can have, for each field that has a fixed set of them."""
+    found = {name: _values(hint) for name, hint in get_type_hints(RewriteConfig).items()}
+    return MappingProxyType({name: values for name, values in found.items() if values})
+
+
+def _values(hint: Any) -> tuple[object, ...]:
+    """The values of a type that has finitely many: of literals, bools and None. Empty for any other type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if hint in (bool, NoneType):
+        return (True, False) if hint is bool else (None,)
+    parts = [_values(part) for part in get_args(hint)] if get_origin(hint) in (Union, UnionType) else []
+    if not all(parts):
+        return ()
+    return tuple(sorted((value for part in parts for value in part), key=lambda value: value is not None))

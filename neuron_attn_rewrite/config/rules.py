@@ -1,4 +1,4 @@
-"""What a rule table consists of: rows, the first of which that fits decides."""
+"""The rows of a rule table. The first row that fits decides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SDKS = ("2.26", "2.26.1", "2.27", "2.28", "2.29", "2.30", "2.31", "2.32")
 
 @dataclass(frozen=True)
 class Case:
-    """What a rule table looks at."""
+    """What the rows of a table ask about an attention."""
 
     q_len: int
     head_dim: int

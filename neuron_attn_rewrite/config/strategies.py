@@ -1,4 +1,4 @@
-"""The strategies that a site can get."""
+"""The strategies: how one attention runs."""
 
 from __future__ import annotations
 

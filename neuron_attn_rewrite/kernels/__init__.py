@@ -1,1 +1,1 @@
-"""What a kernel is: its formula, its implementations, and the operands that it takes."""
+"""What kernels compute and how they are called: the reference, the CPU, our NKI kernels and those of the SDK."""

@@ -1,8 +1,8 @@
-"""The attention ops on the CPU: fast, and never a score matrix of all rows.
+"""The attention ops on the CPU, with linear memory.
 
-Band, bounds and key padding become one interval of keys for each query row. A tile of rows reads only the keys
-that some row of it sees, and needs a mask only where its rows differ. Each tile is one call of PyTorch's own
-flash kernel; only softcap, which that kernel lacks, is computed here.
+Band, bounds and key padding become one interval of keys for each query row. A tile of rows reads only the keys that
+some of its rows see, and needs a mask only where its rows differ. Each tile is one call of PyTorch's flash kernel.
+Softcap, which that kernel lacks, is computed here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from neuron_attn_rewrite.kernels.reference import Terms, narrow, positive_scale,
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 TILE_ROWS = 256
-"""Fewer rows skip more keys, more rows make larger matrix products."""
+"""Query rows of a tile. Fewer rows skip more keys; more rows make larger matrix products."""
 TILE_SCORES = 2**21
 """Elements of a score tile where scores are stored: 8 MB in float32."""
 WORTH_A_CALL = 2**25

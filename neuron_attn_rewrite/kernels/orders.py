@@ -1,4 +1,4 @@
-"""How operands lie in memory: in the order of the op's words, or in another one that spares the model a transpose."""
+"""The order of the dims of operands: BHSD as in the documentation, or another one, so that no transpose is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain_shape(tensor: Tensor, given: str) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class Orders:
-    """Of the operands and the result of one attention."""
+    """The orders of the operands and the result of one attention."""
 
     query: str = PLAIN
     key: str = PLAIN
@@ -51,7 +51,7 @@ class Orders:
         return cls(*names)
 
     def to(self, others: Orders, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Operands in these orders, as they lie in others."""
+        """Operands in these orders, transposed to others."""
         return (
             turned(query, self.query, others.query),
             turned(key, self.key, others.key),
@@ -63,12 +63,12 @@ class Orders:
 
 
 AS_GIVEN = Orders()
-"""Everything in the order of the op's words."""
+"""All operands and the result in BHSD."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The orders that a kernel takes as they are, the one that it likes best first."""
+    """The orders that a kernel takes without a transpose, the preferred one first."""
 
     query: tuple[str, ...] = (PLAIN,)
     key: tuple[str, ...] = (PLAIN,)
@@ -76,10 +76,10 @@ class Accepted:
     result: tuple[str, ...] = (PLAIN,)
 
     def nearest(self, orders: Orders) -> Orders:
-        """The same orders where they are accepted, and the best liked elsewhere."""
+        """Each order if it is accepted, else the preferred one."""
         pairs = zip(astuple(orders), astuple(self), strict=True)
         return Orders(*(order if order in accepted else accepted[0] for order, accepted in pairs))
 
 
 ACCEPTS_PLAIN = Accepted()
-"""Nothing but the order of the op's words."""
+"""All operands and the result in BHSD."""

@@ -1,7 +1,6 @@
-"""The plain meaning of the attention ops: full score matrices, in float32 (float64 for float64 operands).
+"""The reference implementation of the attention ops: full score matrices in float32 (float64 for float64 operands).
 
-Also what the ops decompose to on every device without an implementation of its own, so nothing here reads a
-tensor's data or depends on it.
+The ops decompose to it on devices without an implementation of their own. So nothing here depends on a tensor's data.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Terms:
-    """What enters the softmax besides query and key: the keyword arguments of `flash_fwd`."""
+    """The keyword arguments of `flash_fwd` that change its numbers: mask, bias, softcap and sink."""
 
     scale: float
     band_lower: int | None = None
@@ -28,7 +27,7 @@ class Terms:
     """Float [batch | 1, num_heads | 1, q_len | 1, kv_len | 1]; -inf hides."""
     softcap: float | None = None
     sink: Tensor | None = None
-    """Float [num_heads]: the logit of one more column, whose probability is thrown away."""
+    """Float [num_heads]: the logit of one more column, whose probability is dropped."""
     empty_rows: str = "zero"
     """What a row without a visible key gives: "zero", or "mean", the mean of all values."""
 
@@ -63,14 +62,14 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Kernels find the largest score before they scale: that is positive, its sign goes to the query."""
+    """Query and scale with a positive scale, which kernels need: they find the largest score before scaling."""
     if scale == 0:
         return torch.zeros_like(query), 1.0
     return (-query, -scale) if scale < 0 else (query, scale)
 
 
 def visible(terms: Terms, q_len: int, kv_len: int, device: torch.device | None = None) -> Tensor:
-    """Bool [batch | 1, 1, q_len, kv_len], True where a key is seen. An -inf in the bias is not looked at."""
+    """Bool [batch | 1, 1, q_len, kv_len], True where a key is seen. An -inf in the bias is ignored."""
     i = torch.arange(q_len, device=device)[:, None]
     j = torch.arange(kv_len, device=device)
     seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device)

@@ -1,8 +1,8 @@
-"""The host's share of paged attention: which tile of query rows meets which tile of cached keys, and in what order.
+"""The schedule of paged attention: which tile of query rows is computed with which tile of cached keys.
 
-The requests of a batch lie one behind the other, their rows along one axis and the blocks of their caches along
-another. Tiles of 128 rows and `kv_tile` keys cover that plane; those in which no row sees a key are left out, and the
-others are ordered by their keys, so that a tile of keys is loaded once for all the rows that need it.
+The rows of all requests are one axis, and the blocks of their caches are another. Tiles of 128 rows and `kv_tile` keys
+cover the plane. Tiles in which no row sees a key are skipped. The others are sorted by their keys, so that each tile of
+keys is loaded once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_schedule(
 
     Request r has `query_lens[r]` new tokens after `context_lens[r]` cached ones, the latter in the blocks
     `block_tables[r]` of `block_size` tokens. With a `window` a token sees the last `window` tokens, itself among them.
-    q_len, tiles and kv_tiles fix the sizes, for kernels that are compiled before the requests are known; what is over
+    q_len, tiles and kv_tiles fix the sizes, for kernels that are compiled before the requests are known; the rest
     is padding, which sees nothing and loads nothing.
 
     Raises:

@@ -1,9 +1,12 @@
-"""The rules that the arguments of the attention ops keep, and what they say when one is broken."""
+"""The arguments of the attention ops. Dataclasses list them once: schemas and checks are made from their fields."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,39 +17,85 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, Orders
 from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import How
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNSHARDED = FlashAttentionStrategy.UNSHARDED_KERNEL.name
 BOUNDS_DTYPES = (torch.int32, torch.int64)
 KERNELS = ("flash_fwd", *vendor.ADAPTERS)
-"""What the op can launch on a Neuron device: ours, and the SDK's."""
+"""The kernels that `flash_fwd` can launch on a Neuron device: ours, then those of the SDK."""
+SCHEMA_TYPES: Mapping[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    str: "str",
+}
+"""How the schema of an op writes the type of a field."""
 
 
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    band_lower: int | None = None,
-    band_upper: int | None = None,
-    key_padding: Tensor | None = None,
-    bounds: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
-    empty_rows: str = "zero",
-    strategy: str = UNSHARDED,
-    lnc: int = 1,
-    kernel_name: str = "flash_fwd",
-    orders: str = str(AS_GIVEN),
-    op: str = "flash_fwd",
-) -> Terms:
-    """The terms among the arguments of `flash_fwd`, its operands turned to the order of its words.
+@dataclass(frozen=True)
+class Choice:
+    """The keyword arguments of `flash_fwd` beyond `Terms`: which kernel runs and how. They change no number."""
+
+    strategy: str = UNSHARDED
+    lnc: int = 1
+    kernel_name: str = "flash_fwd"
+    orders: str = str(AS_GIVEN)
+
+    @property
+    def how(self) -> How:
+        """The same as kernels take it.
+
+        Raises:
+            InputError: `orders` names an order that does not exist.
+        """
+        try:
+            return How(self.lnc, self.strategy, Orders.read(self.orders))
+        except ValueError:
+            known = ", ".join(ORDERS)
+            raise InputError(
+                f"flash_fwd: orders must be four of {known} between commas, and is {self.orders!r}."
+            ) from None
+
+
+def schema(*arguments: type) -> str:
+    """The arguments of an op as its schema declares them: the fields of dataclasses, in order."""
+    listed = [p for owner in arguments for p in inspect.signature(owner, eval_str=True).parameters.values()]
+    declared = [_declared(parameter) for parameter in listed]
+    first = next((i for i, parameter in enumerate(listed) if parameter.kind is parameter.KEYWORD_ONLY), None)
+    return ", ".join(declared if first is None else [*declared[:first], "*", *declared[first:]])
+
+
+def _declared(parameter: inspect.Parameter) -> str:
+    """One argument, such as `int? window=None`."""
+    declared, default = f"{SCHEMA_TYPES[parameter.annotation]} {parameter.name}", parameter.default
+    if default is parameter.empty:
+        return declared
+    return f'{declared}="{default}"' if isinstance(default, str) else f"{declared}={default!r}"
+
+
+@cache
+def _names(arguments: type) -> frozenset[str]:
+    return frozenset(field.name for field in fields(arguments))
+
+
+def split(options: Mapping[str, Any]) -> tuple[Terms, Choice]:
+    """The keyword arguments of `flash_fwd` as its two dataclasses."""
+    terms = {name: value for name, value in options.items() if name in _names(Terms)}
+    return Terms(**terms), Choice(**{name: value for name, value in options.items() if name not in terms})
+
+
+def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash_fwd", **options: Any) -> Terms:
+    """The terms among the keyword arguments of `flash_fwd`. Operands are [batch, heads, length, dim].
 
     Raises:
         InputError: an argument does not fit; the message names it.
     """
+    terms, choice = split(options)
     for name, tensor, dims in (
         ("query", query, "[batch, num_heads, q_len, head_dim]"),
         ("key", key, "[batch, num_kv_heads, kv_len, head_dim]"),
@@ -69,10 +118,10 @@ def check(
     if value.shape[:3] != key.shape[:3]:
         raise _error(op, "value", f"must have the batch, heads and length of key, {list(key.shape[:3])}", value)
     for name, operand, full, dtypes, broadcast in (
-        ("key_padding", key_padding, (batch, kv_len), (torch.bool,), (True, False)),
-        ("bounds", bounds, (batch, q_len, 2), BOUNDS_DTYPES, (True, False, False)),
-        ("bias", bias, (batch, heads, q_len, kv_len), DTYPES, (True, True, True, True)),
-        ("sink", sink, (heads,), DTYPES, (False,)),
+        ("key_padding", terms.key_padding, (batch, kv_len), (torch.bool,), (True, False)),
+        ("bounds", terms.bounds, (batch, q_len, 2), BOUNDS_DTYPES, (True, False, False)),
+        ("bias", terms.bias, (batch, heads, q_len, kv_len), DTYPES, (True, True, True, True)),
+        ("sink", terms.sink, (heads,), DTYPES, (False,)),
     ):
         if operand is None:
             continue
@@ -87,38 +136,25 @@ def check(
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:
             raise _error(op, name, f"must be on query's device {query.device}", tensor)
-    for name, operand in (("key_padding", key_padding), ("bounds", bounds), ("bias", bias), ("sink", sink)):
+    for name in ("key_padding", "bounds", "bias", "sink"):
+        operand = getattr(terms, name)
         if operand is not None and operand.device != query.device:
             raise _error(op, name, f"must be on query's device {query.device}", operand)
-    if not math.isfinite(scale):
-        raise InputError(f"{op}: scale must be finite, not {scale}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"{op}: softcap must be positive and finite, not {softcap}.")
-    if empty_rows not in ("zero", "mean"):
-        raise InputError(f'{op}: empty_rows must be "zero" or "mean", not {empty_rows!r}.')
-    if strategy not in FlashAttentionStrategy.__members__ or strategy == FlashAttentionStrategy.NONE.name:
+    if not math.isfinite(terms.scale):
+        raise InputError(f"{op}: scale must be finite, not {terms.scale}.")
+    if terms.softcap is not None and not 0 < terms.softcap < math.inf:
+        raise InputError(f"{op}: softcap must be positive and finite, not {terms.softcap}.")
+    if terms.empty_rows not in ("zero", "mean"):
+        raise InputError(f'{op}: empty_rows must be "zero" or "mean", not {terms.empty_rows!r}.')
+    if choice.strategy not in FlashAttentionStrategy.__members__ or choice.strategy == FlashAttentionStrategy.NONE.name:
         names = [s.name for s in FlashAttentionStrategy if s is not FlashAttentionStrategy.NONE]
-        raise InputError(f"{op}: strategy must be one of {', '.join(names)}, not {strategy!r}.")
-    if lnc not in (1, 2):
-        raise InputError(f"{op}: lnc must be 1 or 2, not {lnc}.")
-    if kernel_name not in KERNELS:
-        raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {kernel_name!r}.")
-    return Terms(scale, band_lower, band_upper, key_padding, bounds, bias, softcap, sink, empty_rows)
+        raise InputError(f"{op}: strategy must be one of {', '.join(names)}, not {choice.strategy!r}.")
+    if choice.lnc not in (1, 2):
+        raise InputError(f"{op}: lnc must be 1 or 2, not {choice.lnc}.")
+    if choice.kernel_name not in KERNELS:
+        raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {choice.kernel_name!r}.")
+    return terms
 
 
 def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:
     return InputError(f"{op}: {name} {rule}, but it is {list(tensor.shape)}, {tensor.dtype}, on {tensor.device}.")
-
-
-def orders_of(options: Mapping[str, Any], op: str = "flash_fwd") -> Orders:
-    """How the operands lie, by the op's keyword arguments.
-
-    Raises:
-        InputError: there is no such order.
-    """
-    text = options.get("orders", str(AS_GIVEN))
-    try:
-        return Orders.read(text)
-    except ValueError:
-        known = ", ".join(ORDERS)
-        raise InputError(f"{op}: orders must be four of {known} between commas, and is {text!r}.") from None

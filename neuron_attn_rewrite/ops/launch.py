@@ -1,8 +1,8 @@
-"""What `neuron_attn::flash_fwd` runs as where there is no CPU kernel: on XLA tensors, and on TorchNeuron.
+"""Launches kernels on a Neuron device, on XLA tensors and on TorchNeuron.
 
-With the Neuron SDK installed the kernel object launches itself and emits its own custom call: its payload is a private
-contract between `nki` and `neuronx-cc`. Without it the op is plain torch operators. For inspection on any machine
-there is a placeholder: a custom call with the real target, operands and results, which nothing can execute.
+With the Neuron SDK installed, the kernel object launches itself and emits its own custom call, whose payload is private
+to `nki` and `neuronx-cc`. Without the SDK the op is plain torch operators. To inspect the HLO on any machine there is a
+placeholder: a custom call with the real target, operands and results, which can't be executed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import How, Launch, nki_jit
+from neuron_attn_rewrite.kernels.vendor.sdk import sdk_is_installed
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.gradients import OPERATORS, gradients
@@ -72,20 +72,7 @@ def on_xla(
     """
     if _placeholders:
         return _placeholder(kernel, tensors, options, tuple(result))
-    return launched() if sdk_is_here() else decomposed()
-
-
-def sdk_is_here() -> bool:
-    """Whether torch tensors on a Neuron device can launch kernels. The empty packages of that name don't count."""
-    return has("torch_neuronx", "trace") or has("nki", "jit")
-
-
-def has(package: str, attribute: str) -> bool:
-    """Whether a package is installed and holds what an empty one of its name does not."""
-    try:
-        return find_spec(package) is not None and hasattr(import_module(package), attribute)
-    except (ImportError, ValueError):
-        return False
+    return launched() if sdk_is_installed() else decomposed()
 
 
 def launch(
@@ -111,15 +98,15 @@ def backward(
     """
     if _placeholders:
         return None
-    name, _ = gradients(posed(query, key, value, terms), TARGETS[generation()], lnc)
+    name, _ = gradients(problem_of_call(query, key, value, terms), TARGETS[generation()], lnc)
     if name == OPERATORS:
         return None
     grads: tuple[Tensor, ...] = vendor.require(name).launched_by(launcher).call(grad, query, key, value, terms, lnc)
     return grads
 
 
-def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionProblem:
-    """The problem that the operands of `torch.ops.neuron_attn.flash_fwd` pose, without a look at their values."""
+def problem_of_call(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionProblem:
+    """What a call of `flash_fwd` computes. The values of its tensors are not read."""
     q_len, kv_len = query.shape[2], key.shape[2]
     band = Band(terms.band_lower, terms.band_upper)
     claims: list[Claim] = [] if band == Band() else [band]
@@ -128,18 +115,13 @@ def posed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> AttentionP
     if terms.bounds is not None:
         claims.append(Limited("bounds"))
     known = terms.key_padding is None and terms.bounds is None and band.reaches_every_row(q_len, kv_len)
-    return AttentionProblem(
-        batch=query.shape[0],
-        num_heads=query.shape[1],
-        num_kv_heads=key.shape[1],
-        q_len=q_len,
-        kv_len=kv_len,
-        head_dim=query.shape[3],
-        v_head_dim=value.shape[3],
-        dtype=query.dtype,
-        scale=terms.scale,
-        mask=MaskSpec(tuple(claims)),
-        bias_shape=None if terms.bias is None else tuple(terms.bias.shape),  # type: ignore[arg-type]
+    return AttentionProblem.of(
+        query.shape,
+        value.shape,
+        query.dtype,
+        terms.scale,
+        MaskSpec(tuple(claims)),
+        bias=None if terms.bias is None else terms.bias.shape,
         softcap=terms.softcap,
         sink=terms.sink is not None,
         empty_rows=EmptyRows.NEVER if known else EmptyRows(terms.empty_rows),

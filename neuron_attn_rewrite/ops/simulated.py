@@ -1,8 +1,8 @@
 """Run the attention ops through their NKI kernels on a CPU, on the simulator.
 
 With `NEURON_ATTN_SIMULATE` set in the environment to 1, or to a target "gen2", "gen3" or "gen4", every attention op on
-CPU tensors runs its kernel; `simulated` does so for the calls within it. What that shows is the kernel's arithmetic
-and that it keeps the documented rules, not its speed, and not that it runs on a device.
+CPU tensors runs its kernel; `simulated` does so for the calls within it. This tests the kernel's arithmetic
+and the documented rules. It does not show its speed, and not that it runs on a device.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from neuron_attn_rewrite.ops.definitions import backward_on_device, forward_on_device
-from neuron_attn_rewrite.ops.launch import has
+from neuron_attn_rewrite.kernels.vendor.sdk import has
+from neuron_attn_rewrite.ops.flash_fwd import backward_on_device, forward_on_device
 
 WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
 """Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""

@@ -1,1 +1,1 @@
-"""The kernel calls take over from the attentions."""
+"""Replaces attentions: kernel calls are added beside them, compared with them, and take over if they agree."""

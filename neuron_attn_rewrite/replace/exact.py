@@ -1,7 +1,7 @@
-"""The model's own attention in float64, to tell a wrong kernel from a model that rounds.
+"""The model's own attention in float64, to distinguish a wrong kernel from rounding in the model.
 
-A model that keeps its scores in half precision is further from its own formula than a kernel that keeps them in
-float32. Such a difference is no error of the kernel: what counts is the distance to the formula.
+A model with scores in half precision is further from its own formula than a kernel with scores in float32. Such a
+difference is not an error of the kernel, so the kernel is compared with the formula.
 """
 
 from __future__ import annotations
@@ -13,26 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph.nodes import op_name
-from neuron_attn_rewrite.patterns.site import AttentionSite
-
-
-def borders(site: AttentionSite) -> set[fx.Node]:
-    """The tensors at which the attention begins: its value is a function of them and of constants."""
-    return {o.node for o in site.operands} | {term.node for term in site.terms}
-
-
-def inside(site: AttentionSite) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The nodes between the borders and the output, in order, and what they read from outside."""
-    edge = borders(site)
-    reached, stack, read = {site.output}, [site.output], set()
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node in edge or node.op != "call_function":
-                read.add(node)
-            elif node not in reached:
-                reached.add(node)
-                stack.append(node)
-    return [node for node in site.output.graph.nodes if node in reached], read
 
 
 def in_float64(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any], get: Callable[[fx.Node], Any]) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""Old against new on the example inputs: each site, and the captured graph as a whole.
+"""Compares kernel calls with the attentions that they replace, and the captured graph with the model.
 
-Both stand in the graph while it runs once, so every kernel call gets exactly what the attention beside it got, and
-one site's error can't hide in another's.
+Both are in the graph while it runs once on the example inputs. So each kernel call has the inputs of its attention, and
+the error of one site does not affect another.
 """
 
 from __future__ import annotations
@@ -17,21 +17,36 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.export import Captured, first_line
 from neuron_attn_rewrite.capture.objects import leaves
+from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.graph.nodes import draws
 from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.masks.proof import Padding
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.axes import run_layout
-from neuron_attn_rewrite.replace.exact import in_float64, inside
+from neuron_attn_rewrite.patterns.extent import inside
+from neuron_attn_rewrite.replace.exact import in_float64
 from neuron_attn_rewrite.replace.graft import Graft
 
 
-def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
-    """The largest difference of each site's output, relative to the largest magnitude in it.
+def compare(
+    module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any], config: RewriteConfig
+) -> dict[Graft, float]:
+    """The relative error of each kernel call against the original.
 
-    Rows for which the caller or the model leaves the output undefined don't count. The module's buffers, the inputs
-    and the random state are as before afterwards.
+    If that is above the tolerance, against the original in float64 too, and the smaller error counts: the model may
+    round more than the kernel does.
+    """
+    errors = measure(module, grafts, inputs)
+    far = [g for g in grafts if errors[g] > config.tolerance(g.verdict.site.coarsest)]
+    exact = measure_exactly(module, far, inputs) if far else {}
+    return errors | {g: min(errors[g], error) for g, error in exact.items()}
+
+
+def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
+    """The largest difference of each site's output, relative to its largest magnitude.
+
+    Rows whose output is undefined are ignored. The module's buffers, the inputs and the random state are unchanged.
 
     Raises:
         CaptureError: the graph does not run on the inputs.
@@ -44,7 +59,7 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
             value = super().run_node(node)
             if node in by_result:
                 graft = by_result[node]
-                errors[graft] = _difference(self.env[graft.plan.site.output], value, _defined(graft, self.env))
+                errors[graft] = _difference(self.env[graft.verdict.site.output], value, _defined(graft, self.env))
             return value
 
     keep_alive = [n for g in grafts for n in _vectors(g)]
@@ -56,9 +71,9 @@ def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[An
 
 
 def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
-    """The same against the original computed in float64, for those sites that can be."""
+    """As `measure`, against the original in float64. A site that can't run in float64 is left out."""
     errors: dict[Graft, float] = {}
-    by_result = {g.result: (g, *inside(g.plan.site)) for g in grafts}
+    by_result = {g.result: (g, *inside(g.verdict.site)) for g in grafts}
     keep_alive = {n for g, _, read in by_result.values() for n in (*read, *_vectors(g))}
 
     class Compare(fx.Interpreter):
@@ -81,8 +96,8 @@ def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Seq
 def capture_error(model: Any, captured: Captured) -> float | None:
     """How far a captured graph is from the model on the example call, relative to the largest of each output.
 
-    None where running both does not tell: the model is a graph already, the graph draws random numbers or writes into
-    buffers or inputs, an input can't be copied, or the outputs are other tensors.
+    None if they can't be compared: the model is a graph already, the graph draws random numbers or writes into buffers
+    or inputs, an input can't be copied, or the outputs have other shapes.
     """
     graph = captured.module.graph
     if captured.call is None or not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
@@ -98,7 +113,7 @@ def capture_error(model: Any, captured: Captured) -> float | None:
 
 
 def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Tensor]:
-    """The floating-point tensors that a call gives. None where it fails: the graph fails too, and `measure` says so."""
+    """The floating-point outputs of a call. Empty if it fails: then `measure` raises the error."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
     with torch.no_grad():
         try:
@@ -109,7 +124,7 @@ def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) ->
 
 
 def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Run on the inputs, of which those that are written are copied: a compiled graph's inputs are its weights too."""
+    """Run on the inputs. Those that the graph writes into are copied: they may be weights of a compiled graph."""
     written = changed_in_place(module.graph)
     given = [
         value.clone() if isinstance(value, Tensor) and node in written else value
@@ -145,7 +160,7 @@ def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
 
 def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
     """Bool in the shape of the output, True where a query row has a defined result; None if all have."""
-    site, proof = graft.plan.example, graft.proof
+    site, proof = graft.verdict.example, graft.proof
     if proof.empty_rows is not EmptyRows.ANY and not proof.promised:
         return None
     first, end = proof.mask.rows(site.q_len, site.kv_len).unbind(1)
@@ -168,7 +183,7 @@ def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
 
 @contextmanager
 def _unchanged(module: fx.GraphModule, written: frozenset[fx.Node]) -> Iterator[None]:
-    """Put back the buffers that the graph writes into."""
+    """Restore the buffers that the graph writes into."""
     names = {str(n.target) for n in written if n.op == "get_attr"}
     saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
     try:

@@ -19,10 +19,11 @@ from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.replace.graft import Graft, Plan
+from neuron_attn_rewrite.replace.graft import Graft
 from neuron_attn_rewrite.report.data import NodeReport, SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE
+from neuron_attn_rewrite.strategy.decide import Verdict
 from neuron_attn_rewrite.version import __version__
 
 MOST_NODES = 48
@@ -37,7 +38,7 @@ def snapshot(graph: fx.Graph) -> dict[str, NodeReport]:
 def make_report(
     graph: fx.Graph,
     before: Mapping[str, NodeReport],
-    plans: Sequence[Plan | UnknownAttention],
+    plans: Sequence[Verdict | UnknownAttention],
     grafts: Sequence[Graft],
     errors: Mapping[Graft, float],
     config: RewriteConfig,
@@ -50,7 +51,7 @@ def make_report(
     for node in before.values():
         for name in node.inputs:
             users[name].append(node.name)
-    graft_of = {id(g.plan): g for g in grafts}
+    graft_of = {id(g.verdict): g for g in grafts}
     sites = []
     for plan in plans:
         if isinstance(plan, UnknownAttention):
@@ -180,7 +181,7 @@ def _with_inputs(
 
 
 def _site_report(
-    plan: Plan,
+    plan: Verdict,
     graft: Graft | None,
     before: tuple[NodeReport, ...],
     after: tuple[NodeReport, ...],

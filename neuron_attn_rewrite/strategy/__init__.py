@@ -1,1 +1,1 @@
-"""Which kernel a site gets, and why."""
+"""Chooses: which kernels can compute an attention, which one is fastest, and what becomes of each site."""

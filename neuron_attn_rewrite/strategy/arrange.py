@@ -1,8 +1,7 @@
-"""In which order the kernel reads its operands and writes its result, so that transposes beside the site vanish.
+"""Chooses the order of dims of each operand and of the result, so that the model's transposes become unused.
 
-What lies between an operand and the tensor that it is a view of, and between the result and the last view of it, is an
-arrangement of axes. Each order that the kernel takes is another target of the same algebra: the one that leaves the
-fewest permutes is taken, and where the model's own transposes then have no reader they are gone.
+An operand is followed back to the tensor that it is a view of, and the result forward to its last view. For each order
+that the kernel takes, `patterns.axes` gives the steps in between; the order with the fewest permutes is chosen.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from neuron_attn_rewrite.patterns.views import CASTS, after
 from neuron_attn_rewrite.strategy.forms import Form
 
 WORST = 99
-"""Permutes of what can't be laid out."""
+"""Counts for a layout that is not possible."""
 
 
 def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
-    """The form with the orders that leave the fewest permutes, for a kernel that takes those in `accepted`.
+    """The form with the orders that need the fewest permutes, for a kernel that takes the orders in `accepted`.
 
     Args:
         form: as found.
@@ -39,7 +38,7 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
     sizes = (problem.query_bytes, problem.key_bytes, problem.value_bytes, problem.result_bytes)
     more = (more_query, more_key, more_value, more_result)
     # A permute reads and writes.
-    turned = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
+    layout_bytes = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
     orders = Orders(of_query, of_key, of_value, of_result)
     on = {"query": of_query, "value": of_value, "output": of_result}
     scales = tuple(
@@ -48,24 +47,24 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
     )
     result = permute(site.result, ORDERS[of_result])
     moved = replace(site, query=query, key=key, value=value, operand_scales=scales, output=node, output_dims=dims)
-    return replace(form, site=replace(moved, result=result), orders=orders, turned=turned)
+    return replace(form, site=replace(moved, result=result), orders=orders, layout_bytes=layout_bytes)
 
 
 def permutes(layout: Layout | None) -> int:
-    """How many steps of a layout move data about."""
+    """How many steps of a layout are permutes, which move data."""
     return WORST if layout is None else sum(step.op == "permute" for step in layout)
 
 
 def _is_open(layout: Layout) -> bool:
-    """Whether a step needs a size that is a symbol: one of ours would have to read it of some input, and that ties
-    inputs to each other when the result is exported again.
+    """Whether a step needs a size that is a symbol. The call would have to read it from an input, and a new export of
+    the result would then assume that inputs have the same size.
     """
     return any(step.op != "permute" and not all(map(is_number, step.arg)) for step in layout)
 
 
 def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str, int]:
-    """The source and order with the fewest permutes, the model's own included; as it is where none is better. And how
-    many more permutes it takes than the model.
+    """The operand with the source and order that need the fewest permutes, including the model's own; its order; and
+    how many permutes more than in the model that is. The operand is unchanged if nothing is better.
     """
     sources, own = [(operand.node, operand.dims, 0)], 0
     if operand.origin is not None:
@@ -90,8 +89,8 @@ def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str,
 def _result(
     site: AttentionSite, accepted: tuple[str, ...], fixed: frozenset[fx.Node]
 ) -> tuple[fx.Node, Dims, str, int]:
-    """The node that the result takes over from, its dims, the order with the fewest permutes up to there, and how many
-    more they are than the model's.
+    """The node that the result replaces, its dims, the order with the fewest permutes up to it, and how many
+    permutes more than in the model that is.
     """
     node, dims = _last_view(site, fixed)
     models = permutes(layout_steps(site.output_dims, dims))
@@ -108,10 +107,10 @@ def _result(
 
 
 def _last_view(site: AttentionSite, fixed: frozenset[fx.Node]) -> tuple[fx.Node, Dims]:
-    """The last of the views of the output of which each is all that reads the one before it, and its dims."""
+    """The last view of the output and its dims, where each view is the only reader of the one before it."""
     node, dims = site.output, site.output_dims
     if fixed & ({operand.node for operand in site.operands} | {term.node for term in site.terms}):
-        return node, dims  # the call must not come later
+        return node, dims  # a later call would read the changed tensor
     while len(node.users) == 1:
         (user,) = node.users
         following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None

@@ -1,4 +1,4 @@
-"""Which kernel computes a site: first which can, then what the policy wants, then which is fastest."""
+"""Chooses a kernel: those that can compute the problem, what the policy wants, and then the fastest."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
-from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, broken, is_limited
+from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, first_refusal, is_limited
 from neuron_attn_rewrite.strategy.cost import Time
 from neuron_attn_rewrite.strategy.legality import OURS, bridged, illegal
 from neuron_attn_rewrite.strategy.tables import NOTES, first, is_causal_window, is_masked, table
 
 NATIVE = "native"
-"""The kernel of a site that stays as it was."""
+"""In place of a kernel's name: the attention is not replaced."""
 UNTRIED = 1.25
-"""Our own kernel has run on a simulator only: the SDK's is taken unless ours is predicted to be faster by more."""
+"""Our kernel has only run on a simulator. It must be predicted to be faster than the SDK's by this factor."""
 
 NONE, UNSHARDED, SHARDED, CONTEXT_PARALLEL, STRIDED_CONTEXT_PARALLEL, SLIDING_WINDOW = FlashAttentionStrategy
 MOST_RANKS = 32
 """The largest cp_degree that attention_cte takes."""
 CORES = {UNSHARDED: 1, SHARDED: 2}
-"""Physical cores that one call runs on, where the strategy says it."""
+"""Physical cores of one call, for strategies that fix the number."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a site gets."""
+    """The strategy and the kernel of one attention."""
 
     strategy: FlashAttentionStrategy
     kernel: str
@@ -44,13 +44,13 @@ class Decision:
     lnc: int
     """Physical cores that one call runs on."""
     reasons: tuple[Reason, ...]
-    """Every rule that spoke, in order."""
+    """Every rule that applied, in order."""
     gradients: str | None = None
     """What computes the gradients, as `strategy.gradients` names it; None where none are taken."""
 
 
 def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, Clause]:
-    """What some strategies demand on top of what kernels do."""
+    """What strategies demand, in addition to kernels."""
     degree, rank = config.cp_degree, config.cp_rank
     ranks = f"needs cp_degree > 1 and this rank's rows, and cp_degree is {degree}, cp_rank {rank}, the mask {{p.mask}}"
     return MappingProxyType(
@@ -76,12 +76,12 @@ def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, C
 
 
 def _is_rank(problem: AttentionProblem, degree: int, rows_are_its: bool) -> bool:
-    """The queries are one rank's part, the keys are all of them."""
+    """Whether the queries are one rank's share and the keys are all keys."""
     return problem.kv_len == problem.q_len * degree and rows_are_its
 
 
 def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
-    """Row i is token `i * degree + rank`, and sees itself and what is before it, whatever the inputs are."""
+    """Whether row i is token `i * degree + rank` and sees the tokens up to itself, for all inputs."""
     if degree > MOST_RANKS or is_limited(problem):
         return False
     ends = torch.arange(problem.q_len) * degree + rank + 1
@@ -90,7 +90,7 @@ def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
 
 
 def _as_it_lies(*of: object) -> int:
-    """No bytes are moved."""
+    """The default: operands and result already have the kernel's order, and no bytes are moved."""
     return 0
 
 
@@ -98,22 +98,22 @@ def choose_among(
     problems: Sequence[AttentionProblem],
     config: RewriteConfig,
     name: str = "",
-    turned: Callable[[int, str], int] = _as_it_lies,
+    layout_bytes: Callable[[int, str], int] = _as_it_lies,
 ) -> tuple[int, Decision]:
-    """Which of several forms of one attention, and its kernel: the form that is predicted to be fastest.
+    """The index and the decision of the form that is predicted to be fastest.
 
     Args:
         problems: the attention as the native operators compute it, then its other forms.
         config: see `RewriteConfig`.
-        name: of the site.
-        turned: bytes that are moved to lay out the operands and the result of form i for a kernel.
+        name: the site's.
+        layout_bytes: bytes moved to bring operands and result of form i into an order that a kernel takes.
     """
-    decisions = [choose(p, config, name, problems[0], partial(turned, i)) for i, p in enumerate(problems)]
+    decisions = [choose(p, config, name, problems[0], partial(layout_bytes, i)) for i, p in enumerate(problems)]
     able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE] or [0]
 
     def micros(i: int) -> float:
         kernel = decisions[i].kernel
-        return time_of(kernel, problems[i], config, turned(i, kernel)).micros
+        return time_of(kernel, problems[i], config, layout_bytes(i, kernel)).micros
 
     chosen = min(able, key=micros) if len(able) > 1 else able[0]
     return chosen, decisions[chosen]
@@ -124,16 +124,16 @@ def choose(
     config: RewriteConfig,
     name: str = "",
     native: AttentionProblem | None = None,
-    turned: Callable[[str], int] = _as_it_lies,
+    layout_bytes: Callable[[str], int] = _as_it_lies,
 ) -> Decision:
-    """The kernel and strategy for a problem at the site `name`. What no kernel can compute stays native, always.
+    """The strategy and kernel for a problem. A problem that no kernel can compute stays native.
 
     Args:
         problem: what a kernel would compute.
         config: see `RewriteConfig`.
-        name: of the site.
+        name: the site's.
         native: what the native operators compute, if that is another form of it.
-        turned: bytes that are moved to lay out operands and result for a kernel.
+        layout_bytes: bytes moved to bring operands and result into an order that a kernel takes.
     """
     cores = config.logical_cores
     able, refused = candidates(problem, config)
@@ -150,21 +150,22 @@ def choose(
     elif wish == OURS or isinstance(wish, str):
         strategy, reasons = _plain(problem, config), (Reason("site-override", f"{wish} is set for this site"),)
     else:
-        strategy, reasons = _by_policy(problem, config, able, native or problem, turned)
+        strategy, reasons = _by_policy(problem, config, able, native or problem, layout_bytes)
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
-    kernel = fastest(able, problem, config, turned)
+    kernel = fastest(able, problem, config, layout_bytes)
     others = tuple(refused.values()) if kernel == OURS else bridged(kernel, problem, able[kernel])
     return Decision(strategy, kernel, CORES.get(strategy, cores), (*reasons, *others))
 
 
 def candidates(problem: AttentionProblem, config: RewriteConfig) -> tuple[dict[str, Setting], dict[str, Reason]]:
-    """The kernels that can compute the problem, and why the others can't.
+    """The kernels that can compute the problem, and the reason of each that can't.
 
-    Without `config.kernels` these are ours and those of the installed SDK.
+    The candidates are `config.kernels`; if it is empty, our kernel and those of the installed SDK.
     """
     able, refused = {}, {}
-    for name in config.kernels or (OURS, *vendor.installed()):
+    names: tuple[str, ...] = config.kernels or (OURS, *vendor.installed())
+    for name in names:
         setting = setting_of(name, config)
         reason = illegal(name, problem, setting)
         if reason is None:
@@ -175,16 +176,16 @@ def candidates(problem: AttentionProblem, config: RewriteConfig) -> tuple[dict[s
 
 
 def setting_of(name: str, config: RewriteConfig) -> Setting:
-    """Where the kernel would run, and the build of it that is installed."""
+    """Where the kernel would run, with the parameters of its installed build."""
     adapter = vendor.find(name)
     loose = frozenset(d for d in DTYPES if config.tolerance(d) >= TOLERANCES[torch.bfloat16])
     return Setting(config.target, config.logical_cores, config.sdk, adapter.parameters if adapter else None, loose)
 
 
-def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig, turned: int = 0) -> Time:
-    """What a kernel, or the native operators, take: measured where the profile has it, else by the model.
+def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig, layout_bytes: int = 0) -> Time:
+    """The time of a kernel or of the native operators: from the profile if it has one, else from the cost model.
 
-    `turned` is the bytes that are moved to lay out operands and result for the kernel.
+    `layout_bytes` are moved to bring operands and result into an order that the kernel takes.
     """
     target, cores = config.target, config.logical_cores
     measured = profile.read(config.profile).time(kernel, problem, target, cores) if config.profile else None
@@ -193,26 +194,26 @@ def time_of(kernel: str, problem: AttentionProblem, config: RewriteConfig, turne
     if kernel == NATIVE:
         return cost.native_time(problem, target, cores)
     ranks = config.cp_degree if _plain(problem, config) is STRIDED_CONTEXT_PARALLEL else 1
-    return cost.kernel_time(kernel, problem, target, cores, ranks=ranks, turned=turned)
+    return cost.kernel_time(kernel, problem, target, cores, ranks=ranks, layout_bytes=layout_bytes)
 
 
 def fastest(
     able: Mapping[str, Setting],
     problem: AttentionProblem,
     config: RewriteConfig,
-    turned: Callable[[str], int] = _as_it_lies,
+    layout_bytes: Callable[[str], int] = _as_it_lies,
 ) -> str:
     """The kernel that is predicted to be fastest."""
     if len(able) == 1:
         return next(iter(able))
-    return min(able, key=lambda k: time_of(k, problem, config, turned(k)).micros * (UNTRIED if k == OURS else 1))
+    return min(able, key=lambda k: time_of(k, problem, config, layout_bytes(k)).micros * (UNTRIED if k == OURS else 1))
 
 
 def _asked(
     strategy: FlashAttentionStrategy, problem: AttentionProblem, config: RewriteConfig, reason: Reason
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
     clause = strategy_clauses(config).get(strategy)
-    no = clause and broken([clause], problem, Setting(config.target, config.logical_cores))
+    no = clause and first_refusal([clause], problem, Setting(config.target, config.logical_cores))
     return (NONE, (no,)) if no else (strategy, (reason,))
 
 
@@ -230,7 +231,7 @@ def _plain(problem: AttentionProblem, config: RewriteConfig) -> FlashAttentionSt
 
 
 def case_of(problem: AttentionProblem, config: RewriteConfig) -> Case:
-    """The problem as a rule table sees it."""
+    """What a rule table is asked about the problem."""
     return Case(
         q_len=problem.q_len,
         head_dim=problem.head_dim,
@@ -245,7 +246,7 @@ def case_of(problem: AttentionProblem, config: RewriteConfig) -> Case:
 
 
 def by_table(problem: AttentionProblem, config: RewriteConfig) -> tuple[FlashAttentionStrategy, Reason]:
-    """What the rule table says, and its row."""
+    """The strategy of the first row of the rule table that fits, with that row as the reason."""
     rows = [row for row in config.table if isinstance(row, Rule)] or table(config.sdk)
     rule = first(rows, case_of(problem, config))
     if rule is None:
@@ -266,10 +267,10 @@ def _by_policy(
     config: RewriteConfig,
     able: Mapping[str, Setting],
     native: AttentionProblem,
-    turned: Callable[[str], int],
+    layout_bytes: Callable[[str], int],
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
     if config.policy == "profitable":
-        return _profitable(problem, config, able, native, turned)
+        return _profitable(problem, config, able, native, layout_bytes)
     strategy, row = by_table(problem, config)
     if strategy is not NONE:
         return _asked(strategy, problem, config, row)
@@ -284,10 +285,10 @@ def _profitable(
     config: RewriteConfig,
     able: Mapping[str, Setting],
     native: AttentionProblem,
-    turned: Callable[[str], int],
+    layout_bytes: Callable[[str], int],
 ) -> tuple[FlashAttentionStrategy, tuple[Reason, ...]]:
-    kernel = fastest(able, problem, config, turned)
-    ours, other = time_of(kernel, problem, config, turned(kernel)), time_of(NATIVE, native, config)
+    kernel = fastest(able, problem, config, layout_bytes)
+    ours, other = time_of(kernel, problem, config, layout_bytes(kernel)), time_of(NATIVE, native, config)
     measured = "measured" if ours.because == other.because == "a measurement" else "predicted"
     reason = Reason("cost", f"{kernel} is {measured} at {cost.ratio_words(native, ours, other)}")
     return (_plain(problem, config) if ours.micros < other.micros else NONE), (reason,)

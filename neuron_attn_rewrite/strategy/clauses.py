@@ -1,4 +1,4 @@
-"""The words in which kernels say what they can compute: clauses, bridges, and what their clauses share."""
+"""What describes a kernel: clauses (what it demands), bridges (what is done around a call), and what it skips."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SDK_HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a kernel is to run, and which build of it."""
+    """Where a kernel runs, and which build of it."""
 
     target: str = "trn2"
     cores: int = 2
     """Physical cores in a logical NeuronCore."""
     sdk: str = "2.29"
     parameters: frozenset[str] | None = None
-    """What the installed kernel takes; None where none is installed, and the release decides."""
+    """The parameters of the installed kernel. None if it is not installed: then the release decides."""
     loose: frozenset[torch.dtype] = frozenset({torch.bfloat16})
-    """Dtypes in which the caller accepts products rounded to bfloat16."""
+    """Dtypes for which the caller's tolerances accept products in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -38,72 +38,73 @@ class Clause:
     """One thing that a kernel or a strategy demands."""
 
     code: str
-    """The code of the reason that a broken demand is."""
+    """The code of the reason, if the demand is not met. See `reasons.REASONS`."""
     demand: str
-    """In words, with the fields of the problem as {p.name} and of the setting as {s.name}."""
+    """A sentence, with the fields of the problem as {p.name} and those of the setting as {s.name}."""
     holds: Callable[[AttentionProblem, Setting], bool]
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """A step that brings a problem into a kernel's reach, exactly."""
+    """An exact step around a kernel call, without which the kernel could not compute the problem."""
 
     words: str
     needed: Callable[[AttentionProblem, Setting], bool]
     moves: Callable[[AttentionProblem], int] = lambda _: 0
-    """Bytes that it reads and writes in memory."""
+    """Bytes of HBM that it reads and writes."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is known of a kernel before it runs."""
+    """What a kernel can compute, and what it costs beyond its scores."""
 
     clauses: tuple[Clause, ...]
     bridges: tuple[Bridge, ...] = ()
     folds_groups: bool = False
-    """The query heads of a group are the rows of one tile, where they fit."""
-    skips: Callable[[AttentionProblem], Band] = lambda _: Band()
-    """What of the mask spares it work: keys that this hides from all rows of a group are not looked at."""
-    skips_strided: bool = False
-    """Whether the strided rows of a rank spare it work too: what no rank's rows of that group see."""
+    """Whether the query heads of a group share one tile of 128 rows, if they fit."""
+    computed_band: Callable[[AttentionProblem], Band] = lambda _: Band()
+    """The part of the mask by which it skips keys: a tile of keys outside of this band for all of its rows is not
+    computed. An open band means that it computes every key."""
+    skips_for_strided_rows: bool = False
+    """Whether it also skips keys by the strided rows of a rank: those that these rows see on no rank."""
     step: int = 512
-    """Keys that are left out at a time."""
+    """It skips keys in multiples of this number."""
     spills: Callable[[AttentionProblem], int] = lambda _: 0
-    """Bytes that it writes to memory and reads again, where the others keep them on the core."""
+    """Bytes that it writes to HBM and reads again, which other kernels keep on the core."""
     bias_bytes: int | None = None
-    """Of one element of a bias as it is read; None for the operands' dtype."""
+    """Bytes of one element of a bias as it is read. None for the operands' dtype."""
 
 
-def broken(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:
-    """The first demand that the problem breaks, in words; None without one."""
+def first_refusal(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:
+    """The first clause that the problem does not meet, as a reason. None if it meets all."""
     found = next((c for c in clauses if not c.holds(problem, setting)), None)
     return Reason(found.code, found.demand.format(p=problem, s=setting)) if found else None
 
 
 def mask(problem: AttentionProblem) -> Mask:
-    """The mask as the SDK's kernels name it, key padding aside."""
+    """The mask without its key padding, as the SDK's kernels name it."""
     band = problem.mask.band
     return mask_of(band.lower, band.upper, bool(problem.mask.row_bounds.claims), problem.q_len, problem.kv_len)
 
 
 def is_padded(problem: AttentionProblem) -> bool:
-    """Whether some keys are hidden by a run-time vector."""
+    """Whether a run-time vector hides keys."""
     return any(isinstance(claim, KeyPadding) for claim in problem.mask.claims)
 
 
 def is_limited(problem: AttentionProblem) -> bool:
-    """Whether some bounds are known at run time only, and may be others for each of the batch."""
+    """Whether some bounds are known only at run time. They may differ for each batch element."""
     return any(isinstance(claim, Limited) for claim in problem.mask.claims)
 
 
 SINCE: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {"attention_cte": MappingProxyType({"bound_min": "2.29", "position_bias": "2.31"})}
 )
-"""The release in which a parameter of a kernel came, used where none is installed."""
+"""The release that added a parameter to a kernel. It decides where the kernel is not installed."""
 
 
 def takes(name: str, parameter: str, setting: Setting) -> bool:
-    """Whether the kernel has this parameter: by its signature, or by its release."""
+    """Whether the kernel has this parameter: by its signature if it is installed, else by the release."""
     if setting.parameters is not None:
         return parameter in setting.parameters
     return setting.sdk >= SINCE[name][parameter]
@@ -148,14 +149,14 @@ ONE_HEAD_DIM = Clause(
 
 
 def targets(*names: str) -> Clause:
-    """That the hardware is one of these."""
+    """The clause that the hardware is one of these."""
     return Clause(
         "kernel-target", f"it runs on {', '.join(names)}, not on {{s.target}}", lambda _, s: s.target in names
     )
 
 
 def shipped(since: str, until: str) -> Clause:
-    """That the kernel is installed, or comes with the release that is meant."""
+    """The clause that the kernel is installed, or is part of the configured release."""
     return Clause(
         "kernel-sdk",
         f"it comes with SDK {since} to {until}, not with {{s.sdk}}",
@@ -164,7 +165,7 @@ def shipped(since: str, until: str) -> Clause:
 
 
 NARROW = (SIZES, GROUPS, ONE_HEAD_DIM, ROUNDED, SCALE, NO_SOFTCAP)
-"""What every kernel of the SDK demands but attention_cte."""
+"""What every kernel of the SDK except attention_cte demands."""
 GRADIENTS = (
     *NARROW,
     NO_BIAS,
@@ -180,5 +181,5 @@ SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0, la
 
 
 def causal_band(problem: AttentionProblem) -> Band:
-    """The band of a mask that the SDK's kernels call causal, with its window: of no other they skip anything."""
+    """The band of a mask that the SDK's kernels call causal, with its window. They skip keys by no other mask."""
     return problem.mask.band if mask(problem).kind == "causal" else Band()

@@ -1,16 +1,16 @@
-"""What an attention costs, by kernel and natively: a model with few constants, fitted on published measurements.
+"""The cost model: predicted times of kernels and native operators, fitted on published measurements.
 
 A kernel takes
 
     fixed + per_group * (groups of 128 query rows) + slack * bound * (tiles of 128 rows x 512 keys)
 
-on the busier physical core, where `bound` is the busiest engine's time for one tile of the documented loop, and the
-traffic of what is read or copied for the call beside that: a bias, the bridges of the kernel (`Bridge.moves`), and
-operands that lie otherwise than it takes them. The native operators read and write the whole score matrix several
-times: bytes per score over the bandwidth, and more of them beyond 4096 keys.
+on the busier physical core, where `bound` is the busiest engine's time for one tile of the documented loop. To this
+it adds the time of other memory traffic: a bias, the bridges of the kernel (`Bridge.moves`), and transposes of operands
+whose order the kernel does not take. The native operators read and write the whole score matrix several times: their
+time is bytes per score over the bandwidth, with more bytes beyond 4096 keys.
 
-`python -m benchmarks.fit_cost` fits the constants; they lie in `cost.json`, with the spread of the points held out.
-Every number is of other people's devices: this project has measured none.
+`python -m benchmarks.fit_cost` fits the constants and writes them to `cost.json`, with the spread of held-out points.
+All measurements were published by others. This project has measured none.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ROWS, KEYS = 128, 512
 LONG = 4096
 """Keys beyond which the native operators were published to slow down."""
 SPLIT_ROWS = 1024
-"""Rows from which on the two cores share the last of an odd number of heads."""
+"""From this many rows on, the two cores share the last head of an odd number."""
 CAUSAL_SPLIT = 0.65
-"""Share of the first core in the rows of a causal head that both compute."""
+"""The share of the first core in the rows of a causal head that both cores compute."""
 
 
 def tile_bound(chip: Hardware, head_dim: int, v_head_dim: int, element: int) -> tuple[str, float]:
@@ -89,14 +89,14 @@ class Time:
     micros: float
     spread: float
     because: str
-    """What most of it is."""
+    """Its largest part, in words."""
 
 
 def _per_group(problem: AttentionProblem, kernel: Kernel, ranks: int) -> list[int]:
     """Tiles that the kernel computes for each group of rows of a head."""
     q_len, kv_len = problem.q_len, problem.kv_len
-    groups, band = -(-q_len // ROWS), kernel.skips(problem)
-    strided = ranks > 1 and kernel.skips_strided
+    groups, band = -(-q_len // ROWS), kernel.computed_band(problem)
+    strided = ranks > 1 and kernel.skips_for_strided_rows
     if band == Band() and not strided:
         return [-(-kv_len // KEYS)] * groups
     rows = MaskSpec((band,)).rows(q_len, kv_len)
@@ -113,13 +113,13 @@ def _per_group(problem: AttentionProblem, kernel: Kernel, ranks: int) -> list[in
 
 
 def work(problem: AttentionProblem, cores: int, kernel: Kernel, ranks: int = 1) -> tuple[float, float]:
-    """Groups and tiles of the busier core: heads are dealt out, and the last of an odd number is split by rows.
+    """Groups and tiles of the busier core. Heads alternate between cores; the last of an odd number is split by rows.
 
     Args:
         problem: what is computed.
         cores: physical cores of the call.
         kernel: what computes it.
-        ranks: of a context parallel group among which the rows were dealt out one by one; 1 for any other rows.
+        ranks: number of context parallel ranks, if the rows are strided over them. 1 otherwise.
     """
     per_group = _per_group(problem, kernel, ranks)
     folded = kernel.folds_groups and problem.q_len * (problem.num_heads // problem.num_kv_heads) <= ROWS
@@ -140,7 +140,7 @@ def work(problem: AttentionProblem, cores: int, kernel: Kernel, ranks: int = 1) 
 
 
 def copies(name: str, problem: AttentionProblem, target: str, cores: int) -> dict[str, int]:
-    """Bytes that are moved for a call of the kernel beside what it computes, by what they are."""
+    """Bytes that a call of the kernel moves in addition to its operands and result, by their cause."""
     kernel = KERNELS[name]
     moved = {"what the kernel keeps in memory": kernel.spills(problem)}
     if problem.bias_shape is not None:
@@ -161,9 +161,9 @@ def kernel_time(
     constants: Fit | None = None,
     *,
     ranks: int = 1,
-    turned: int = 0,
+    layout_bytes: int = 0,
 ) -> Time:
-    """What one call of a kernel takes, with what is copied for it.
+    """The predicted time of one call of a kernel, with the copies around it.
 
     Args:
         name: of the kernel.
@@ -172,13 +172,13 @@ def kernel_time(
         cores: physical cores of the call.
         constants: None for those of `fit`.
         ranks: as for `work`.
-        turned: bytes moved because operands or the result lie otherwise than the kernel takes them.
+        layout_bytes: bytes moved to bring operands and result into an order that the kernel takes.
     """
     c = constants or fit()
     element = problem.dtype.itemsize if name == OURS else 2
     engine, bound = tile_bound(HARDWARE[target], problem.head_dim, problem.v_head_dim, element)
     groups, count = work(problem, cores, KERNELS[name], ranks)
-    moved = {**copies(name, problem, target, cores), "copying (operands or the result are turned)": turned}
+    moved = {**copies(name, problem, target, cores), "copying (operands or the result are turned)": layout_bytes}
     parts = {
         "the kernel's fixed cost": c.fixed,
         "small operations for each 128 rows": c.per_group * groups,
@@ -192,7 +192,7 @@ def kernel_time(
 
 
 def native_time(problem: AttentionProblem, target: str, cores: int, constants: Fit | None = None) -> Time:
-    """What the native operators take: no mask skips anything."""
+    """The predicted time of the native operators. They compute every score, whatever the mask."""
     c = constants or fit()
     long = problem.kv_len > LONG
     moved = problem.scores * (c.long_bytes if long else c.native_bytes) + problem.operand_bytes

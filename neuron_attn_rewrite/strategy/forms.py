@@ -1,6 +1,6 @@
-"""Other forms of an attention that compute the same, exactly: what a bridge at the site makes of it.
+"""Equivalent forms of an attention: as it was found, and with the chunks of a chunked mask as batch elements.
 
-A form is a site of its own, whose operands are laid out otherwise; nodes, output and report stay those of the site.
+A form is a site with the same nodes and output, whose operands have another layout.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from neuron_attn_rewrite.graph.sizes import at, expression_of
+from neuron_attn_rewrite.graph.sizes import at
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
-from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size, layout_steps, merged, split
+from neuron_attn_rewrite.patterns.axes import Dims, atoms, dim_size, layout_steps, merged, split
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.strategy.open_sizes import at_example
 
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
-
-SIZES = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "v_head_dim")
-"""The fields of a site that are sizes."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +31,24 @@ class Form:
     proof: Proof
     problem: AttentionProblem
     reasons: tuple[Reason, ...] = ()
-    """The bridges that led to it."""
+    """The bridges that it needs."""
     orders: Orders = AS_GIVEN
-    """How the kernel's operands and its result lie; the site's targets are in these orders."""
-    turned: int = 0
-    """Bytes that are moved to lay out operands and result so, beyond what the model's own transposes move."""
+    """The order of dims of each operand and of the result. The site's targets are in these orders."""
+    layout_bytes: int = 0
+    """Bytes moved to bring operands and result into these orders, beyond those of the model's own transposes."""
 
 
 def forms(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> tuple[Form, ...]:
-    """The attention as it was found, then what bridges make of it, for values of the symbols in its sizes."""
+    """The attention as it was found, then its other forms, for values of the symbols in its sizes."""
     found = ((site, proof, ()), in_chunks(site, proof))
-    return tuple(Form(s, p, describe(s, p, values), reasons) for s, p, reasons in filter(None, found))
+    return tuple(Form(s, p, problem_at(s, p, values), reasons) for s, p, reasons in filter(None, found))
 
 
 def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, tuple[Reason, ...]] | None:
-    """The chunks of a chunked mask as elements of the batch, each with the band alone: it is the same in every chunk.
+    """The chunks of a chunked mask as batch elements. Only the band of the mask is left, the same in every chunk.
 
-    None where the mask says anything else, a chunk is cut short, or a row that sees no key would get the mean of
-    another set of values.
+    None if the mask has other claims, if the chunks do not divide the length, or if a row that sees no key gives the
+    mean of all values: there would be fewer of them.
     """
     chunks = {claim.size for claim in proof.mask.claims if isinstance(claim, Chunked)}
     others = tuple(claim for claim in proof.mask.claims if not isinstance(claim, Chunked))
@@ -87,7 +85,7 @@ def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, 
 
 
 def _cut(operand: Operand, size: int) -> Operand | None:
-    """None where its layout can't be cut there."""
+    """The operand with its length split into chunks. None if its layout can't be split there."""
     target = _in_chunks(operand.target, size)
     if target is None or layout_steps(operand.dims, target, full=not operand.broadcasts) is None:
         return None
@@ -101,25 +99,17 @@ def _in_chunks(target: Dims, size: int) -> Dims | None:
     return cut and (merged((*batch, *cut[0])), heads, cut[1], dim)
 
 
-# The problem that a site poses
-
-
-def describe(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> AttentionProblem:
-    """What is to be computed at a site, without its nodes, for values of the symbols in its sizes."""
+def problem_at(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> AttentionProblem:
+    """What the attention of a site computes, for values of the symbols in its sizes."""
     shapes = [[at(n, values) for n in _broadcast_shape(d.term.dims, site.dims)] for d in proof.dense]
     example = at_example(site, values)
-    return AttentionProblem(
-        batch=example.batch,
-        num_heads=example.num_heads,
-        num_kv_heads=example.num_kv_heads,
-        q_len=example.q_len,
-        kv_len=example.kv_len,
-        head_dim=example.head_dim,
-        v_head_dim=example.v_head_dim,
-        dtype=site.dtype,
-        scale=site.scale,
-        mask=proof.mask,
-        bias_shape=tuple(max(dims) for dims in zip(*shapes, strict=True)) if shapes else None,
+    return AttentionProblem.of(
+        (example.batch, example.num_heads, example.q_len, example.head_dim),
+        (example.batch, example.num_kv_heads, example.kv_len, example.v_head_dim),
+        site.dtype,
+        site.scale,
+        proof.mask,
+        bias=[max(sizes) for sizes in zip(*shapes, strict=True)] if shapes else None,
         softcap=site.softcap,
         sink=site.sink is not None,
         empty_rows=proof.empty_rows,
@@ -127,25 +117,6 @@ def describe(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, in
 
 
 def _broadcast_shape(dims: Dims, target: Dims) -> tuple[int, ...]:
-    """1 for each target dim of which a tensor over `dims` has nothing."""
+    """The target's shape, with 1 for each dim over which the tensor is broadcast."""
     axes = {atom.axis for atom in atoms(dims)}
     return tuple(dim_size(dim) if any(atom.axis in axes for atom in dim) else 1 for dim in target)
-
-
-def at_example(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> AttentionSite:
-    """The site with the sizes that it has for values of the symbols."""
-
-    def dims(given: Dims) -> Dims:
-        return tuple(tuple(Atom(a.axis, at(a.stride, values), at(a.size, values)) for a in dim) for dim in given)
-
-    sizes = {name: at(getattr(site, name), values) for name in SIZES}
-    return replace(site, output_dims=dims(site.output_dims), result=dims(site.result), **sizes)  # type: ignore[arg-type]
-
-
-def size_from_data(site: AttentionSite, values: Mapping[sympy.Symbol, int]) -> str | None:
-    """The first size of the site that is no function of the inputs' sizes, in words; None without one."""
-    for name in SIZES:
-        expression = expression_of(getattr(site, name))
-        if not expression.free_symbols <= set(values):
-            return f"{name} {expression}"
-    return None

@@ -1,6 +1,6 @@
-"""What computes the gradients of an attention that a kernel computes: asked when they are taken, and before.
+"""What computes the gradients of an attention that a kernel computes: a kernel of the SDK, or plain operators.
 
-`neuron_attn::flash_bwd` asks on the device. A report asks the same of the same attention, so that who trains knows.
+`neuron_attn::flash_bwd` decides by this on the device, and the report says it before the model is trained.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from neuron_attn_rewrite.strategy.clauses import Setting
 from neuron_attn_rewrite.strategy.legality import illegal
 
 OPERATORS = "operators"
-"""What computes the gradients where no kernel does: plain torch operators, which form the scores."""
+"""Plain torch operators, which compute the score matrix again. They are used if no kernel can."""
 
 
 def gradients(
     problem: AttentionProblem, target: str, lnc: int, sdk: str | None = None
 ) -> tuple[str, tuple[Reason, ...]]:
-    """The kernel for the gradients, or `OPERATORS`, and the clauses of those that can't.
+    """The kernel for the gradients, or `OPERATORS` with the reason of each kernel that can't.
 
     Args:
-        problem: what the kernel of the forward computes.
+        problem: what the forward kernel computes.
         target: the hardware.
         lnc: physical cores of the call.
-        sdk: the release whose kernels are meant; None for those that are installed.
+        sdk: a release, whose kernels are asked. None for the installed kernels.
     """
     refused = []
     for name in vendor.BACKWARD:
@@ -39,8 +39,8 @@ def gradients(
     return OPERATORS, tuple(refused)
 
 
-def told(problem: AttentionProblem, target: str, lnc: int, sdk: str | None) -> tuple[str, Reason]:
-    """As `gradients`, with what a report says of it."""
+def gradients_with_reason(problem: AttentionProblem, target: str, lnc: int, sdk: str | None) -> tuple[str, Reason]:
+    """As `gradients`, with the sentence for the report."""
     name, refused = gradients(problem, target, lnc, sdk)
     where = f" where SDK {sdk} is installed" if sdk else ""
     if name != OPERATORS:

@@ -1,4 +1,4 @@
-"""Measured times in place of the model's: a JSON file, written on a Neuron device by `measure`.
+"""Measured times, which replace those of the cost model. `measure` writes the JSON file on a Neuron device.
 
     {"entries": [{"problem": "...", "target": "trn2", "cores": 2, "kernel": "attention_cte", "micros": 210.0}, ...]}
 
@@ -23,11 +23,11 @@ from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.cost import Time
 
 SPREAD = 1.1
-"""By how much a measured time may be off."""
+"""The factor by which a measured time may be off."""
 
 
 def key(problem: AttentionProblem) -> str:
-    """What a measurement belongs to: everything but the scale."""
+    """The problem as a string, without its scale."""
     p = problem
     extras = [f"bias{list(p.bias_shape)}"] if p.bias_shape else []
     extras += ["softcap"] if p.softcap is not None else []
@@ -43,7 +43,7 @@ class Profile:
         self.times = {(e["problem"], e["target"], e["cores"], e["kernel"]): float(e["micros"]) for e in entries}
 
     def time(self, kernel: str, problem: AttentionProblem, target: str, cores: int) -> Time | None:
-        """What was measured; None if nothing was."""
+        """The measured time. None if there is none."""
         micros = self.times.get((key(problem), target, cores, kernel))
         return None if micros is None else Time(micros, SPREAD, "a measurement")
 

@@ -1,7 +1,7 @@
-"""The rule tables of NxD Inference's generations, as data. In each the first row that fits decides.
+"""The rule tables of NxD Inference. In each table the first row that fits decides.
 
-A table answers which strategy NxD Inference would take. It knows lengths, cores and a few switches: whether a kernel
-can compute the attention at all is asked before (`legality`). `NOTES` says where NxD Inference would go wrong or raise.
+A table gives the strategy that NxD Inference would take. It depends only on lengths, cores and a few switches: whether
+a kernel can compute the attention is a question for `legality`. `NOTES` lists the cases that NxD Inference gets wrong.
 """
 
 from __future__ import annotations

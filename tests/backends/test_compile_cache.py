@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from neuron_attn_rewrite import RewriteConfig
 from neuron_attn_rewrite.backends import dynamo
 from neuron_attn_rewrite.backends.inductor import InductorPass, pass_id
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops import flash_fwd as flash_fwd_ops
 from tests.helpers import relative_error
 
 HIT, MISS = "autograd_cache_hit", "autograd_cache_miss"
@@ -74,13 +74,13 @@ def test_another_process_finds_the_graph_and_takes_no_other_for_it(monkeypatch: 
     compiled(4)
     other = {"backend": "neuron_attn_rewrite", "options": {**ALWAYS, "target": "trn1"}}
     assert compiled(5, **other) == MISS
-    backward = definitions._Attention.backward
+    backward = flash_fwd_ops._Attention.backward
 
     def swapped(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         by_query, by_key, *others = backward(ctx, grad)
         return by_key, by_query, *others
 
-    monkeypatch.setattr(definitions._Attention, "backward", staticmethod(swapped))
+    monkeypatch.setattr(flash_fwd_ops._Attention, "backward", staticmethod(swapped))
     monkeypatch.setattr(dynamo, "sources", lambda: "another version")
     assert compiled(5, order=(1, 0, 2)) == MISS
 

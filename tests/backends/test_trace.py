@@ -24,9 +24,10 @@ from neuron_attn_rewrite.backends import activations, trace
 from neuron_attn_rewrite.kernels import reference
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
+from neuron_attn_rewrite.kernels.vendor import sdk
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 from neuron_attn_rewrite.ops import launch, torch_neuron
-from neuron_attn_rewrite.ops.arguments import check
+from neuron_attn_rewrite.ops.arguments import checked_terms
 from tests.helpers import ALWAYS, relative_error
 from tests.models import FAMILIES
 
@@ -159,7 +160,7 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for `nki`: our kernel is jitted, launched on its cores, and gets keyword arguments."""
     query, key, value = operands()
-    terms = check(query, key, value, scale=0.5, band_upper=0)
+    terms = checked_terms(query, key, value, scale=0.5, band_upper=0)
     kernel, calls = object(), []
 
     def launched(**arguments: Any) -> Tensor:
@@ -190,15 +191,15 @@ def test_the_kernel_object_launches_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_empty_packages_are_not_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not launch.has("no_such_package", "trace")
-    assert not launch.has("json", "trace") and launch.has("json", "loads")
+    assert not sdk.has("no_such_package", "trace")
+    assert not sdk.has("json", "trace") and sdk.has("json", "loads")
     monkeypatch.setitem(sys.modules, "nki", ModuleType("nki"))
-    assert not launch.has("nki", "jit")
+    assert not sdk.has("nki", "jit")
 
 
 @torch.library.custom_op("neuron_attn_test::inner", mutates_args=())
 def inner(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    terms = check(query, key, value, scale=scale)
+    terms = checked_terms(query, key, value, scale=scale)
     return reference.attention(query, key, value, terms)
 
 
@@ -290,7 +291,7 @@ def test_our_own_kernel_dissolves_with_the_plan_it_has_outside_a_trace(
     compiled = torch.compile(call, backend=aot_autograd(fw_compiler=lambda module, _: module.forward), fullgraph=True)
     with torch_neuron.dissolved(lambda kernel: Wrapped()), torch.no_grad():
         assert compiled(query, key, value, **given).shape == query.shape
-    outside = prepare.flash_fwd(query, key, value, check(query, key, value, scale=0.5, **given), lnc=2).static
+    outside = prepare.flash_fwd(query, key, value, checked_terms(query, key, value, scale=0.5, **given), lnc=2).static
     # What bounds hide is known outside a trace only: within one all tiles are looked at.
     differ = {"tiles", "pairs"} if "bounds" in given else set()
     assert static and {k for k in outside if outside[k] != static[0][k]} == differ

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
 from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.kernels import reference
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.arguments import checked_terms
 
 BATCH, LENGTH = 2, 4
 EXACT = RewriteConfig(policy="always", verify=False)
@@ -210,7 +210,7 @@ def graph_of(model: Any, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """The kernel's op by its reference, which runs under vmap."""
-    return reference.attention(query, key, value, definitions.check(query, key, value, **options))
+    return reference.attention(query, key, value, checked_terms(query, key, value, **options))
 
 
 def everywhere(module: fx.GraphModule, fixed: tuple[Tensor, ...], every: tuple[Tensor, ...]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.stand_ins.meaning import FILL, gradients, sizes, softmax_v
+from tests.stand_ins.attention import FILL, gradients, sizes, softmax_v
 
 
 def attention_isa_kernel(q, k, v, scale, out, kernel_name, use_dma_transpose=False):

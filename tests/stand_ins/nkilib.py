@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.stand_ins.meaning import FILL, gradients, sizes, softmax_v
+from tests.stand_ins.attention import FILL, gradients, sizes, softmax_v
 
 
 def attention_cte_2_29(

@@ -31,11 +31,11 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
         )
     }
 )
-"""By the name that a decision and the op's `kernel_name` give it; of equally fast ones the first is taken."""
+"""By name, as in decisions and in the op's `kernel_name`. Of equally fast kernels the first is chosen."""
 BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
-"""Those that `flash_bwd` can run as, in the order in which they are asked."""
+"""The kernels of `flash_bwd`. The first one that can compute the gradients is chosen."""
 PAGED: Mapping[str, Adapter] = MappingProxyType({FLASH_PAGED.name: FLASH_PAGED})
-"""Those that `flash_paged` can run as, by its `kernel_name`."""
+"""The kernels of `flash_paged`, by its `kernel_name`."""
 _ALL = {**ADAPTERS, **BACKWARD, **PAGED}
 
 
@@ -61,7 +61,7 @@ def require(name: str) -> Adapter:
 
 
 def accepted(name: str) -> Accepted:
-    """How operands may lie for a kernel: ours, or an adapter's."""
+    """The orders that a kernel takes: ours, or an adapter's."""
     return ADAPTERS[name].accepts if name in ADAPTERS else prepare.ACCEPTED
 
 

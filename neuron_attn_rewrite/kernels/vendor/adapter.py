@@ -1,4 +1,4 @@
-"""What an adapter is: a kernel of the SDK, found by import and signature, and the way to call it."""
+"""Adapters: how a kernel of the SDK is found and called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class How:
-    """What is said of a call beside its operands, and changes no number."""
+    """How a call runs. It changes no number."""
 
     lnc: int = 1
     """Physical cores."""
@@ -31,24 +31,24 @@ class How:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One kernel of the SDK: where it may lie, how it is launched, and how an attention becomes its arguments."""
+    """One kernel of the SDK: where it is imported from, how it is launched, and how its arguments are made."""
 
     name: str
     places: tuple[str, ...]
     """`module:attribute`, newest release first."""
     needs: str
-    """Parameters without which it is not the kernel that is meant, between blanks."""
+    """The parameters that the kernel must have, separated by blanks."""
     launch: Launch
     run: Callable[..., Any]
-    """What `call` does, with the adapter itself before the operands."""
+    """The function that calls the kernel. Its first argument is the adapter."""
     forward: Adapter | None = None
-    """Of a backward kernel: the one whose output and log-sum-exp it starts from."""
+    """For a backward kernel: the forward kernel that computes its output and log-sum-exp."""
     accepts: Accepted = ACCEPTS_PLAIN
-    """How operands and result may lie, as the kernel takes them."""
+    """The orders of operands and result that the kernel takes."""
     kernel: Any = None
-    """What `resolve` has found."""
+    """The installed kernel, set by `resolve`."""
     parameters: frozenset[str] = frozenset()
-    """Of the kernel that was found: a release is known by what its kernel takes, not by its number."""
+    """The parameters of the installed kernel. They decide what it can do, not the release number."""
 
     def resolve(self) -> Adapter | None:
         """The adapter of the installed kernel; None if no place has one with the needed parameters."""
@@ -64,8 +64,8 @@ class Adapter:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
         """Compute `flash_fwd` by the kernel, from operands and to a result in the orders of `how`.
 
-        What does not lie as the kernel takes it is turned, at once and once. What the kernel can't compute has been
-        refused before, by its clauses in `strategy.legality`; here nothing is checked again.
+        Operands in an order that the kernel does not take are transposed. Nothing is checked here: the clauses in
+        `strategy.legality` have refused what the kernel can't compute.
         """
         here = self.accepts.nearest(how.orders)
         operands = how.orders.to(here, query, key, value)
@@ -73,16 +73,16 @@ class Adapter:
         return turned(out, here.result, how.orders.result).contiguous()
 
     def call(self, *operands: Any) -> Any:
-        """Compute another op: its tensors as in `torch.ops.neuron_attn`, then its terms, then the physical cores."""
+        """Compute another op. Its operands are those in `torch.ops.neuron_attn`, the terms, and the physical cores."""
         return self.run(self, *operands)
 
     def launched_by(self, launch: Launch) -> Adapter:
-        """The same with another way to launch `nki` kernels; those of older generations keep theirs."""
+        """The adapter with another way to launch `nki` kernels. Kernels of older generations keep their own."""
         forward = self.forward and self.forward.launched_by(launch)
         return replace(self, launch=launch if self.launch is nki_jit else self.launch, forward=forward)
 
     def __call__(self, lnc: int, **arguments: Any) -> Any:
-        """The launch itself: by keyword only, because positions move between releases."""
+        """Launch the kernel. All arguments are keywords, because their positions change between releases."""
         return self.launch(self.kernel, lnc)(**arguments)
 
 

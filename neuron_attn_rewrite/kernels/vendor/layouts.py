@@ -1,4 +1,4 @@
-"""The steps that adapters share: folding heads, scaling, padding, and reading a mask off the terms."""
+"""Steps that adapters share: folding heads, scaling, padding, and naming a mask as the SDK does."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def multiple(length: int, of: int) -> int:
 
 @dataclass(frozen=True)
 class Mask:
-    """What band and bounds hide, as SDK kernels name it."""
+    """A mask of band and bounds, as SDK kernels name it."""
 
     kind: str
     """"full", "causal" (aligned at the top left), "prior" (causal behind `offset` keys that all rows see) or "rows"
@@ -57,7 +57,7 @@ class Mask:
 
 
 def mask_of(lower: int | None, upper: int | None, by_rows: bool, q_len: int, kv_len: int) -> Mask:
-    """The cheapest kind that is exact. A side of the band that hides no key is open."""
+    """The cheapest kind that is exact. A side of the band that hides no key counts as open."""
     if upper is not None and upper >= kv_len - 1:
         upper = None
     if lower is not None and lower <= 1 - q_len:
@@ -76,7 +76,7 @@ def mask_of(lower: int | None, upper: int | None, by_rows: bool, q_len: int, kv_
 
 
 def mask_in(terms: Terms, q_len: int, kv_len: int) -> Mask:
-    """`mask_of` what the op was given, key padding aside."""
+    """`mask_of` the arguments of the op, without key padding."""
     return mask_of(terms.band_lower, terms.band_upper, terms.bounds is not None, q_len, kv_len)
 
 

@@ -54,7 +54,7 @@ def _flash_fwd(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, term
 
 
 def _options(mask: Mask, scale: float) -> dict[str, Any]:
-    """What `flash_fwd` and its gradients are told alike."""
+    """The arguments that `flash_fwd` and its gradients share."""
     return {
         "use_causal_mask": mask.kind == "causal",
         "sliding_window": mask.window or -1,

@@ -33,7 +33,7 @@ QUERY_GROUP = 128
 KEY_TILE = 128
 """Each core of attention_tkg takes a multiple of this many keys."""
 BLOCK = 128
-"""Keys in a block of attention_segmented_cte: what it is told of lengths must be a multiple of this."""
+"""Keys in a block of attention_segmented_cte. Lengths that it takes must be multiples of this."""
 SEGMENTS = (8192, 4096, 2048, 1024, 512)
 """How many earlier keys attention_segmented_cte can be built to take at a time."""
 PASS = 1024
@@ -245,7 +245,7 @@ ATTENTION_CTE = Adapter(
 ATTENTION_SEGMENTED_CTE = Adapter(
     name="attention_segmented_cte",
     places=("nkilib.core.attention.attention_segmented_cte:attention_segmented_cte",),
-    # Up to 2.30, which has no fp8_packed, it read memory that nobody wrote, and gave all heads the sink of the first.
+    # Releases up to 2.30, without fp8_packed, read uninitialised memory and use the sink of the first head for all.
     needs=(
         "q k_cache v_cache block_tables prior_tokens block_size prior_seg_size scale tp_q tp_out sliding_window sink "
         "num_q_heads fp8_packed"

@@ -1,1 +1,1 @@
-"""What each kernel demands: one module a generation, as in `kernels.vendor`."""
+"""What each kernel demands of a problem: one module for ours, and one for each generation of the SDK's."""

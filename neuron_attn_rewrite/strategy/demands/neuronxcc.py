@@ -25,7 +25,7 @@ from neuron_attn_rewrite.strategy.clauses import (
 )
 
 _OLD = (targets("trn1", "inf2", "trn2"), shipped("2.26", "2.28"))
-"""Where the kernels of neuronx-cc are, and NxD Inference's own."""
+"""The hardware and releases of the kernels of neuronx-cc and of NxD Inference."""
 _TILES = (
     Clause(
         "kernel-size",
@@ -38,7 +38,7 @@ _TILES = (
         lambda p, s: p.num_kv_heads % s.cores == 0,
     ),
 )
-"""What the first `flash_fwd` and its gradients are tiled by."""
+"""The tile sizes of the first `flash_fwd` and its gradients."""
 REPEATED = Bridge(
     "keys and values are repeated for each query head",
     lambda p, _: p.num_heads != p.num_kv_heads,
@@ -47,7 +47,7 @@ REPEATED = Bridge(
 
 
 def _undocumented(what: str) -> Clause:
-    """For a kernel of the SDK that nobody can be sure to call right."""
+    """A clause that is never met: the public documentation does not say how to call the kernel."""
     return Clause("kernel-undocumented", f"undocumented: {what}", lambda *_: False)
 
 
@@ -82,7 +82,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 SCALED,
                 REPEATED,
             ),
-            skips=causal_band,
+            computed_band=causal_band,
         ),
         "neuronxcc_flash_fwd": Kernel(
             (
@@ -106,7 +106,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     ),
                 ),
             ),
-            skips=causal_band,
+            computed_band=causal_band,
             step=2048,
         ),
         "sliding_window_flash_fwd": Kernel(
@@ -130,7 +130,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (REPEATED,),
-            skips=causal_band,
+            computed_band=causal_band,
             step=2048,
         ),
         "prefix_caching_attention_fwd_isa_kernel": Kernel(

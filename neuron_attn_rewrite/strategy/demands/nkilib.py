@@ -37,22 +37,22 @@ from neuron_attn_rewrite.strategy.clauses import (
 )
 
 DECODE_ROWS = 7
-"""Query rows for which attention_tkg is meant."""
+"""The most query rows that attention_tkg takes."""
 
 
 def _widest(problem: AttentionProblem) -> int:
-    """head_dim of the call of attention_cte: it takes one for keys and values, and padding adds a feature."""
+    """The head_dim of a call of attention_cte: one for keys and values. Key padding adds a feature to the keys."""
     return max(problem.head_dim + is_padded(problem), problem.v_head_dim)
 
 
-def _skipped_by_cte(problem: AttentionProblem) -> Band:
-    """As causal; behind a prefix, whose keys are all looked at, the new keys are causal."""
+def _band_of_cte(problem: AttentionProblem) -> Band:
+    """As `causal_band`. Behind a prefix the new keys are causal, and every key of the prefix is computed."""
     behind = Band(upper=problem.mask.band.upper)
     return behind if mask(problem).kind == "prior" else causal_band(problem)
 
 
 def _padded_features(problem: AttentionProblem) -> int:
-    """Bytes read and written to bring query, key, value and result to one head_dim."""
+    """Bytes read and written to pad query, key, value and result to one head_dim."""
     widest = _widest(problem)
     by_dim = {problem.head_dim: 0, problem.v_head_dim: 0}
     by_dim[problem.head_dim] += problem.query_bytes + problem.key_bytes
@@ -61,7 +61,7 @@ def _padded_features(problem: AttentionProblem) -> int:
 
 
 def _spilled(problem: AttentionProblem) -> int:
-    """Of attention_segmented_cte: a copy of the query, and the running output, in float32 once for each segment."""
+    """Bytes of HBM that attention_segmented_cte writes and reads: the query once, the running output once a segment."""
     seen = mask(problem)
     passes = 1 if seen.window else 2 * (1 + math.ceil(seen.offset / segment(seen)))
     return 2 * problem.query_bytes + 2 * passes * problem.result_bytes
@@ -151,8 +151,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                     lambda p: math.prod(p.bias_shape or ()) * p.dtype.itemsize + 4 * p.scores,
                 ),
             ),
-            skips=_skipped_by_cte,
-            skips_strided=True,
+            computed_band=_band_of_cte,
+            skips_for_strided_rows=True,
             bias_bytes=4,
         ),
         "attention_tkg": Kernel(
@@ -232,7 +232,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             (SCALED, Bridge("keys and values are read as the blocks of a cache, as they lie", lambda *_: True)),
-            skips=lambda p: p.mask.band,
+            computed_band=lambda p: p.mask.band,
             spills=_spilled,
         ),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Final
 
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.strategy.clauses import (
@@ -16,7 +17,7 @@ from neuron_attn_rewrite.strategy.clauses import (
     mask,
 )
 
-OURS = "flash_fwd"
+OURS: Final = "flash_fwd"
 """Our own kernel."""
 MAX_HEAD_DIM = 256
 
@@ -60,8 +61,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             folds_groups=True,
-            # Bounds are a tensor on the device, whose values are not known when the kernel is built.
-            skips=lambda p: p.mask.band,
+            # Bounds skip no keys: their values are not known when the kernel is built.
+            computed_band=lambda p: p.mask.band,
         ),
     }
 )

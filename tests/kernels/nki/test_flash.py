@@ -16,8 +16,9 @@ from neuron_attn_rewrite import simulator
 from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import ConfigError, InputError
 from neuron_attn_rewrite.kernels.nki import prepare, tiling
-from neuron_attn_rewrite.ops import definitions, simulated
-from tests.test_kernels import ALL, Sizes, bias, chunks, expected, operands, padding, relative_error, spans
+from neuron_attn_rewrite.ops import simulated
+from neuron_attn_rewrite.ops.arguments import checked_terms
+from tests.ops.test_flash_fwd import ALL, Sizes, bias, chunks, expected, operands, padding, relative_error, spans
 
 SMALL = Sizes(2, 2, 1, 150, 200, 16, 16)
 FOLDED = Sizes(2, 6, 2, 5, 300, 16, 24)
@@ -29,7 +30,7 @@ def seed() -> None:
 
 
 def launch(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], **how: Any) -> prepare.Launch:
-    terms = definitions.check(query, key, value, **options)
+    terms = checked_terms(query, key, value, **options)
     return prepare.flash_fwd(query, key, value, terms, **how)
 
 

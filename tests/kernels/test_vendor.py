@@ -20,11 +20,13 @@ from neuron_attn_rewrite.kernels.schedule import make_schedule
 from neuron_attn_rewrite.kernels.vendor import nkilib
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 from neuron_attn_rewrite.kernels.vendor.layouts import Mask
-from neuron_attn_rewrite.ops import definitions, launch
+from neuron_attn_rewrite.ops import flash_fwd as flash_fwd_ops
+from neuron_attn_rewrite.ops import launch
+from neuron_attn_rewrite.ops.arguments import checked_terms
 from neuron_attn_rewrite.simulator import active, run
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
-from tests.test_cached import Batch, fields
+from tests.ops.test_cached import Batch, fields
 
 CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
@@ -40,7 +42,7 @@ def operands(**sizes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def check(name: str, lnc: int, sizes: dict[str, int], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     query, key, value = operands(**sizes)
-    terms = definitions.check(query, key, value, **options)
+    terms = checked_terms(query, key, value, **options)
     adapter = vendor.find(name)
     assert adapter is not None
     actual = adapter.attend(query, key, value, terms, How(lnc))
@@ -117,7 +119,7 @@ def test_strided_rows_of_a_rank(rank: int, degree: int, more: dict[str, Any], mo
     sizes, options = of_a_rank(rank, degree, 400 // degree)
     torch.manual_seed(0)
     query, key, value = operands(**sizes)
-    terms = definitions.check(query, key, value, **options, **more)
+    terms = checked_terms(query, key, value, **options, **more)
     adapter = vendor.find("attention_cte")
     assert adapter is not None
     for strategy in (FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL, FlashAttentionStrategy.SHARDED_KERNEL):
@@ -239,7 +241,7 @@ def test_gradients(name: str, lnc: int, monkeypatch: pytest.MonkeyPatch) -> None
         torch.manual_seed(0)
         query, key, value = operands(**{"batch": 1} | sizes)
         grad = torch.randn_like(query)
-        terms = definitions.check(query, key, value, **options)
+        terms = checked_terms(query, key, value, **options)
         adapter = vendor.BACKWARD[name].resolve()
         assert adapter is not None
         actual = adapter.call(grad, query, key, value, terms, lnc)
@@ -271,11 +273,11 @@ def test_gradients_on_a_device(
     monkeypatch.setenv(launch.PLATFORM, platform)
     query, key, value = (t.bfloat16() for t in operands(**{"batch": 1} | sizes))
     grad, options = torch.randn_like(query), {"scale": 0.3} | options
-    expected = definitions.backward_decomposed(grad, query, key, value, **options)
-    terms = definitions.check(query, key, value, **options)
+    expected = flash_fwd_ops.backward_decomposed(grad, query, key, value, **options)
+    terms = checked_terms(query, key, value, **options)
     assert launch.backward(grad, query, key, value, terms, 1) is None
     kernels = stand_ins.install(monkeypatch)
-    actual = definitions.backward_on_device(grad, query, key, value, **options)
+    actual = flash_fwd_ops.backward_on_device(grad, query, key, value, **options)
     assert [name for name in vendor.BACKWARD if kernels[name].calls] == ([kernel] if kernel else [])
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
@@ -379,7 +381,7 @@ def test_the_kernel_itself_on_the_simulator(name: str, lnc: int, monkeypatch: py
         query, key, value = (t.bfloat16() for t in operands(**{"batch": 1, "heads": 2, "kv_heads": 1, **sizes}))
         heads = query.shape[1]
         options = {k: v[:1] if k == "key_padding" else v[:heads] if k == "sink" else v for k, v in options.items()}
-        terms = definitions.check(query, key, value, **options)
+        terms = checked_terms(query, key, value, **options)
         actual, expected = (
             found.attend(query, key, value, terms, How(lnc)),
             reference.attention(query, key, value, terms),
@@ -388,7 +390,7 @@ def test_the_kernel_itself_on_the_simulator(name: str, lnc: int, monkeypatch: py
     if name == "attention_cte":
         sizes, options = of_a_rank(1, 2, 256, heads=2)
         query, key, value = (t.bfloat16() for t in operands(**{"batch": 1, "kv_heads": 1} | sizes))
-        terms = definitions.check(query, key, value, **options)
+        terms = checked_terms(query, key, value, **options)
         how = How(lnc, FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL.name)
         actual, expected = found.attend(query, key, value, terms, how), reference.attention(query, key, value, terms)
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * float(expected.float().abs().max()))
@@ -414,7 +416,7 @@ def test_gradients_by_the_kernels_themselves_on_the_simulator(monkeypatch: pytes
     for options in ({"scale": 0.3}, {"scale": 0.3, "band_upper": 0}):
         torch.manual_seed(0)
         query, key, value = (t.bfloat16() for t in operands(**sizes))
-        grad, terms = torch.randn_like(query), definitions.check(query, key, value, **options)
+        grad, terms = torch.randn_like(query), checked_terms(query, key, value, **options)
         expected = reference.attention_backward(grad, query, key, value, terms)
         for actual, wanted in zip(adapter.call(grad, query, key, value, terms, 1)[:3], expected, strict=False):
             torch.testing.assert_close(actual.float(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))

@@ -15,8 +15,10 @@ from torch import Tensor
 from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.schedule import Schedule, make_schedule
-from neuron_attn_rewrite.ops import paged, prior, simulated
-from tests.test_kernels import relative_error
+from neuron_attn_rewrite.ops import simulated
+from neuron_attn_rewrite.ops.paged import FlashPaged
+from neuron_attn_rewrite.ops.prior import FlashPrior
+from tests.ops.test_flash_fwd import relative_error
 
 flash_prior = torch.ops.neuron_attn.flash_prior.default
 flash_paged = torch.ops.neuron_attn.flash_paged.default
@@ -120,7 +122,7 @@ def expected_prior(
 
 PRIOR: dict[str, Callable[..., Tensor]] = {
     "cpu": flash_prior,
-    "decomposed": prior.decomposed,
+    "decomposed": lambda *tensors, **options: FlashPrior(*tensors, **options).decomposed(),
     "gen3": on_simulator(flash_prior, "gen3"),
     "gen4": on_simulator(flash_prior, "gen4"),
 }
@@ -173,7 +175,7 @@ def test_what_lies_behind_the_length_does_not_matter() -> None:
 def test_a_group_of_heads_reads_the_cache_once() -> None:
     sizes = Cache(1, 8, 1, 4, 1024, 64, 64)
     tensors = sizes.tensors([1000], torch.bfloat16)
-    launch = prior.launch(*tensors, scale=0.3)
+    launch = FlashPrior(*tensors, scale=0.3).launch()
     trace = simulated.run(launch, "gen3")[1]
     cache = 2 * 1024 * 64 * 2
     rows = 8 * 4
@@ -258,7 +260,7 @@ def expected_paged(
 
 PAGED: dict[str, Callable[..., Tensor]] = {
     "cpu": flash_paged,
-    "decomposed": paged.decomposed,
+    "decomposed": lambda *tensors, **options: FlashPaged(*tensors, **options).decomposed(),
     "gen3": on_simulator(flash_paged, "gen3"),
     "gen4": on_simulator(flash_paged, "gen4"),
 }
@@ -311,7 +313,7 @@ def test_more_new_keys_than_fit() -> None:
     batch = Batch((150, 200), (70, 0))
     tensors, tables = batch.tensors(), batch.tables()
     schedule = make_schedule(batch.query_lens, batch.context_lens, tables, 32, kv_tile=128)
-    made = paged.launch(*tensors, *fields(schedule), scale=0.2)
+    made = FlashPaged(*tensors, *fields(schedule), scale=0.2).launch()
     out, _ = simulated.run(replace(made, static={**made.static, "section": 128}), "gen3")
     assert relative_error(out, expected_paged(batch, tables, *tensors, scale=0.2)) <= TOLERANCES[torch.float32]
 
@@ -327,8 +329,8 @@ def test_empty_tiles_are_left_out_and_keys_loaded_once() -> None:
     ]
     assert schedule.loads == 4
     tensors = batch.tensors(torch.bfloat16)
-    launch = paged.launch(*tensors, *fields(schedule), scale=0.2)
-    full = paged.launch(*tensors, *fields(schedule), scale=0.2)
+    launch = FlashPaged(*tensors, *fields(schedule), scale=0.2).launch()
+    full = FlashPaged(*tensors, *fields(schedule), scale=0.2).launch()
     assert int((launch.tensors["kv_rows"] < len(full.tensors["k_cache"])).sum()) == 4 * 256
     window = make_schedule(batch.query_lens, batch.context_lens, batch.tables(), 128, kv_tile=256, window=100)
     assert list(zip(window.tile_kv.tolist(), window.tile_q.tolist(), strict=True)) == [(1, 0), (3, 2)]
@@ -368,11 +370,11 @@ def test_every_pair_of_row_and_key_is_in_the_schedule_once(data: st.DataObject) 
 def test_launches_are_made_without_a_look_at_any_value() -> None:
     tensors = [t.to("meta") for t in Cache().tensors([5, 100])]
     mask = torch.ones(2, 200, dtype=torch.bool, device="meta")
-    made = [prior.launch(*tensors, scale=0.3, window=7, prior_mask=mask)]
+    made = [FlashPrior(*tensors, scale=0.3, window=7, prior_mask=mask).launch()]
     batch = Batch((20, 30), (40, 70))
     schedule = make_schedule(batch.query_lens, batch.context_lens, batch.tables(), 32, kv_tile=128)
     tensors = [t.to("meta") for t in (*batch.tensors(), *fields(schedule))]
-    made.append(paged.launch(*tensors, scale=0.3, sink=torch.ones(4, device="meta")))
+    made.append(FlashPaged(*tensors, scale=0.3, sink=torch.ones(4, device="meta")).launch())
     assert all(t.is_meta and t.is_contiguous() for launch in made for t in launch.tensors.values())
 
 

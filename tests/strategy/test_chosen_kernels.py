@@ -13,7 +13,7 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.kernels import reference, vendor
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, Intervals, KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.arguments import checked_terms
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.choose import NATIVE, candidates, choose
 from neuron_attn_rewrite.strategy.clauses import mask
@@ -165,7 +165,7 @@ def _check(kernel: str, p: AttentionProblem, options: dict[str, Any], lnc: int) 
     query = 2 * torch.randn(p.batch, p.num_heads, p.q_len, p.head_dim, generator=generator)
     key = 2 * torch.randn(p.batch, p.num_kv_heads, p.kv_len, p.head_dim, generator=generator)
     value = torch.randn(p.batch, p.num_kv_heads, p.kv_len, p.v_head_dim, generator=generator)
-    terms = definitions.check(query, key, value, **options)
+    terms = checked_terms(query, key, value, **options)
     adapter = vendor.find(kernel)
     assert adapter is not None
     actual, expected = (

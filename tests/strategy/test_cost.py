@@ -20,7 +20,7 @@ from neuron_attn_rewrite.strategy.choose import NATIVE, choose, choose_among, ti
 from neuron_attn_rewrite.strategy.legality import KERNELS
 from tests.helpers import Function
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_constants_are_what_the_fit_gives() -> None:
@@ -76,7 +76,7 @@ QUERY, KEYS = 8 * 2048 * 64 * 2, 2 * 2048 * 64 * 2
 def test_what_a_call_copies(kernel: str, changes: dict[str, Any], moved: int) -> None:
     problem = attention(**changes)
     assert sum(cost.copies(kernel, problem, "trn2", 2).values()) == moved
-    bare, turned = (cost.kernel_time(kernel, problem, "trn2", 2, turned=size).micros for size in (0, QUERY))
+    bare, turned = (cost.kernel_time(kernel, problem, "trn2", 2, layout_bytes=size).micros for size in (0, QUERY))
     assert turned - bare == pytest.approx(QUERY / (2 * 368e3))
 
 
@@ -154,4 +154,4 @@ def test_transposes_that_vanish_decide_between_kernels() -> None:
     problem = attention(num_kv_heads=8)
     both = RewriteConfig(policy="always", kernels=("flash_fwd", "attention_cte"))
     assert choose_among([problem], both)[1].kernel == "attention_cte"
-    assert choose_among([problem], both, turned=look)[1].kernel == "flash_fwd" and "attention_cte" in turned
+    assert choose_among([problem], both, layout_bytes=look)[1].kernel == "flash_fwd" and "attention_cte" in turned

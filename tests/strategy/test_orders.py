@@ -20,7 +20,7 @@ from neuron_attn_rewrite.kernels import reference, vendor
 from neuron_attn_rewrite.kernels.nki.prepare import ACCEPTED
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, plain_shape, turned
 from neuron_attn_rewrite.kernels.vendor.adapter import How
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops.arguments import checked_terms
 from neuron_attn_rewrite.ops.simulated import simulated
 from tests import stand_ins
 from tests.helpers import ALWAYS, Function, check, kernel_calls, relative_error
@@ -93,7 +93,7 @@ def test_our_kernel_in_other_orders(sizes: dict[str, int], orders: str, dtype: t
     operands = tuple(t.to(dtype) for t in inputs(**sizes))
     bounds = torch.tensor([[0, 0], [3, 9]]).repeat(operands[0].shape[2], 1)[None, : operands[0].shape[2]]
     options: dict[str, Any] = {"scale": 0.3, "bounds": bounds, "empty_rows": "mean"}
-    terms = definitions.check(*operands, **options)
+    terms = checked_terms(*operands, **options)
     expected = reference.attention(*operands, terms)
     found = Orders.read(orders)
     with simulated("gen3"):
@@ -111,7 +111,7 @@ def test_adapters_in_other_orders(name: str, monkeypatch: pytest.MonkeyPatch) ->
     operands = inputs(1, 2, 2, q_len=3 if few else 512, kv_len=512, v_dim=8)
     options: dict[str, Any] = {"scale": 1.0} if few else {"scale": 1.0, "band_upper": 0}
     options |= {"band_lower": -40} if name == "sliding_window_flash_fwd" else {}
-    terms = definitions.check(*operands, **options)
+    terms = checked_terms(*operands, **options)
     expected = reference.attention(*operands, terms)
     liked = Orders(*(orders[-1] for orders in astuple(adapter.accepts)))
     for orders in (*(Orders(o, o, o, o) for o in ORDERS), liked):
@@ -137,7 +137,7 @@ def test_the_flags_of_attention_cte(monkeypatch: pytest.MonkeyPatch) -> None:
         {"scale": 0.3, "key_padding": torch.rand(2, 56) > 0.3, "bias": torch.randn(1, 4, 40, 56)},
         {"scale": 0.3, "band_lower": -3, "band_upper": 9},
     ):
-        terms = definitions.check(*operands, **options)
+        terms = checked_terms(*operands, **options)
         expected = reference.attention(*operands, terms)
         for orders in (Orders(*names) for names in itertools.product((PLAIN, "BHDS"), repeat=4)):
             out = adapter.attend(*lying(operands, orders), terms, How(1, orders=orders))

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, collect_reports, rewrite
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, KeyPadding, MaskSpec
-from neuron_attn_rewrite.ops import definitions, launch
-from neuron_attn_rewrite.ops.launch import posed
+from neuron_attn_rewrite.ops import launch
+from neuron_attn_rewrite.ops.arguments import checked_terms
+from neuron_attn_rewrite.ops.launch import problem_of_call
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.gradients import OPERATORS, gradients
 from tests import stand_ins
@@ -144,10 +145,10 @@ def test_before_and_when_they_are_taken_the_same_is_said(
         empty_rows=empty_rows,
     )
     query, key, value = torch.zeros(3, 1, 4, LENGTH, described.head_dim, dtype=described.dtype)
-    terms = definitions.check(query, key, value, scale=0.3, **options)
+    terms = checked_terms(query, key, value, scale=0.3, **options)
     kernels = stand_ins.install(monkeypatch)
     monkeypatch.setenv(launch.PLATFORM, target)
     before = gradients(described, target, 1)[0]
-    assert before == gradients(posed(query, key, value, terms), target, 1)[0]
+    assert before == gradients(problem_of_call(query, key, value, terms), target, 1)[0]
     assert (launch.backward(query, query, key, value, terms, 1) is None) is (before == OPERATORS)
     assert [name for name in vendor.BACKWARD if kernels[name].calls] == ([before] if before != OPERATORS else [])

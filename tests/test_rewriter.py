@@ -280,7 +280,7 @@ def test_a_site_over_tolerance_is_put_back() -> None:
 
 def test_a_wrong_kernel_is_caught(model: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is one of numbers: a kernel call with a wrong scale goes back."""
-    from neuron_attn_rewrite import rewriter
+    from neuron_attn_rewrite.replace import verify
 
     def wrong(module: Any, grafts: Any, inputs: Any) -> Any:
         for g in grafts:
@@ -288,7 +288,7 @@ def test_a_wrong_kernel_is_caught(model: Attention, monkeypatch: pytest.MonkeyPa
             call.kwargs = {**call.kwargs, "scale": call.kwargs["scale"] * 1.01}
         return measure(module, grafts, inputs)
 
-    monkeypatch.setattr(rewriter, "measure", wrong)
+    monkeypatch.setattr(verify, "measure", wrong)
     with pytest.warns(RewriteWarning, match="put back"):
         rewritten = rewrite(model, example(), config=ALWAYS)
     assert not rewritten.report.replaced

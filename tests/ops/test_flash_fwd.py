@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from neuron_attn_rewrite.config.options import TOLERANCES
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import cpu
-from neuron_attn_rewrite.ops import definitions
+from neuron_attn_rewrite.ops import flash_fwd as flash_fwd_ops
 
 flash_fwd = torch.ops.neuron_attn.flash_fwd.default
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": flash_fwd, "decomposed": definitions._decomposed}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": flash_fwd, "decomposed": flash_fwd_ops.forward_decomposed}
 BACKWARDS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "cpu": torch.ops.neuron_attn.flash_bwd.default,
-    "decomposed": definitions.backward_decomposed,
+    "decomposed": flash_fwd_ops.backward_decomposed,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,0 +1,74 @@
+"""How the ops that read a cache, `flash_prior` and `flash_paged`, run on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.ops import launch, simulated
+from neuron_attn_rewrite.ops.arguments import checked_terms
+from neuron_attn_rewrite.ops.paged import FlashPaged
+from neuron_attn_rewrite.ops.prior import FlashPrior
+
+SHARED = ("scale", "softcap", "sink", "lnc")
+"""The keyword arguments that have the rules of `flash_fwd`."""
+
+
+@dataclass(frozen=True)
+class CachedOp:
+    """One of the ops, by its name and its arguments."""
+
+    name: str
+    arguments: type[FlashPrior] | type[FlashPaged]
+
+    def fake(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """The result without its values."""
+        call = self._checked(tensors, options)
+        return call.query.new_empty(_result_shape(call))
+
+    def on_cpu(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """On the CPU, or the NKI kernel on the simulator."""
+        call = self._checked(tensors, options)
+        if (target := simulated.simulating()) is not None and call.query.numel():
+            result: Tensor = simulated.run(call.launch(target), target)[0]
+            return result
+        return call.on_cpu()
+
+    def decomposed(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """As plain torch operators."""
+        return self._checked(tensors, options).decomposed()
+
+    def on_xla(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """On XLA tensors."""
+        call = self._checked(tensors, options)
+        return launch.on_xla(
+            self.name,
+            tensors,
+            options,
+            result=_result_shape(call),
+            launched=lambda: self._launched(call, tensors),
+            decomposed=call.decomposed,
+        )
+
+    def _launched(self, call: FlashPrior | FlashPaged, tensors: tuple[Tensor, ...]) -> Tensor:
+        kernel = getattr(call, "kernel_name", self.name)
+        if kernel == self.name:
+            return launch.run(call.launch(launch.generation()))
+        terms = Terms(call.scale, softcap=call.softcap, sink=call.sink)
+        result: Tensor = vendor.require(kernel).call(*tensors, terms, call.lnc)
+        return result
+
+    def _checked(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> FlashPrior | FlashPaged:
+        call = self.arguments(*tensors, **options)
+        checked_terms(call.query, call.key, call.value, op=self.name, **{name: getattr(call, name) for name in SHARED})
+        call.check()
+        return call
+
+
+def _result_shape(call: FlashPrior | FlashPaged) -> tuple[int, ...]:
+    return (*call.query.shape[:3], call.value.shape[3])

@@ -1,0 +1,60 @@
+"""Replaces the attentions whose kernel calls were accepted, and removes the nodes that are unused afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from neuron_attn_rewrite.graph.nodes import PERMUTES, eliminate_dead_code, op_name
+from neuron_attn_rewrite.patterns.views import RESHAPES
+from neuron_attn_rewrite.replace.graft import Graft
+
+aten = torch.ops.aten
+
+
+def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
+    """Replace the output of each accepted attention by its kernel call, and remove unused nodes.
+
+    The module is not recompiled.
+
+    Returns:
+        The names of the buffers whose values are part of a proof, such as masks and scales: no kernel call reads them.
+    """
+    unread = {
+        str(node.target) for g in accepted for node in _constants(g.verdict.site.output, g) - _constants(g.result, g)
+    }
+    proven = frozenset(unread & dict(module.named_buffers(remove_duplicate=False)).keys())
+    for g in accepted:
+        for user in list(g.verdict.site.output.users):
+            if user not in g.added:
+                user.replace_input_with(g.verdict.site.output, g.result)
+        _allow_any_strides(g.result)
+    eliminate_dead_code(module.graph)
+    module.graph.lint()
+    return proven
+
+
+def _constants(end: fx.Node, g: Graft) -> set[fx.Node]:
+    """The parameters and buffers that a node depends on, except through the operands of the attention."""
+    assert g.verdict.form
+    site, form = g.verdict.site, g.verdict.form.site
+    reached = {o.node for s in (site, form) for o in (s.query, s.key, s.value)}
+    stack, found = [end], set()
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack += node.all_input_nodes
+            found |= {node} if node.op == "get_attr" else set()
+    return found
+
+
+def _allow_any_strides(node: fx.Node) -> None:
+    """Turn views of a replaced output into reshapes: a view relies on strides that the kernel call may not have."""
+    for user in node.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        if op_name(user) in RESHAPES | PERMUTES:
+            _allow_any_strides(user)

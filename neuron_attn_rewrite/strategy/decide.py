@@ -1,0 +1,99 @@
+"""What becomes of one attention: its mask is proven, a kernel is chosen, and every reason is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.graph.sizes import examples
+from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.kernels.vendor.sdk import sdk_is_installed
+from neuron_attn_rewrite.masks.proof import Proof
+from neuron_attn_rewrite.masks.prove import Prover
+from neuron_attn_rewrite.masks.spec import Unproven
+from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
+from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.strategy.arrange import arranged
+from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
+from neuron_attn_rewrite.strategy.forms import Form, forms
+from neuron_attn_rewrite.strategy.gradients import gradients_with_reason
+from neuron_attn_rewrite.strategy.legality import OURS
+from neuron_attn_rewrite.strategy.obstacles import obstacle
+from neuron_attn_rewrite.strategy.open_sizes import at_example, range_reason, size_from_data
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything that is decided about one attention. The graph is not changed yet."""
+
+    site: AttentionSite
+    proof: Proof | Unproven
+    form: Form | None
+    """What a kernel would compute. None if nothing is proven about the mask."""
+    decision: Decision
+    example: AttentionSite
+    """The site with the sizes of the example inputs in place of open sizes."""
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a kernel call is to replace the attention."""
+        return self.decision.kernel != NATIVE
+
+
+def decide(site: AttentionSite | UnknownAttention, prover: Prover, config: RewriteConfig) -> Verdict | UnknownAttention:
+    """Decide about one site, with every reason. The graph is not changed.
+
+    Args:
+        site: as `patterns.find` gives it.
+        prover: of the graph.
+        config: see `RewriteConfig`.
+    """
+    if isinstance(site, UnknownAttention):
+        return site
+    values = examples(prover.module.graph)
+    if size := size_from_data(site, values):
+        reason = Reason("data-sizes", f"its {size} depends on the values of an input")
+        return UnknownAttention(site.name, site.pattern, site.anchor, reason)
+    example = at_example(site, values)
+    proof = prover.prove(site)
+    if isinstance(proof, Unproven):
+        return Verdict(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
+    possible = forms(site, proof, values)
+    no = obstacle(site, proof, prover, config)
+    form, decision = (possible[0], _native(no, config)) if no else _fastest(possible, prover, config)
+    if config.gradients and decision.kernel != NATIVE:
+        decision = _with_gradients(decision, form, config)
+    of_sizes = (range_reason(site),) if prover.is_dynamic else ()
+    reasons = (*proof.reasons, *of_sizes, *form.reasons, *decision.reasons)
+    site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
+    return Verdict(site, proof, form, replace(decision, reasons=reasons), example)
+
+
+def _fastest(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> tuple[Form, Decision]:
+    """The form that is predicted to be fastest and its kernel, with operands in the order that the kernel takes."""
+    if prover.is_dynamic:
+        config = replace(config, kernels=(OURS,))
+
+    @cache
+    def in_order(i: int, kernel: str) -> Form:
+        return arranged(possible[i], vendor.accepted(kernel), prover.evaluator.changed)
+
+    problems = [form.problem for form in possible]
+    i, decision = choose_among(
+        problems, config, possible[0].site.name, lambda i, kernel: in_order(i, kernel).layout_bytes
+    )
+    return possible[i] if decision.kernel == NATIVE else in_order(i, decision.kernel), decision
+
+
+def _with_gradients(decision: Decision, form: Form, config: RewriteConfig) -> Decision:
+    """Adds what computes the gradients: a kernel of the installed SDK, or without one of the configured release."""
+    sdk = None if sdk_is_installed() else config.sdk
+    name, reason = gradients_with_reason(form.problem, config.target, decision.lnc, sdk)
+    return replace(decision, gradients=name, reasons=(*decision.reasons, reason))
+
+
+def _native(reason: Reason, config: RewriteConfig) -> Decision:
+    return Decision(FlashAttentionStrategy.NONE, NATIVE, config.logical_cores, (reason,))
