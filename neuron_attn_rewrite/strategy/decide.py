@@ -57,10 +57,9 @@ def decide(site: AttentionSite | UnknownAttention, prover: Prover, config: Rewri
     if size := size_from_data(site, values):
         reason = Reason("data-sizes", f"its {size} depends on the values of an input")
         return UnknownAttention(site.name, site.pattern, site.anchor, reason)
-    example = at_example(site, values)
     proof = prover.prove(site)
     if isinstance(proof, Unproven):
-        return Verdict(site, proof, None, _native(proof.reason.behind("unproven: "), config), example)
+        return Verdict(site, proof, None, _native(proof.reason.behind("unproven: "), config), at_example(site, values))
     possible = forms(site, proof, values)
     no = obstacle(site, proof, prover, config)
     form, decision = (possible[0], _native(no, config)) if no else _fastest(possible, prover, config)
@@ -69,7 +68,7 @@ def decide(site: AttentionSite | UnknownAttention, prover: Prover, config: Rewri
     of_sizes = (range_reason(site),) if prover.is_dynamic else ()
     reasons = (*proof.reasons, *of_sizes, *form.reasons, *decision.reasons)
     site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
-    return Verdict(site, proof, form, replace(decision, reasons=reasons), example)
+    return Verdict(site, proof, form, replace(decision, reasons=reasons), at_example(site, values))
 
 
 def _fastest(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> tuple[Form, Decision]:

@@ -240,6 +240,22 @@ def test_which_transposes_vanish(case: str) -> None:
     assert (orders_of(rewritten), transposes(rewritten.graph)) == (orders, left), rewritten.graph
 
 
+def test_undefined_rows_are_found_in_the_order_of_the_result() -> None:
+    """Rows past a sequence's length are not compared, also where the call replaces the transpose behind the output."""
+
+    class Padded(torch.nn.Module):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            seen = torch.ones(10, 10, dtype=torch.bool).tril() & attention_mask[:, None, None].bool()
+            q = heads(x)
+            return scaled_dot_product_attention(q, q, q, seen).transpose(1, 2).reshape(2, 10, 32)
+
+    padding = (torch.arange(10) < torch.tensor([[10], [6]])).long()
+    rewritten = rewrite(
+        Padded(), (torch.randn(2, 10, 32), padding), config=RewriteConfig(policy="always", padding="right")
+    )
+    assert len(rewritten.report.replaced) == 1 and transposes(rewritten.graph) == 0, str(rewritten.report)
+
+
 def test_a_kernel_that_wants_the_keys_transposed_gets_them_so(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins.install(monkeypatch)
 
