@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from neuron_attn_rewrite.capture.dialects import expand_fused
 from neuron_attn_rewrite.capture.functionalise import functionalise
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.graph.nodes import eliminate_dead_code, fake_mode
+from neuron_attn_rewrite.graph.nodes import WRITTEN, eliminate_dead_code, fake_mode
 
 aten = torch.ops.aten
 
@@ -26,6 +26,8 @@ def normalise(
     module: fx.GraphModule, passes: Sequence[Callable[[fx.GraphModule], None]] | None = None
 ) -> fx.GraphModule:
     """Apply the passes in order, by default all of `PASSES`. The module is changed: it must not be the caller's own."""
+    for node in module.graph.nodes:
+        node.meta.pop(WRITTEN, None)
     for apply in PASSES if passes is None else passes:
         apply(module)
     eliminate_dead_code(module.graph)
@@ -181,7 +183,7 @@ PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
     drop_guards,
     flatten_vmap,
     expand_fused,
-    functionalise,
     register_constants,
+    functionalise,
     follow_input_device,
 )
