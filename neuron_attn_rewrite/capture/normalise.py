@@ -14,10 +14,10 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.dialects import expand_fused
+from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused
 from neuron_attn_rewrite.capture.functionalise import functionalise
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.graph.nodes import WRITTEN, eliminate_dead_code, fake_mode
+from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode
 
 aten = torch.ops.aten
 
@@ -94,6 +94,8 @@ def _flatten_region(module: fx.GraphModule, region: list[fx.Node]) -> None:
     body.output(tuple(copies[n] for n in outputs))
     trace = make_fx(fx.Interpreter(fx.GraphModule(module, body)).run, _allow_non_fake_inputs=True)
     plain = trace(*(n.meta["val"] for n in inputs))
+    known = {id(attribute(n)): str(n.target) for n in outside if n.op == "get_attr"}
+    adopt_constants(module, plain, region[0].name, known)
     with module.graph.inserting_before(region[0]):
         actual = dict(zip(plain.graph.find_nodes(op="placeholder"), inputs, strict=True))
         results = module.graph.graph_copy(plain.graph, actual)

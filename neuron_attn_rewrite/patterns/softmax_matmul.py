@@ -25,6 +25,11 @@ MOST_FOLLOWED = 24
 """How many nodes before or after a softmax are searched for a product."""
 
 
+def unknown_softmax(softmax: fx.Node, reason: Reason) -> list[UnknownAttention]:
+    """A softmax that can't be followed back to its scores, if its weights end in a product."""
+    return [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if _meets_product(softmax) else []
+
+
 def find_softmax_matmul(
     softmax: fx.Node, start: Scores, walk: Walk, order: Mapping[fx.Node, int]
 ) -> list[AttentionSite | UnknownAttention]:
@@ -209,7 +214,10 @@ def _operands_made(
 def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View]:
     """The query and the key of the first product. The key is the operand that runs over the keys."""
     by_label = dict(zip(product.out_labels, scores.dims, strict=True))
+    other = dict(zip(product.right_labels, shape(product.right), strict=True))
     for size, label in zip(shape(product.left), product.left_labels, strict=True):
+        if label in product.summed and size != other[label]:
+            raise Blocked(product.node, Reason("axes", "one operand has a single feature, which is repeated"))
         if label in product.summed:
             by_label[label] = axis_dim(next(walk.fresh_axes), size)
     left, right = (
