@@ -15,7 +15,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
-from neuron_attn_rewrite.patterns.products import Product, as_product
+from neuron_attn_rewrite.patterns.products import Product, as_product, is_product
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.site import AttentionSite, Reader, UnknownAttention
 from neuron_attn_rewrite.patterns.weights import Weights, follow
@@ -101,12 +101,14 @@ keys.
 def _is_router(node: fx.Node) -> bool:
     """Whether scores from this node are made without a product, as by the gate of a router or of a pooling."""
     seen, stack = {node}, [node]
+    if is_product(node):
+        return False
     while stack and len(seen) < MOST_FOLLOWED:
         node = stack.pop()
         if op_name(node) in MIXES:
             continue
         given = [n for n in node.all_input_nodes if is_tensor(n) and n not in seen]
-        if any(as_product(n) is not None for n in given):
+        if any(map(is_product, given)):
             return False
         seen.update(given)
         stack += given
@@ -118,7 +120,7 @@ def _meets_product(softmax: fx.Node) -> bool:
     open_ends, seen = [softmax], {softmax}
     while open_ends and len(seen) < MOST_FOLLOWED:
         for user in open_ends.pop(0).users:
-            if as_product(user) is not None:
+            if is_product(user):
                 return True
             if user not in seen and op_name(user) not in MIXES and tensor(user) is not None:
                 seen.add(user)
