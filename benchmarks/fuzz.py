@@ -1,11 +1,13 @@
 """Random attentions, rewritten on benign inputs and compared with the model on hostile ones.
 
     python -m benchmarks.fuzz --seconds 600 --seed 0
+    python -m benchmarks.fuzz --seconds 600 --seed 0 --memory
 
 A program is drawn from a grammar: sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over
 indices, buffers and inputs, biases, sinks, spellings of the softmax, and writes in place. It is rewritten without
 verification on inputs in which every mask is all ones and every position in order, and must then give what the model
-gives (its gradients too) for others. `--seed N --only` shows one program.
+gives (its gradients too) for others. `--memory` puts copies, views and writes through views between the mask, the scores,
+the operands and the output (without gradients). `--seed N --only` shows one program.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.fuzz_memory import Memory
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
 
 CONFIG = RewriteConfig(policy="always", verify=False)
@@ -32,9 +35,12 @@ FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
 
 
 class Program(nn.Module):
-    """An attention drawn from a seed: query, key, value and what masks are made of."""
+    """An attention drawn from a seed: query, key, value and what masks are made of.
 
-    def __init__(self, seed: int) -> None:
+    With `memory`, tensors between its parts are copied, viewed and written in place.
+    """
+
+    def __init__(self, seed: int, memory: bool = False) -> None:
         super().__init__()
         draw = self.draw = Random(seed)
         self.words: list[str] = []
@@ -48,6 +54,7 @@ class Program(nn.Module):
         self.per_head = nn.Parameter(torch.linspace(0.5, 1.5, self.h * self.group)[:, None, None])
         self.mask = self._mask(draw.choice([0, 1, 1, 2, 3]))
         self.parts = self._parts()
+        self.memory = Memory(Random(-1 - seed)) if memory and self.fill not in ROUNDING else None
 
     def inputs(self, seed: int | None) -> tuple[Tensor, ...]:
         """Benign ones for None."""
@@ -77,7 +84,12 @@ class Program(nn.Module):
         bias: Tensor,
     ) -> Tensor:
         """Query [batch, heads, q_len, dim], key and value [batch, kv heads, kv_len, dim]."""
-        return self.parts(q, k, v, self.seen(attention_mask, keep, order, length, ids), bias)
+        q, k, v = self.touch("query", q), self.touch("key", k), self.touch("value", v)
+        mask = self.touch("mask", self.seen(attention_mask, keep, order, length, ids))
+        return self.touch("output", self.parts(q, k, v, mask, bias))
+
+    def touch(self, place: str, x: Tensor) -> Tensor:
+        return self.memory.touch(place, x) if self.memory else x
 
     def seen(self, *leaves: Tensor) -> Tensor:
         """The mask, True where a key is seen."""
@@ -226,7 +238,7 @@ class Program(nn.Module):
             if pick["softmax"] == "later":
                 e = torch.exp(x - x.amax(-1, keepdim=True))
                 return product(e, v) / e.sum(-1, keepdim=True)
-            w = weights(x, v)
+            w = self.touch("weights", weights(self.touch("scores", x), v))
             w = w.nan_to_num(0.0) if pick["after"] == "nan_to_num" else w
             w = w.masked_fill(~mask, 0.0) if pick["after"] == "again" else w
             w = w * self.per_head if pick["after"] == "scaled" else w
@@ -256,12 +268,12 @@ def run(module: nn.Module, inputs: tuple[Tensor, ...], with_gradients: bool) -> 
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
 
 
-def attack(seed: int, times: int = 3) -> tuple[str | None, RewrittenModule | None]:
+def attack(seed: int, times: int = 3, memory: bool = False) -> tuple[str | None, RewrittenModule | None]:
     """What is wrong with the rewritten program of a seed, None if nothing is."""
-    program = Program(seed)
+    program = Program(seed, memory)
     try:
         run(program, program.inputs(None), False)
-    except (RuntimeError, IndexError):  # its sizes don't fit
+    except (RuntimeError, IndexError, ValueError):  # its sizes don't fit
         return None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -271,8 +283,8 @@ def attack(seed: int, times: int = 3) -> tuple[str | None, RewrittenModule | Non
             return f"{type(error).__name__}: {error}", None
     for other in (None, *range(1, times + 1)):
         inputs = program.inputs(other)
-        old = run(program, inputs, with_gradients=True)
-        new = run(rewritten, inputs, with_gradients=True)
+        old = run(program, inputs, with_gradients=not memory)
+        new = run(rewritten, inputs, with_gradients=not memory)
         # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
         # are rounded to what is left of them beside a large number.
         sees = program.seen(*inputs[3:8]).any(-1, keepdim=True)
@@ -285,26 +297,35 @@ def attack(seed: int, times: int = 3) -> tuple[str | None, RewrittenModule | Non
     return None, rewritten
 
 
+def words(seed: int, memory: bool) -> str:
+    """The program of a seed in words."""
+    program = Program(seed, memory)
+    with torch.no_grad():
+        program(*program.inputs(None))
+    return "; ".join([*program.words, *(program.memory.words if program.memory else ())])
+
+
 def main() -> None:
     """Run seeds until the time is up, and list those that fail."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="put copies, views and writes between the parts")
     parser.add_argument("--only", action="store_true", help="show the one program of the seed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
-        wrong, rewritten = attack(options.seed)
-        print("; ".join(Program(options.seed).words), rewritten and rewritten.report, wrong, sep="\n")
+        wrong, rewritten = attack(options.seed, memory=options.memory)
+        print(words(options.seed, options.memory), rewritten and rewritten.report, wrong, sep="\n")
         raise SystemExit(wrong is not None)
     end, seed, seen, failed = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
     while time.monotonic() < end:
-        wrong, rewritten = attack(seed)
+        wrong, rewritten = attack(seed, memory=options.memory)
         replaced = rewritten is not None and bool(rewritten.report.replaced)
         seen["replaced" if replaced else "kept" if rewritten else "no program"] += 1
         if wrong:
             failed += 1
-            print(f"seed {seed}: {wrong[:300]}\n    {'; '.join(Program(seed).words)}", flush=True)
+            print(f"seed {seed}: {wrong[:300]}\n    {words(seed, options.memory)}", flush=True)
         seed += 1
     print(f"{seed - options.seed} programs ({dict(seen)}), {failed} wrong")
     raise SystemExit(failed > 0)

@@ -179,6 +179,8 @@ def _adopt(source: nn.Module, target: nn.Module) -> None:
             if not hasattr(place, part):
                 place.add_module(part, nn.Module())
             place = getattr(place, part)
+        if place is owner:  # a branch of torch.cond, which both modules hold
+            continue
         for name in tensors:
             if name in owner._parameters:
                 place.register_parameter(name, owner._parameters[name])

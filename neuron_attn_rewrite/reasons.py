@@ -97,8 +97,8 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         ),
         "written": Entry(
             "find",
-            "The model writes into a buffer or input while the attention that reads it is computed.",
-            _LEFT + "Let the model write its caches before or after the attention.",
+            "The model writes in place into a tensor that the attention reads or makes.",
+            _LEFT + "Let the model write its caches before or after the attention, and copy its result before a write.",
         ),
         "scale-unknown": Entry(
             "find",

@@ -79,7 +79,7 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator)]
     before = snapshot(module.graph)
     replaced = [verdict for verdict in verdicts if isinstance(verdict, Verdict) and verdict.is_replaced]
-    grafts = graft(module, replaced, prover.writes.changed)
+    grafts = graft(module, replaced, prover.writes)
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
     module.meta[PROVEN_BUFFERS] = commit(module, accepted)

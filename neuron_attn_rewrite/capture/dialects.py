@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import arguments, op_name
+from neuron_attn_rewrite.graph.nodes import arguments, attribute, op_name
 
 
 @contextlib.contextmanager
@@ -176,10 +176,7 @@ def _splice(module: fx.GraphModule, node: fx.Node, function: Callable[..., Any])
 
     with torch.no_grad():
         plain = make_fx(run, _allow_non_fake_inputs=True)(*(n.meta["val"] for n in inputs))
-    for inner in plain.graph.find_nodes(op="get_attr"):
-        value, name = getattr(plain, inner.target), f"{node.name}_{inner.target}"
-        inner.target = name
-        setattr(module, name, value)
+    adopt_constants(module, plain, node.name, {})
     with module.graph.inserting_before(node):
         results = module.graph.graph_copy(plain.graph, dict(zip(plain.graph.find_nodes(op="placeholder"), inputs)))  # noqa: B905
     for inner in module.graph.nodes:
@@ -192,6 +189,23 @@ def _splice(module: fx.GraphModule, node: fx.Node, function: Callable[..., Any])
             user.replace_all_uses_with(part)
         module.graph.erase_node(user)
     module.graph.erase_node(node)
+
+
+def adopt_constants(module: fx.GraphModule, traced: fx.GraphModule, prefix: str, known: Mapping[int, str]) -> None:
+    """Give `module` the constants of a traced graph whose nodes it takes over.
+
+    Args:
+        module: what the graph becomes a part of.
+        traced: the traced graph. Its attributes are renamed.
+        prefix: the beginning of the new names, which tells them from others.
+        known: the attributes that `module` has already, from the tensor's id to the name.
+    """
+    for inner in traced.graph.find_nodes(op="get_attr"):
+        value = attribute(inner)
+        name = known.get(id(value), f"{prefix}_{inner.target}")
+        if id(value) not in known:
+            setattr(module, name, value)
+        inner.target = name
 
 
 def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -> Any:

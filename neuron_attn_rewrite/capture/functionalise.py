@@ -1,128 +1,194 @@
-"""A pass of `normalise`: writes into intermediate tensors become new tensors."""
+"""A pass of `normalise`: writes into intermediate tensors become new tensors.
+
+Which tensors a write reaches is read off the storages of a run on fake tensors (`graph/memory.py`). All writes into one
+storage become new tensors, or all of them stay. They stay if it is the storage of an input or a buffer (a cache), which
+the model changes for its caller, or if one of them can't be expressed. The new tensors have the strides of the old
+ones, so that every operator which decides by strides, as `reshape` does, decides as before.
+"""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import mutates, op_name
-from neuron_attn_rewrite.graph.writes import MAY_COPY
+from neuron_attn_rewrite.capture.scatters import Scatter, scatter
+from neuron_attn_rewrite.graph.memory import Memory, memory
+from neuron_attn_rewrite.graph.nodes import fake_mode, mutates
+from neuron_attn_rewrite.graph.strides import memory_order, same_strides, with_strides
+from neuron_attn_rewrite.graph.writes import written
 
 aten = torch.ops.aten
 
+METADATA: dict[Any, Any] = {
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.transpose_.default: aten.transpose.int,
+    aten.t_.default: aten.t.default,
+    aten.swapaxes_.default: aten.swapaxes.default,
+    aten.swapdims_.default: aten.swapdims.default,
+    aten.as_strided_.default: aten.as_strided.default,
+    aten.detach_.default: aten.detach.default,
+}
+"""Operators that change the sizes of a tensor and not its elements, and the view that has the new sizes."""
+
 
 def functionalise(module: fx.GraphModule) -> None:
-    """Replace writes into intermediate tensors by new tensors, so that no value changes after it is computed.
+    """Replace writes into intermediate tensors by new tensors, so that no value changes after it is computed."""
+    graph = module.graph
+    if not any(mutates(node) for node in graph.nodes):
+        return
+    where = memory(graph)
+    if any(node.target in METADATA for node in graph.nodes):
+        _resized_by_views(graph, where)
+        where = memory(graph)
+    _Functionalisation(graph, where).run()
 
-    Writes into inputs and buffers (caches) are effects of the model and stay. Writes through a view whose inverse is
-    not in `SCATTERS` stay as well.
-    """
-    if any(mutates(node) for node in module.graph.nodes):
-        _Functionalisation(module.graph).run()
 
-
-SCATTERS: dict[Any, Any] = {
-    aten.slice.Tensor: aten.slice_scatter.default,
-    aten.select.int: aten.select_scatter.default,
-    aten.detach.default: None,
-    aten.alias.default: None,
-    **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), None),
-}
-"""For each view the operator that writes it back into its base; None if the view has all elements of the base."""
+def _resized_by_views(graph: fx.Graph, where: Memory) -> None:
+    """Replace each call that changes the sizes of an intermediate tensor by a view, which all later nodes read."""
+    given = {s for node in graph.nodes if node.op in ("placeholder", "get_attr") for s in where.of(node)}
+    now: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        resizes = node.target in METADATA and where.of(node).isdisjoint(given)
+        node.args, node.kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: now.get(where.objects.get(n, -1), n)
+        )
+        if resizes:
+            node.target = METADATA[node.target]
+            now[where.objects[node]] = node
 
 
 class _Functionalisation:
     """Walks a graph in order and tracks which node holds the present value of each original node."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.base: dict[fx.Node, fx.Node] = {}
+    def __init__(self, graph: fx.Graph, where: Memory) -> None:
+        self.graph, self.memory, self.mode = graph, where, fake_mode(graph)
+        self.source: dict[fx.Node, fx.Node] = {}
+        """For each view, and each result of a write: the tensor that it is a view of, or that was written."""
+        for node in graph.nodes:
+            if where.is_view(node) and not self._is_new_part(node):
+                self.source[node] = node.args[0]
+            elif mutates(node) and node in where.objects and list(written(node)) == [node.args[0]]:
+                self.source[node] = node.args[0]
+        self.scatters: dict[fx.Node, Scatter | None] = {}
+        self.writes = self._expressible()
         self.present: dict[fx.Node, fx.Node] = {}
+        self.views: dict[int, list[fx.Node]] = {}
+        """The views of each storage up to now."""
         self.stale: set[fx.Node] = set()
-        self.kept: set[fx.Node] = set()
-        """Tensors with a write that stays. All later writes into them stay as well."""
+
+    def _is_new_part(self, node: fx.Node) -> bool:
+        """Whether the node is one of several results of an operator, each with memory of its own."""
+        return node.target is operator.getitem and not self.memory.is_view(node.args[0])  # type: ignore[arg-type]
+
+    def _expressible(self) -> set[fx.Node]:
+        """The writes that can be new tensors, together with all others into the same storage."""
+        writes: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for target in written(node):
+                for storage in self.memory.of(target):
+                    writes.setdefault(storage, []).append(node)
+        sharing: dict[int, list[fx.Node]] = {storage: [] for storage in writes}
+        for node, storages in self.memory.storages.items():
+            for storage in storages & writes.keys():
+                sharing[storage].append(node)
+        return {node for s, nodes in writes.items() if self._can_be(nodes, sharing[s]) for node in nodes}
+
+    def _can_be(self, writes: list[fx.Node], sharing: list[fx.Node]) -> bool:
+        first = next((node for node in sharing if node in self.memory.objects), sharing[0])
+        if first.op != "call_function" or first in self.source or first not in self.memory.objects:
+            return False
+        if any(node not in self.source and node not in (first, first.args[0]) for node in sharing if first.args):
+            return False
+        has_order = memory_order(self.memory.values[first]) is not None
+        return has_order and all(self._has_scatters(write, first) for write in writes)
+
+    def _has_scatters(self, write: fx.Node, first: fx.Node) -> bool:
+        if write not in self.source or _functional(write) is None:
+            return False
+        path = self._path(self.source[write])
+        if any(node.target is aten.detach.default for node in path) and first.meta["val"].requires_grad:
+            return False  # a new tensor would take the gradient away
+        for view in path[:-1]:
+            if not _is_several(view) and view not in self.scatters:
+                self.scatters[view] = scatter(view, self.memory)
+        return all(self.scatters[view] for view in path[:-1] if not _is_several(view))
+
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        """The node, what it is a view of, and so on to the tensor that was made. Results of writes are left out."""
+        path = [node]
+        while path[-1] in self.source:
+            path.append(self.source[path[-1]])
+        return [n for n in path if not mutates(n)]
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
             with self.graph.inserting_before(node):
-                originals = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
                 node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), self._now)
-                alias = _first_alias(node)
-                is_part = node.target is operator.getitem and originals in self.base  # of split or unbind
-                if originals is None or (alias is None and not is_part):
-                    continue
-                if is_part or not alias.is_write:
-                    self.base[node] = originals
-                elif self._write(node, originals):
-                    self.graph.erase_node(node)
-                else:
-                    self.kept.add(self._path(originals)[-1])
-                    self.base[node] = originals
+                if node in self.writes:
+                    self._write(node)
+                elif node in self.source:
+                    for storage in self.memory.of(node):
+                        self.views.setdefault(storage, []).append(node)
+        for node in reversed(self.graph.nodes):
+            if node in self.writes:
+                self.graph.erase_node(node)
 
     def _now(self, node: fx.Node) -> fx.Node:
-        """The present value of a node. A view is made again if its base has changed since."""
+        """The present value of a node. A view is made again if its source has changed since."""
+        if node in self.writes:
+            return self._now(self.source[node])
         if node in self.stale:
             self.stale.discard(node)
-            base = self._now(self.base[node])
-            view = self.graph.node_copy(node)
-            view.args = (base, *node.args[1:])
-            self.present[node] = view
+            base = self._now(self.source[node])
+            self.present[node] = self._call(node.target, base, *node.args[1:], like=node, **node.kwargs)
         return self.present.get(node, node)
 
-    def _path(self, node: fx.Node) -> list[fx.Node]:
-        path = [node]
-        while path[-1] in self.base:
-            path.append(self.base[path[-1]])
-        return path
+    def _write(self, write: fx.Node) -> None:
+        def call(target: Any, *args: Any) -> fx.Node:
+            return self._call(target, *args, like=write)
 
-    def _write(self, write: fx.Node, target: fx.Node) -> bool:
-        path = self._path(target)
-        functional = _functional(write)
-        known = all(view.target in SCATTERS for view in path[:-1])
-        if functional is None or path[-1].op != "call_function" or path[-1] in self.kept or not known:
-            return False
-        value = self._call(functional, write.args, write.kwargs, like=write)
-        self.present[write] = self.present[target] = value
-        write.replace_all_uses_with(value)
-        for view, base in itertools.pairwise(path):
-            scatter = SCATTERS[view.target]
-            if scatter is not None:
-                value = self._call(scatter, (self._now(base), value, *view.args[1:]), view.kwargs, like=base)
-            self.present[base] = value
-        self.stale |= {v for v in self.base if self._path(v)[-1] is path[-1]} - {*path, write}
-        return True
+        path = self._path(self.source[write])
+        target, base = path[0], path[-1]
+        value = self._call(_functional(write), *write.args, like=write, **write.kwargs)
+        kind = write.meta["val"].dtype
+        value = value if value.meta["val"].dtype == kind else call(aten.to.dtype, value, kind)
+        written_value = value
+        for i, view in enumerate(path[:-1]):
+            if not _is_several(view):
+                source = next(n for n in path[i + 1 :] if not _is_several(n))
+                undo = self.scatters[view]
+                assert undo is not None
+                value = undo(call, self._now(source), value)
+        restored = with_strides(value, self.memory.values[base], call)
+        assert restored is not None
+        self.present[base] = restored
+        self.stale |= {view for s in self.memory.of(base) for view in self.views.get(s, ())}
+        if same_strides(written_value.meta["val"], self.memory.values[target]) and target is not base:
+            self.stale.discard(target)
+            self.present[target] = written_value
 
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
+    def _call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
-        node.meta = dict(like.meta)
+        given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta = {**like.meta, "val": target(*given, **named)}
         return node
 
 
-def _first_alias(node: fx.Node) -> Any:
-    """The alias annotation of the first argument; None if the result has memory of its own."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
-        return None
-    alias = node.target._schema.arguments[0].alias_info
-    if alias is not None and op_name(node) in MAY_COPY and isinstance(node.args[0], fx.Node):
-        given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        source, found = given[0][0], node.target(*given[0], **given[1])
-        return alias if found.untyped_storage()._cdata == source.untyped_storage()._cdata else None
-    return alias
+def _is_several(node: fx.Node) -> bool:
+    """Whether the node gives a list of views, as `split` does."""
+    return not isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _functional(write: fx.Node) -> Any:
-    """The operator without a write that computes the same; None if there is none with the same dtype."""
+    """The operator without a write that computes the same, up to a cast; None if there is none."""
     assert isinstance(write.target, torch._ops.OpOverload)
     name = write.target.overloadpacket.__name__
     plain = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
-    packet = getattr(aten, plain, None)
-    found = getattr(packet, write.target._overloadname, None)
-    if found is None:
-        return None
-    args, kwargs = fx.node.map_arg((write.args, write.kwargs), lambda n: n.meta.get("val"))
-    kwargs = {k: "cpu" if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-    return found if found(*args, **kwargs).dtype == write.meta["val"].dtype else None
+    return getattr(getattr(aten, plain, None), write.target._overloadname, None)

@@ -14,10 +14,10 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.dialects import expand_fused
+from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused
 from neuron_attn_rewrite.capture.functionalise import functionalise
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.graph.nodes import eliminate_dead_code, fake_mode
+from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode
 
 aten = torch.ops.aten
 
@@ -26,6 +26,8 @@ def normalise(
     module: fx.GraphModule, passes: Sequence[Callable[[fx.GraphModule], None]] | None = None
 ) -> fx.GraphModule:
     """Apply the passes in order, by default all of `PASSES`. The module is changed: it must not be the caller's own."""
+    for node in module.graph.nodes:
+        node.meta.pop(WRITTEN, None)
     for apply in PASSES if passes is None else passes:
         apply(module)
     eliminate_dead_code(module.graph)
@@ -92,6 +94,8 @@ def _flatten_region(module: fx.GraphModule, region: list[fx.Node]) -> None:
     body.output(tuple(copies[n] for n in outputs))
     trace = make_fx(fx.Interpreter(fx.GraphModule(module, body)).run, _allow_non_fake_inputs=True)
     plain = trace(*(n.meta["val"] for n in inputs))
+    known = {id(attribute(n)): str(n.target) for n in outside if n.op == "get_attr"}
+    adopt_constants(module, plain, region[0].name, known)
     with module.graph.inserting_before(region[0]):
         actual = dict(zip(plain.graph.find_nodes(op="placeholder"), inputs, strict=True))
         results = module.graph.graph_copy(plain.graph, actual)
@@ -181,7 +185,7 @@ PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
     drop_guards,
     flatten_vmap,
     expand_fused,
-    functionalise,
     register_constants,
+    functionalise,
     follow_input_device,
 )

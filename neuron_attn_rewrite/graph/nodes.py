@@ -17,17 +17,43 @@ SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast,
 PERMUTES = {"permute", "transpose", "t", "mT", "numpy_T", "matrix_H", "adjoint", "movedim", "swapaxes", "swapdims"}
 
 
+WRITTEN = "written"
+"""The key in `node.meta` of a tensor that is written at some time (`writes.Writes.mark`)."""
+SYNONYMS = {"max.other": "maximum", "min.other": "minimum", "div.floor": "floor_divide"}
+"""Overloads that are another operator, by their full names."""
+APART = {"view.dtype", "where.default", "repeat_interleave.Tensor", "narrow.Tensor", "einsum.sublist"}
+"""Overloads that do something else than the operator of that name. They keep their full names."""
+
+
 def op_name(node: fx.Node) -> str:
     """The operator without namespace and overload, such as `softmax`; "" for no operator.
 
-    An operator that writes keeps its mark (`mul_`, `mul.out`), so that no rule for `mul` is applied to it.
+    Every rule finds its operators by this name. So the name keeps a mark where a rule for the plain operator would be
+    wrong:
+
+    * An operator that writes: `mul_`, `mul.out`.
+    * An overload that does something else: `view.dtype`, which reads the bits anew; `div.trunc`, which rounds.
+    * A tensor that is written at some time, by a view of it for example: `clone.written`. Its value is not what the
+      operator gives.
     """
     if node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = str(node.target.overloadpacket.__name__)
-        return name if name.endswith("_") or not mutates(node) else f"{name}.{node.target._overloadname}"
-    return str(getattr(node.target, "__name__", ""))
+    name = plain_name(node)
+    return f"{name}.{WRITTEN}" if WRITTEN in node.meta else name
+
+
+def plain_name(node: fx.Node) -> str:
+    """`op_name` without the mark of a tensor that is written."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return str(getattr(node.target, "__name__", ""))
+    name, overload = str(node.target.overloadpacket.__name__), node.target._overloadname
+    full = f"{name}.{overload}"
+    if mutates(node):
+        return name if name.endswith("_") else full
+    if overload.endswith("_mode") and (rounding := arguments(node).get("rounding_mode")):
+        full = f"{name}.{rounding}"
+        return SYNONYMS.get(full, full)
+    return full if full in APART else SYNONYMS.get(full, name)
 
 
 SHAPE_ONLY = frozenset(
@@ -83,6 +109,14 @@ def is_tensor(value: Any) -> TypeGuard[fx.Node]:
 def mutates(node: fx.Node) -> bool:
     """Whether the call writes into one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def attribute(node: fx.Node) -> Any:
+    """What a get_attr node reads from its module."""
+    path, _, name = str(node.target).rpartition(".")
+    module = node.graph.owning_module
+    assert module is not None
+    return getattr(module.get_submodule(path), name)
 
 
 def module_path(node: fx.Node) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import arguments, mutates, op_name
+from neuron_attn_rewrite.graph.memory import Memory, memory
+from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, mutates, op_name
 
-HIDDEN_WRITES = {"batch_norm": ("running_mean", "running_var"), "instance_norm": ("running_mean", "running_var")}
-"""Operators that write into arguments, in training, although their schema does not say so."""
-MAY_COPY = {"reshape", "contiguous", "flatten", "to"}
-"""Operators that return a view if they can and a copy otherwise. Their schemas do not tell which."""
+HIDDEN_WRITES = {
+    "batch_norm": ("training", "running_mean", "running_var"),
+    "instance_norm": ("use_input_stats", "running_mean", "running_var"),
+}
+"""Operators that write into arguments if their first-named option is on, although their schema does not say so."""
 
 
 @dataclass
@@ -24,48 +25,61 @@ class Writes:
     """Which tensors of a graph are written into, and when."""
 
     graph: fx.Graph
+    memory: Memory = field(init=False)
+    """Empty if the graph has no write."""
     _order: dict[fx.Node, int] = field(default_factory=dict)
-    _owner: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """For a view, or the result of a write: the tensor whose memory it shares."""
-    _times: dict[fx.Node, list[int]] = field(default_factory=dict)
-    """When each owner is written."""
+    _times: dict[int, list[int]] = field(default_factory=dict)
+    """When each storage is written."""
 
     def __post_init__(self) -> None:
+        writes = {node: targets for node in self.graph.nodes if (targets := list(written(node)))}
+        self.memory = memory(self.graph) if writes else Memory()
         for time, node in enumerate(self.graph.nodes):
             self._order[node] = time
-            if node.target is operator.getitem and node.args[0] in self._owner:
-                self._owner[node] = self._owner[node.args[0]]
-            if not isinstance(node.target, torch._ops.OpOverload):
-                continue
-            if op_name(node) in HIDDEN_WRITES:
-                values = arguments(node)
-                for name in HIDDEN_WRITES[op_name(node)]:
-                    self._write(values[name], time)
-            values = arguments(node)
-            for argument in node.target._schema.arguments:
-                if argument.alias_info is None:
-                    continue
-                for given in pytree.tree_leaves(values[argument.name]):
-                    if isinstance(given, fx.Node):
-                        self._owner[node] = self._owner.get(given, given)
-                    if argument.alias_info.is_write:
-                        self._write(given, time)
-
-    def _write(self, given: Any, time: int) -> None:
-        if isinstance(given, fx.Node):
-            self._times.setdefault(self._owner.get(given, given), []).append(time)
+            for target in writes.get(node, ()):
+                for storage in self.memory.of(target):
+                    self._times.setdefault(storage, []).append(time)
 
     @cached_property
     def changed(self) -> frozenset[fx.Node]:
         """Every tensor whose memory is written, before or after the tensor is computed."""
-        return frozenset(n for n in self.graph.nodes if self._times and self._owner.get(n, n) in self._times)
+        return frozenset(n for n, storages in self.memory.storages.items() if not storages.isdisjoint(self._times))
+
+    def mark(self) -> None:
+        """Give each changed tensor an `op_name` of its own, so that no rule steps from it to what it was made of.
+
+        A view keeps its name: what it shows changes together with what it is a view of, and that one is marked.
+        """
+        for node in self.graph.nodes:
+            node.meta.pop(WRITTEN, None)
+            if node in self.changed and node.op == "call_function" and not self.memory.is_view(node):
+                node.meta[WRITTEN] = True
+
+    @property
+    def into_intermediates(self) -> bool:
+        """Whether a tensor that the graph itself makes is written, so that its strides decide what a write reaches."""
+        given = (n for n in self.graph.nodes if n.op in ("placeholder", "get_attr"))
+        return not set(self._times) <= {storage for node in given for storage in self.memory.of(node)}
 
     def between(self, node: fx.Node, reader: fx.Node, end: fx.Node) -> bool:
         """Whether the memory of `node` is written after the reader has read it, and before `end`."""
-        if reader in self._owner and op_name(reader) not in MAY_COPY and not mutates(reader):
+        if self.memory.is_view(reader):
             return False  # a view reads nothing
-        times = self._times.get(self._owner.get(node, node), ())
+        times = [time for storage in self.memory.of(node) for time in self._times.get(storage, ())]
         return any(self._order[reader] < time < self._order[end] for time in times)
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    hidden = HIDDEN_WRITES.get(op_name(node))
+    if hidden is None and not mutates(node):
+        return
+    values = arguments(node)
+    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    names += hidden[1:] if hidden and values[hidden[0]] is not False else ()
+    yield from (n for name in names for n in pytree.tree_leaves(values[name]) if isinstance(n, fx.Node))
 
 
 def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:

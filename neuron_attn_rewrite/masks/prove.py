@@ -52,6 +52,7 @@ class Prover:
     def __init__(self, module: fx.GraphModule, config: RewriteConfig) -> None:
         self.module, self.config = module, config
         self.writes = Writes(module.graph)
+        self.writes.mark()
         self.evaluator = Evaluator(module, self.writes.changed)
         self.symbolic = SymbolicEvaluator(module, changed=self.writes.changed)
         self.named = SymbolicEvaluator(module, changed=self.writes.changed, names_numbers=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from neuron_attn_rewrite.patterns.peel import Walk
+from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
-from neuron_attn_rewrite.patterns.softmax_matmul import between, find_softmax_matmul
+from neuron_attn_rewrite.patterns.softmax_matmul import between, find_softmax_matmul, unknown_softmax
 from neuron_attn_rewrite.patterns.softmaxes import as_softmax
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
@@ -22,7 +23,11 @@ def find(module: fx.GraphModule, evaluator: Evaluator) -> list[AttentionSite | U
             found.append(find_sdpa(node, evaluator))
             continue
         walk = Walk(evaluator)
-        scores = None if node in covered else as_softmax(walk, node)
+        try:
+            scores = None if node in covered else as_softmax(walk, node)
+        except Blocked as blocked:
+            found += unknown_softmax(node, blocked.reason)
+            continue
         if scores is not None:
             covered |= between(scores.node, [node], order)
             found += reversed(find_softmax_matmul(node, scores, walk, order))

@@ -118,11 +118,13 @@ class Walk:
 
     def made_alike(self, a: object, b: object) -> bool:
         """Whether two arguments are made by the same operators from the same inputs, and so have the same value."""
-        if a is b:
-            return True
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
             return type(a) is type(b) and a == b
-        if {a, b} & self.evaluator.changed or a.op != b.op or a.op not in ("call_function", "get_attr"):
+        if {a, b} & self.evaluator.changed:
+            return False  # what they hold when they are read may differ
+        if a is b:
+            return True
+        if a.op != b.op or a.op not in ("call_function", "get_attr"):
             return False
         if a.op == "get_attr":
             return a.target == b.target or _equal(self.evaluator.value(a), self.evaluator.value(b))
@@ -174,7 +176,7 @@ def scaled_by_number(evaluator: Evaluator, node: fx.Node) -> tuple[fx.Node, floa
     name = op_name(node)
     if name == "neg" and isinstance(node.args[0], fx.Node):
         return node.args[0], -1.0
-    if name not in ("mul", "div") or node.kwargs.get("rounding_mode"):
+    if name not in ("mul", "div"):
         return None
     left, right = node.args[:2]
     for tensor, factor in ((left, right), (right, left))[: 1 if name == "div" else 2]:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import arguments, op_name, shape, tensor
+from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, op_name, plain_name, shape, tensor
 from neuron_attn_rewrite.patterns.rules import Rules
 
 
@@ -43,6 +43,12 @@ PRODUCTS: Rules[ProductRule] = Rules()
 def as_product(node: fx.Node) -> Product | None:
     product: Product | None = PRODUCTS.ask(node, node) if tensor(node) is not None else None
     return product
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is a product. One that is written later is still one, although its value is not known."""
+    is_written = WRITTEN in node.meta and plain_name(node) in PRODUCTS.by_op.keys() - {"sum"}
+    return is_written or as_product(node) is not None
 
 
 @PRODUCTS("matmul", "bmm", "mm", "mv")

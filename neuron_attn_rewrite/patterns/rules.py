@@ -8,10 +8,11 @@ from typing import Any, Generic, TypeVar
 
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import op_name
+from neuron_attn_rewrite.graph.nodes import WRITTEN, op_name
 from neuron_attn_rewrite.reasons import Reason
 
 NO_RULE = Reason("unknown-node", "no rule knows it")
+CHANGED = Reason("written", "the model writes into it after it is made")
 DETACHED = Reason("gradient", "no gradient flows through it, but one would flow through a kernel")
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -22,6 +23,7 @@ class Blocked(Exception):
 
     def __init__(self, node: fx.Node, why: Reason = NO_RULE) -> None:
         self.node = node
+        why = CHANGED if why is NO_RULE and WRITTEN in node.meta else why
         self.reason = why.behind(f"at {node.name} ({op_name(node) or node.op}): ")
         super().__init__(self.reason)
 

@@ -34,7 +34,7 @@ def _scale(walk: Walk, scores: Scores) -> Scores:
         return scores.to(scaled[0], trail="scale").scaled(scaled[1])
     left, right = node.args[:2]
     divides = op_name(node) == "div"
-    if not is_tensor(left) or not is_tensor(right) or node.kwargs.get("rounding_mode"):
+    if not is_tensor(left) or not is_tensor(right):
         raise Blocked(node, Reason("scale-unknown", "the scale is not a number"))
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     for inner, scale in ((left, right), (right, left))[: 1 if divides else 2]:
@@ -166,14 +166,16 @@ def _filled(scores: Scores, inner: object, mask: object, fill: float | None, whe
     return scores.hidden(mask, fill, where).to(inner, trail="masked_fill" if where else "where")
 
 
-@SCORES("clamp", "clamp_min", "maximum", "max")
+@SCORES("clamp", "clamp_min", "maximum")
 def _clamp(walk: Walk, scores: Scores) -> Scores:
     """A lower limit that changes nothing but -inf: `max(scores, finfo.min)`."""
     node = scores.node
-    lower = walk.constant(node.args[1]) if len(node.args) > 1 else None
-    upper = node.args[2] if op_name(node) == "clamp" and len(node.args) > 2 else None
+    values = arguments(node)
+    lower, upper = walk.constant(values.get("min", values.get("other"))), values.get("max")
     inner = node.args[0]
     if lower is None or upper is not None or not isinstance(inner, fx.Node) or shape(inner) != shape(node):
+        raise Blocked(node, Reason("limit", "a limit that could change scores"))
+    if not dtype(inner).is_floating_point:
         raise Blocked(node, Reason("limit", "a limit that could change scores"))
     if lower > max(0.9 * torch.finfo(dtype(inner)).min, -1e30) or scores.terms or scores.multiplier != 1.0:
         raise Blocked(node, Reason("limit", "a limit that could change scores"))
@@ -193,7 +195,7 @@ def _tanh(walk: Walk, scores: Scores) -> Scores:
 def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
     """One more column beside the keys: a learned sink."""
     node = scores.node
-    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    parts, dim = node.args[0], arguments(node)["dim"]
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not isinstance(dim, int):
         return None
     inner, sink = parts

@@ -9,10 +9,11 @@ from math import sqrt
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import arguments, dtype, module_path, op_name, shape
+from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, dtype, module_path, plain_name, shape
 from neuron_attn_rewrite.graph.sizes import expression_of, is_number
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
 from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
+from neuron_attn_rewrite.patterns.rules import CHANGED
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
@@ -22,7 +23,7 @@ PREFIXES = ("scaled_dot_product_", "_scaled_dot_product_")
 
 
 def is_sdpa(node: fx.Node) -> bool:
-    return op_name(node).startswith(PREFIXES) and "backward" not in op_name(node)
+    return plain_name(node).startswith(PREFIXES) and "backward" not in plain_name(node)
 
 
 def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
@@ -32,10 +33,12 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     output = _output(node)
 
     def unknown(code: str, words: str) -> UnknownAttention:
-        return UnknownAttention(module_path(node), op_name(node), node, Reason(code, words))
+        return UnknownAttention(module_path(node), plain_name(node), node, Reason(code, words))
 
     if any(0 in shape(operand) for operand in (query, key, value)):
-        return UnknownAttention(module_path(node), op_name(node), node, NO_ELEMENTS)
+        return UnknownAttention(module_path(node), plain_name(node), node, NO_ELEMENTS)
+    if WRITTEN in node.meta or (output is not None and WRITTEN in output.meta):
+        return UnknownAttention(module_path(node), plain_name(node), node, CHANGED)
     if output is None:
         return unknown("weights-used", "its log-sum-exp is used")
     if values.get("dropout_p"):
@@ -54,11 +57,13 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     )
     rows, keys, features, v_features = (axis_dim(next(fresh), n) for n in (q_len, kv_len, head_dim, v_head_dim))
     scores = (*lead, rows, keys)
+    if mask is not None and not _broadcasts(shape(mask), (*map(dim_size, lead), q_len, kv_len)):
+        return unknown("axes", "its mask has more dims, or larger ones, than query and key")
     scale = values.get("scale")
     if scale is None and not is_number(head_dim):
         return unknown("scale-unknown", f"its scale is by the head_dim {expression_of(head_dim)}, which is a symbol")
     found = Found(
-        pattern=op_name(node),
+        pattern=plain_name(node),
         anchor=node,
         output=View(output, (*lead, rows, v_features)),
         scores=scores,
@@ -92,6 +97,12 @@ def _leading(lead: Dims, given: tuple[int, ...]) -> Dims:
         assert cut is not None
         dims.append(cut[0] if size > 1 else ())
     return tuple(dims)
+
+
+def _broadcasts(sizes: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor broadcasts to `to` and does not make it larger."""
+    tail = to[len(to) - len(sizes) :]
+    return len(sizes) <= len(to) and all(a in (1, b) for a, b in zip(sizes, tail, strict=True))
 
 
 def _term(mask: fx.Node, scores: Dims) -> Term:

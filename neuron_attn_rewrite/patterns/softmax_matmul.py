@@ -15,7 +15,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
 from neuron_attn_rewrite.patterns.build import Found, View, build
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
-from neuron_attn_rewrite.patterns.products import Product, as_product
+from neuron_attn_rewrite.patterns.products import Product, as_product, is_product
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.site import AttentionSite, Reader, UnknownAttention
 from neuron_attn_rewrite.patterns.weights import Weights, follow
@@ -23,6 +23,11 @@ from neuron_attn_rewrite.reasons import Reason
 
 MOST_FOLLOWED = 24
 """How many nodes before or after a softmax are searched for a product."""
+
+
+def unknown_softmax(softmax: fx.Node, reason: Reason) -> list[UnknownAttention]:
+    """A softmax that can't be followed back to its scores, if its weights end in a product."""
+    return [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if _meets_product(softmax) else []
 
 
 def find_softmax_matmul(
@@ -96,12 +101,14 @@ keys.
 def _is_router(node: fx.Node) -> bool:
     """Whether scores from this node are made without a product, as by the gate of a router or of a pooling."""
     seen, stack = {node}, [node]
+    if is_product(node):
+        return False
     while stack and len(seen) < MOST_FOLLOWED:
         node = stack.pop()
         if op_name(node) in MIXES:
             continue
         given = [n for n in node.all_input_nodes if is_tensor(n) and n not in seen]
-        if any(as_product(n) is not None for n in given):
+        if any(map(is_product, given)):
             return False
         seen.update(given)
         stack += given
@@ -113,7 +120,7 @@ def _meets_product(softmax: fx.Node) -> bool:
     open_ends, seen = [softmax], {softmax}
     while open_ends and len(seen) < MOST_FOLLOWED:
         for user in open_ends.pop(0).users:
-            if as_product(user) is not None:
+            if is_product(user):
                 return True
             if user not in seen and op_name(user) not in MIXES and tensor(user) is not None:
                 seen.add(user)
@@ -209,7 +216,10 @@ def _operands_made(
 def _query_and_key(walk: Walk, scores: Scores, product: Product) -> tuple[View, View]:
     """The query and the key of the first product. The key is the operand that runs over the keys."""
     by_label = dict(zip(product.out_labels, scores.dims, strict=True))
+    other = dict(zip(product.right_labels, shape(product.right), strict=True))
     for size, label in zip(shape(product.left), product.left_labels, strict=True):
+        if label in product.summed and size != other[label]:
+            raise Blocked(product.node, Reason("axes", "one operand has a single feature, which is repeated"))
         if label in product.summed:
             by_label[label] = axis_dim(next(walk.fresh_axes), size)
     left, right = (

@@ -10,11 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, is_tensor, op_name, shape, tensor
+from neuron_attn_rewrite.graph.nodes import WRITTEN, PERMUTES, arguments, dtype, is_tensor, op_name, plain_name, shape, tensor
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import as_product
-from neuron_attn_rewrite.patterns.rules import Blocked, Rules
+from neuron_attn_rewrite.patterns.rules import CHANGED, Blocked, Rules
+from neuron_attn_rewrite.reasons import Reason
 
 SoftmaxRule: TypeAlias = Callable[[Walk, fx.Node], "Scores | None"]
 """Reads a node as the weights of a softmax and gives the scores behind it; None if it is something else."""
@@ -23,14 +24,23 @@ SOFTMAXES: Rules[SoftmaxRule] = Rules()
 
 
 def as_softmax(walk: Walk, node: fx.Node) -> Scores | None:
-    try:
-        scores: Scores | None = SOFTMAXES.ask(node, walk, node) if tensor(node) is not None else None
-    except Blocked:
+    """The scores of which a node holds the softmax; None if it is none.
+
+    Raises:
+        Blocked: it is a softmax, but not one that a kernel computes.
+    """
+    if tensor(node) is None:
         return None
+    if WRITTEN in node.meta and plain_name(node) in OPERATORS:
+        raise Blocked(node, CHANGED)
+    scores: Scores | None = SOFTMAXES.ask(node, walk, node)
     return scores
 
 
-@SOFTMAXES("softmax", "_softmax", "_safe_softmax", "special_softmax")
+OPERATORS = ("softmax", "_softmax", "_safe_softmax", "special_softmax")
+
+
+@SOFTMAXES(*OPERATORS)
 def _operator(walk: Walk, node: fx.Node) -> Scores:
     scores = walk.begin(node, node.args[0], arguments(node)["dim"])
     return replace(scores, safe=op_name(node) == "_safe_softmax")
@@ -44,7 +54,7 @@ def _exp_of_log_softmax(walk: Walk, node: fx.Node) -> Scores | None:
         return walk.begin(node, inner.args[0], arguments(inner)["dim"], "log_softmax")
     if op_name(inner) != "sub" or arguments(inner)["alpha"] != 1 or not isinstance(inner.args[1], fx.Node):
         return None
-    reduced = _reduction(inner.args[1], "logsumexp", shape(node))
+    reduced = _reduction(inner.args[1], LOGSUMEXPS, shape(node))
     if reduced is None or views.value_source(reduced[0]) is not views.value_source(views.source(inner)):
         return None
     return walk.begin(node, inner.args[0], reduced[1], "logsumexp")
@@ -84,7 +94,7 @@ def _unmoved(node: fx.Node) -> fx.Node:
 def _by_hand(walk: Walk, node: fx.Node) -> Scores | None:
     """w / sum(w) for weights w = exp(x), or w = exp(x) * mask, or w = softmax(x) * mask."""
     left, right = node.args[:2]
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or node.kwargs.get("rounding_mode"):
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     if op_name(node) == "mul":
         if op_name(_unviewed(left)) == "reciprocal":
@@ -92,7 +102,7 @@ def _by_hand(walk: Walk, node: fx.Node) -> Scores | None:
         if op_name(_unviewed(right)) != "reciprocal":
             return None
         right = views.source(_unviewed(right))
-    total = _reduction(_unguarded(walk, right, left), "sum", shape(node))
+    total = _reduction(_unguarded(walk, right, left), SUMS, shape(node))
     if total is None or views.value_source(total[0]) is not views.value_source(left):
         return None
     return _weights(walk, node, views.value_source(left), total[1])
@@ -152,14 +162,21 @@ def _is_zero(value: object) -> bool:
     return value == 0 and not isinstance(value, bool)
 
 
-def _reduction(node: fx.Node, name: str, full: tuple[int, ...]) -> tuple[fx.Node, int] | None:
+SUMS = frozenset({"sum", "linalg_vector_norm"})
+LOGSUMEXPS = frozenset({"logsumexp", "special_logsumexp"})
+MAXIMA = frozenset({"amax", "max"})
+
+
+def _reduction(node: fx.Node, names: frozenset[str], full: tuple[int, ...]) -> tuple[fx.Node, int] | None:
     """`node` as a reduction over one dim of a tensor of shape `full`, broadcast back over it: (tensor, dim)."""
-    node = _unviewed(node)
+    is_maximum = names is MAXIMA  # the one reduction whose gradient does not matter
+    node = _unviewed(node, is_maximum)
     squeezed = False
     if op_name(node) == "unsqueeze":
-        squeezed, unsqueezed, node = True, arguments(node)["dim"], views.value_source(views.source(node))
-    norm = name == "sum" and op_name(node) == "linalg_vector_norm" and arguments(node)["ord"] == 1
-    if op_name(node) not in (name, f"special_{name}") and not norm:
+        squeezed, unsqueezed, node = True, arguments(node)["dim"], _unviewed(views.source(node), is_maximum)
+    if op_name(node) == "getitem" and node.args[1] == 0:  # max also gives the indices
+        node = views.source(node)
+    if op_name(node) not in names or (op_name(node) == "linalg_vector_norm" and arguments(node)["ord"] != 1):
         return None
     values = arguments(node)
     dims, keepdim = values.get("dim"), values.get("keepdim")
@@ -175,33 +192,45 @@ def _reduction(node: fx.Node, name: str, full: tuple[int, ...]) -> tuple[fx.Node
 def _unguarded(walk: Walk, total: fx.Node, weights: fx.Node) -> fx.Node:
     """`sum` of `sum + epsilon` or `max(sum, limit)`, where the guard against division by zero changes nothing.
 
-    The weights must be exp(x - max(x)). Then the largest weight of a row is exp(0) = 1, and the sum is at least 1. So a
-    limit of at most 1 is never reached, and an epsilon of at most a quarter of the dtype's eps is lost in rounding.
-    Without such a guard, `total` itself.
+    The weights must be exp(x - max(x)), with the maximum along the dim of the sum. Then the largest weight of a row is
+    exp(0) = 1, and the sum is at least 1. So a limit of at most 1 is never reached, and an epsilon of at most a quarter
+    of the dtype's eps is lost in rounding. Without such a guard, `total` itself.
+
+    Raises:
+        Blocked: the guard may change the sum.
     """
     guarded = _unviewed(total)
-    if op_name(guarded) not in ("add", "clamp", "clamp_min") or len(guarded.args) != 2:
-        return total
-    limit = walk.constant(guarded.args[1])
-    most = torch.finfo(dtype(guarded)).eps / 4 if op_name(guarded) == "add" else 1.0
     exponent = views.value_source(weights)
-    if limit is None or not 0 <= limit <= most or op_name(exponent) not in ("exp", "exp2"):
+    if op_name(guarded) not in ("add", "clamp", "clamp_min") or op_name(exponent) not in ("exp", "exp2"):
         return total
-    shifted = views.value_source(views.source(exponent))
-    if op_name(shifted) != "sub" or not isinstance(shifted.args[1], fx.Node):
+    reduced = _reduction(views.source(guarded), SUMS, shape(weights)) if is_tensor(guarded.args[0]) else None
+    if reduced is None or views.value_source(reduced[0]) is not exponent:
         return total
-    largest = _unviewed(views.value_source(_unviewed(shifted.args[1]), through_detach=True))
-    if op_name(largest) == "getitem":
-        largest = views.source(largest)
-    if op_name(largest) not in ("amax", "max") or views.value_source(views.source(largest)) is not views.value_source(
-        views.source(shifted)
-    ):
-        return total
+    values, is_sum = arguments(guarded), op_name(guarded) == "add"
+    limit = walk.constant(values["other" if is_sum else "min"])
+    most = torch.finfo(dtype(guarded)).eps / 4 if is_sum else 1.0
+    is_small = limit is not None and 0 <= limit * values.get("alpha", 1) <= most and values.get("max") is None
+    if not is_small or _largest_along(views.value_source(views.source(exponent))) != reduced[1]:
+        raise Blocked(guarded, Reason("limit", "it may change the sum by which the weights are divided"))
     return views.source(guarded)
 
 
-def _unviewed(node: fx.Node) -> fx.Node:
+def _largest_along(node: fx.Node) -> int | None:
+    """The dim along which a tensor is `x - max(x)`; None if it is none."""
+    if op_name(node) != "sub" or not is_tensor(node.args[1]) or arguments(node)["alpha"] != 1:
+        return None
+    assert isinstance(node.args[1], fx.Node)
+    largest = _reduction(node.args[1], MAXIMA, shape(node))
+    if largest is None or views.value_source(largest[0], through_detach=True) is not views.value_source(
+        views.source(node)
+    ):
+        return None
+    return largest[1]
+
+
+def _unviewed(node: fx.Node, through_detach: bool = False) -> fx.Node:
     """Like `views.value_source`, and also without the expand that broadcasts a number of each row over the row."""
-    while views.keeps_values(node) or op_name(node) in views.EXPANDS:
+    skipped = views.EXPANDS | ({"detach"} if through_detach else set())
+    while views.keeps_values(node) or op_name(node) in skipped:
         node = views.source(node)
     return node

@@ -96,7 +96,7 @@ def _scale(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     left, right = user.args[:2]
     divides = op_name(user) == "div"
     other = right if left is weights.node else left
-    if not is_tensor(other) or user.kwargs.get("rounding_mode") or weights.includes_sink_column or left is right:
+    if not is_tensor(other) or weights.includes_sink_column or left is right:
         return None
     assert isinstance(other, fx.Node)
     if shape(user) != shape(weights.node) or (divides and left is not weights.node):

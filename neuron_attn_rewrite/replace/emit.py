@@ -12,6 +12,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, fake_mode, shape
 from neuron_attn_rewrite.graph.sizes import input_sizes, is_number, parts_of
+from neuron_attn_rewrite.graph.strides import with_strides
+from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Size
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
@@ -31,9 +33,9 @@ LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, 
 class Emitter:
     """Adds nodes to a graph. The same operator on the same tensors is added once."""
 
-    def __init__(self, module: fx.GraphModule, changed: frozenset[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, writes: Writes) -> None:
         self.module, self.graph = module, module.graph
-        self._changed = changed
+        self._writes = writes
         self.added: list[fx.Node] = []
         self._known: dict[str, fx.Node] = {}
         self._mode = fake_mode(self.graph)
@@ -77,7 +79,13 @@ class Emitter:
         if site.value_scale != 1.0:
             result = self._on(result, aten.mul.Scalar, site.value_scale)
         result = self._scaled(site, "output", result, result.next)
-        return self._cast(self._moved(result, site.output_layout), dtype(output))
+        result = self._cast(self._moved(result, site.output_layout), dtype(output))
+        # The strides decide what a later reshape copies, and so what a write into it reaches.
+        if self._writes.into_intermediates:
+            same = with_strides(result, output.meta["val"], lambda op, node, *args: self._on(node, op, *args))
+            assert same is not None  # else there is an obstacle
+            result = same
+        return result
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """An operand or the result, multiplied or divided by its tensor scales."""
@@ -272,7 +280,7 @@ class Emitter:
 
     def _on(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
         """Add an operator on one tensor: right after it, or at the site if the tensor is written in place."""
-        if node in self._changed:
+        if node in self._writes.changed:
             return self._new(self._site, target, node, *args)
         return self._insert(self._behind(node), target, node, *args)
 

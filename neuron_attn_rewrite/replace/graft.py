@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.replace.emit import Emitter
 from neuron_attn_rewrite.strategy.decide import Verdict
@@ -24,15 +25,15 @@ class Graft:
     """Every node that was added for the call."""
 
 
-def graft(module: fx.GraphModule, verdicts: Sequence[Verdict], changed: frozenset[fx.Node]) -> list[Graft]:
+def graft(module: fx.GraphModule, verdicts: Sequence[Verdict], writes: Writes) -> list[Graft]:
     """Add one kernel call for each verdict.
 
     Args:
         module: the graph.
         verdicts: those for a kernel.
-        changed: the tensors that the graph writes into, `graph.Writes.changed`.
+        writes: the writes of the graph.
     """
-    emitter = Emitter(module, changed)
+    emitter = Emitter(module, writes)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     grafts = []
     for verdict in sorted(verdicts, key=lambda verdict: position[verdict.site.output]):

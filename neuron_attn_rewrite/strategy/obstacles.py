@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.graph.strides import memory_order
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.prove import Prover
@@ -42,6 +43,8 @@ def _other_readers(site: AttentionSite, config: RewriteConfig) -> Reason | None:
 def _write_between(site: AttentionSite, writes: Writes) -> Reason | None:
     """A tensor changes in place after the attention reads it and before the kernel call would."""
     nodes, _ = inside(site) if writes.changed else ((), ())
+    if site.output in writes.changed or (writes.into_intermediates and memory_order(site.output.meta["val"]) is None):
+        return Reason("written", "the model writes into its output, or into what may share memory with it")
     for reader in nodes:
         for node in reader.all_input_nodes:
             if writes.between(node, reader, site.output):

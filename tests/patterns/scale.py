@@ -155,7 +155,7 @@ KEEP = {
         lambda q, k, v, s: torch.softmax((q @ k.mT) * s, -1) @ v, "differs from score to score", with_bias(B, H, S, S)
     ),
     "rounded down": Keep(
-        lambda q, k, v: torch.softmax(torch.div(q @ k.mT, 4, rounding_mode="floor"), -1) @ v, "is not a number"
+        lambda q, k, v: torch.softmax(torch.div(q @ k.mT, 4, rounding_mode="floor"), -1) @ v, "no rule knows it"
     ),
     "a number divided by the scores": Keep(lambda q, k, v: torch.softmax(4 / (q @ k.mT), -1) @ v, "no rule knows it"),
     "a tensor divided by the scores": Keep(

@@ -93,7 +93,19 @@ def two_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return p[..., :6] @ v[:, :, :6] + p[..., 6:] @ v[:, :, 6:]
 
 
+def guarded(dim: int | tuple[int, ...], alpha: int = 1, limit: float = 1.0) -> Callable[..., Tensor]:
+    """A softmax by hand whose sum is guarded, with a maximum that need not be one of the row."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = scores(q, k)
+        e = torch.exp(torch.sub(x, x.amax(dim, keepdim=True), alpha=alpha))
+        return e / e.sum(-1, keepdim=True).clamp(min=limit) @ v
+
+    return attention
+
+
 MATCH = {
+    "a guarded sum": Match(guarded(-1)),
     "a mask whose live value is 2": distilbert(2),
     "a look-ahead of three": Match(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(S, S).tril(3).bool()),
@@ -159,12 +171,24 @@ KEEP = {
         lambda q, k, v: (lambda w: w @ w.mT)(torch.softmax(scores(q, k), -1)), "with a value alone"
     ),
     "scores written as an output": Keep(
-        lambda q, k, v: (lambda x: torch.softmax(torch.mul(x, 0.3, out=x), -1) @ v)(scores(q, k)), "no rule knows it"
+        lambda q, k, v: (lambda x: torch.softmax(torch.mul(x, 0.3, out=x), -1) @ v)(scores(q, k)), "writes into it"
     ),
     "no query": Keep(lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v), "no elements"),
     "no batch": Keep(lambda q, k, v: torch.softmax(scores(q[:0], k[:0]), -1) @ v[:0], "no elements"),
     "scores of 8 bits": Keep(
         lambda q, k, v: torch.softmax(scores(q, k).to(torch.float8_e4m3fn).float(), -1) @ v, "no rule knows it"
+    ),
+    **{
+        f"a guarded sum, less the maximum along {dim}": Keep(guarded(dim), "may change the sum")
+        for dim in (-2, (-2, -1), (0, 1, 2, 3))
+    },
+    "a guarded sum, less twice the maximum": Keep(guarded(-1, 2), "may change the sum"),
+    "a guard that is not small": Keep(guarded(-1, limit=2.0), "may change the sum"),
+    "one feature of the query, times all of the key": Keep(
+        lambda q, k, v: torch.softmax(torch.einsum("bhid,bhjd->bhij", q[..., :1], k), -1) @ v, "a single feature"
+    ),
+    "scores rounded by a division": Keep(
+        lambda q, k, v: torch.softmax(torch.div(scores(q, k), 0.1, rounding_mode="trunc"), -1) @ v, "no rule knows it"
     ),
     "softmax over the heads": Keep(lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "keys"),
     "softmax over the batch": Keep(lambda q, k, v: torch.softmax(q @ k.mT / 2, 0) @ v, "keys"),
@@ -184,6 +208,17 @@ RIGHT = {
     "a padding mask of more than the batch": Right(
         lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m[:B, None, None]),
         lambda: (*qkv(), torch.rand(B + 1, S) < 0.7),
+    ),
+    "a mean over a length, an integer tensor": Right(
+        lambda q, k, v, n: torch.softmax(scores(q, k), -1) @ v / (n + 1), lambda: (*qkv(), torch.tensor([3]))
+    ),
+    "a constant in a torch.vmap": Right(
+        lambda q, k, v: torch.vmap(lambda q, k, v: torch.softmax(q @ k.mT * torch.tensor(0.3), -1) @ v)(q, k, v)
+    ),
+    "constants in the branches of torch.cond": Right(
+        lambda q, k, v: F.scaled_dot_product_attention(
+            torch.cond(q.sum() > 0, lambda q: q + torch.tensor(2.0), lambda q: q * torch.tensor(3.0), (q,)), k, v
+        )
     ),
     "keys of 8 bits": Right(
         lambda q, k, v: torch.softmax(scores(q, k.to(torch.float8_e4m3fn).float()), -1) @ v,

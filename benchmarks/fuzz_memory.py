@@ -1,0 +1,93 @@
+"""Copies, views and writes that `benchmarks.fuzz` puts between the mask, the scores, the operands and the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLACES = ("mask", "query", "key", "value", "scores", "weights", "output")
+STEPS = 4
+
+Step: TypeAlias = Callable[[Tensor], Tensor]
+
+COPIES: dict[str, Step] = {
+    "clone": lambda x: x.clone(),
+    "contiguous": lambda x: x.contiguous(),
+    "cast": lambda x: x.to(torch.float64).to(x.dtype),
+    "idle cast": lambda x: x.to(x.dtype),
+    "idle dropout": lambda x: F.dropout(x, 0.3, training=False) if x.is_floating_point() else x,
+    "type_as": lambda x: x.type_as(x),
+    "scale": lambda x: x * 0.75 if x.is_floating_point() else x & True,
+    "cat": lambda x: torch.cat([x[..., :1], x[..., 1:]], -1),
+    "repeat": lambda x: x.repeat(*[1] * x.dim()),
+    "index": lambda x: x[..., torch.arange(x.shape[-1])],
+    "transposed copy": lambda x: x.mT.contiguous().mT,
+    "constant": lambda x: torch.full(x.shape, 1.0 if x.is_floating_point() else True),
+}
+"""Each gives a tensor of the same shape. Some of them return their very argument."""
+VIEWS: dict[str, Step] = {
+    "all": lambda x: x[:],
+    "diagonal": lambda x: x.diagonal(dim1=-2, dim2=-1),
+    "first half": lambda x: x.chunk(2, -1)[0],
+    "slice": lambda x: x[..., 1:],
+    "select": lambda x: x.select(-2, 0),
+    "mT": lambda x: x.mT,
+    "flat": lambda x: x.reshape(-1)[:3],
+    "ravel": lambda x: x.flatten()[2:5],
+    "unbind": lambda x: x.unbind(-2)[-1],
+    "expanded": lambda x: x.expand(2, *x.shape)[1],
+    "strided": lambda x: x.as_strided((2,), (1,)),
+    "einsum": lambda x: torch.einsum("...ij->...ji", x) if x.is_floating_point() else x.mT,
+    "broadcast": lambda x: torch.broadcast_tensors(x, x[..., :1])[0],
+}
+FLOATS: dict[str, Callable[[Tensor], object]] = {
+    "zero_": lambda x: x.zero_(),
+    "mul_": lambda x: x.mul_(-1.5),
+    "add_": lambda x: x.add_(0.5),
+    "setitem": lambda x: x.__setitem__(0, 0.25),
+    "masked_fill_": lambda x: x.masked_fill_(x > 0.7, 0.1),
+    "foreach": lambda x: torch._foreach_mul_([x], 0.5),
+    "bits": lambda x: x.view(torch.int32).bitwise_and_(-65536),
+}
+BOOLS: dict[str, Callable[[Tensor], object]] = {
+    "fill_": lambda x: x.fill_(True),
+    "clear": lambda x: x.fill_(False),
+    "logical_not_": lambda x: x.logical_not_(),
+    "setitem": lambda x: x.__setitem__(0, True),
+    "out": lambda x: torch.logical_not(x, out=x),
+}
+
+
+class Memory:
+    """What happens at each place of a program, drawn from a seed."""
+
+    def __init__(self, draw: Random) -> None:
+        self.draws = {place: draw.random() for place in draw.sample(PLACES, draw.choice([0, 0, 1, 1, 2]))}
+        self.words: list[str] = []
+
+    def touch(self, place: str, x: Tensor) -> Tensor:
+        """Copy, view and write a tensor, and go on with it, or with a copy from before or after a write."""
+        if place not in self.draws:
+            return x
+        draw, live, said = Random(self.draws[place]), [x], [place]
+        for _ in range(STEPS):
+            at = draw.randrange(len(live))
+            if draw.random() < 0.45:
+                name = draw.choice(list(COPIES))
+                live.append(COPIES[name](live[at]))
+                said.append(f"{len(live) - 1} = {name}({at})")
+            else:
+                writes = FLOATS if x.is_floating_point() else BOOLS
+                view, write = draw.choice(list(VIEWS)), draw.choice(list(writes))
+                if place in ("query", "key", "value") and at == 0:
+                    live[0] = live[0] * 1.0  # a write into an input would be one into a leaf
+                writes[write](VIEWS[view](live[at]))
+                said.append(f"{write}({view}({at}))")
+        end = draw.randrange(len(live))
+        self.words = [*self.words, f"{' '.join(said)} -> {end}"][-len(self.draws) :]
+        return live[end]
