@@ -137,7 +137,7 @@ def page(fitted: Fit) -> str:
         "",
         "The table of hf-kernels-neuron gives 1578 us at 4096 keys. Its program of four layers has no time there,",
         "so the table divides the time of one layer (10752 activations, against 11264 in four layers of 2048 keys)",
-        "by four. Here the time stands undivided. Times of `scaled_dot_product_attention` on TorchNeuron up to a",
+        "by four. Here the time is not divided. Times of `scaled_dot_product_attention` on TorchNeuron up to a",
         "head_dim of 128 (xpu-perf: 332 us for 8 heads of 2048 tokens, 782 us for 4096) are not of native",
         "operators: there it calls attention_cte.",
         "",

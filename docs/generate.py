@@ -40,8 +40,8 @@ def troubleshooting() -> str:
     def lines() -> Iterator[str]:
         yield "# Troubleshooting"
         yield ""
-        yield "Every decision in a report carries a reason, and every reason a code: `site.reasons[0].code`. The"
-        yield "codes are stable, so a script may rely on them. Some say what was chosen, others what stood in the way."
+        yield "Every decision in a report has a reason, and every reason has a code: `site.reasons[0].code`. The"
+        yield "codes are stable, so a script may rely on them. Some codes say what was chosen. Others say why not."
         yield ""
         yield "<!-- made from neuron_attn_rewrite/reasons.py by python -m docs.generate -->"
         for topic, title in TOPICS.items():

@@ -1,4 +1,4 @@
-"""What one attention computes, in sizes and numbers alone: strategies, kernels and reports read it."""
+"""What one attention computes, as sizes and numbers, without nodes. Strategies, kernels and reports read it."""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ TOPICS: Mapping[str, str] = MappingProxyType(
     {
         "graph": "The graph around it could not be analysed",
         "find": "The attention was not understood",
-        "mask": "The mask says more than a kernel's mask can",
+        "mask": "What could be proven about the mask",
         "empty": "A query may see no key",
         "kernel": "The kernel can't compute it",
         "choice": "The strategy was chosen by a rule",
         "check": "The numbers were compared",
     }
 )
-"""What codes are about, in the order in which a rewrite gets there."""
+"""The topics of the codes, in the order of the steps of a rewrite."""
 
 _LEFT = "The attention is not replaced. "
 _DENSE = "The numbers are exact: the kernel reads the mask as a dense operand, or the attention is not replaced. "
@@ -220,7 +220,7 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         "binary-input": Entry(
             "mask",
             "The proof assumes that a mask input holds only 0 and 1.",
-            "Every attention_mask does. Do not pass other numbers to the rewritten module.",
+            "A 2D attention_mask of transformers does. Do not pass other numbers to the rewritten module.",
         ),
         "empty-rows-dense": Entry(
             "empty",

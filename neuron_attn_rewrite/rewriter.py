@@ -1,4 +1,4 @@
-"""The whole way: capture, find, prove, choose, replace, verify, report."""
+"""All steps of a rewrite: capture, find, prove, choose, replace, verify, report."""
 
 from __future__ import annotations
 

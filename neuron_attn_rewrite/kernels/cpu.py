@@ -22,13 +22,13 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 TILE_ROWS = 256
 """Query rows of a tile. Fewer rows skip more keys; more rows make larger matrix products."""
 TILE_SCORES = 2**21
-"""Elements of a score tile where scores are stored: 8 MB in float32."""
+"""Elements of a tile of scores, if scores are stored: 8 MB in float32."""
 WORTH_A_CALL = 2**25
-"""Multiplications of a batch element from which its own keys, trimmed to what it sees, are worth a call."""
+"""A batch element with at least this many multiplications gets its own call, with only the keys that it sees."""
 FEW_ROWS = 16
-"""Up to here, the rows of a group of heads are better off together."""
+"""With at most this many rows, it is faster to compute the rows of a group of heads together."""
 GROUPED_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-"""The flash kernel takes fewer heads in key and value than in query."""
+"""Whether PyTorch's flash kernel takes fewer heads in key and value than in query."""
 EVERY = slice(None)
 
 
@@ -51,13 +51,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor
 
 
 def _is_plain(terms: Terms) -> bool:
-    """Full attention, or causal aligned at the top left, with nothing else."""
+    """Whether it is full attention, or causal attention aligned at the top left, without other terms."""
     others = (terms.band_lower, terms.key_padding, terms.bounds, terms.bias, terms.softcap, terms.sink)
     return terms.band_upper in (None, 0) and all(other is None for other in others)
 
 
 def _batch_parts(query: Tensor, key: Tensor, terms: Terms) -> list[slice]:
-    """The whole batch at once, or one by one where elements see different keys and are large."""
+    """The whole batch as one part, or one part for each element if the elements are large and see different keys."""
     batch, heads, q_len, head_dim = query.shape
     differ = any(t is not None and t.shape[0] > 1 for t in (terms.key_padding, terms.bounds, terms.bias))
     if differ and heads * q_len * key.shape[2] * head_dim >= WORTH_A_CALL:
@@ -98,13 +98,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
 
 
 def _span(tensor: Tensor, part: slice) -> Tensor:
-    """Part of dim 2. Small calls notice the views that are not made."""
+    """Part of dim 2. The whole dim needs no view, which saves time in small calls."""
     return tensor if part.stop - part.start == tensor.shape[2] else tensor[:, :, part]
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows that see some of the keys, which ones by `mask` and `causal`."""
+    """Some rows and keys. `mask` and `causal` say which of the keys each row sees."""
 
     rows: slice
     keys: slice

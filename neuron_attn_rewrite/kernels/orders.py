@@ -1,4 +1,4 @@
-"""The order of the dims of operands: BHSD as in the documentation, or another one, so that no transpose is needed."""
+"""The order of the dims of operands: BHSD, or another order that saves a transpose."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 ORDERS: Mapping[str, tuple[int, int, int, int]] = MappingProxyType(
     {"BHSD": (0, 1, 2, 3), "BSHD": (0, 2, 1, 3), "BHDS": (0, 1, 3, 2)}
 )
-"""Batch, heads, length (S) and dim, and the permutation between BHSD and each order: every one is its own inverse."""
+"""The permutation between BHSD (batch, heads, length, dim) and each order. Every permutation is its own inverse."""
 PLAIN = "BHSD"
 
 
 def turned(tensor: Tensor, given: str, wanted: str) -> Tensor:
-    """A tensor in another order: both permutations as one, and none where they cancel."""
+    """A tensor in another order, by at most one permutation."""
     if given == wanted:
         return tensor
     to_plain, from_plain = ORDERS[given], ORDERS[wanted]
@@ -40,7 +40,7 @@ class Orders:
 
     @classmethod
     def read(cls, text: str) -> Orders:
-        """From the op's argument: four orders of `ORDERS` between commas.
+        """Read the op's argument: four orders of `ORDERS`, separated by commas.
 
         Raises:
             ValueError: it is something else.

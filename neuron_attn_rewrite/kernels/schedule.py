@@ -17,7 +17,7 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 
 NO_BLOCK = -1
-"""A block of a tile of keys that holds none."""
+"""The block number of a place in a tile of keys that has no block."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Schedule:
     """What `neuron_attn::flash_paged` takes besides its tensors, all int32."""
 
     tile_q: Tensor
-    """[tiles]: rows `128 * tile_q[t]` to `128 * tile_q[t] + 127` ..."""
+    """[tiles]: tile t has the query rows `128 * tile_q[t]` to `128 * tile_q[t] + 127`."""
     tile_kv: Tensor
-    """[tiles]: ... meet the keys of the blocks `kv_blocks[tile_kv[t]]`."""
+    """[tiles]: tile t has the keys of the blocks `kv_blocks[tile_kv[t]]`."""
     kv_blocks: Tensor
     """[kv_tiles, kv_tile / block_size]: numbers of blocks in the cache, -1 for none."""
     tile_bounds: Tensor
     """[tiles, 128, 2]: the columns [lo, hi) of the tile that each row sees."""
     active_bounds: Tensor
-    """[q_len, 2]: the new keys [lo, hi) that each row sees, its own the last."""
+    """[q_len, 2]: the new keys [lo, hi) that each row sees. The last one is its own key."""
 
     @property
     def loads(self) -> int:
@@ -61,7 +61,7 @@ def make_schedule(
     is padding, which sees nothing and loads nothing.
 
     Raises:
-        InputError: lengths that do not fit each other, or sizes that do not suffice.
+        InputError: the lengths do not fit each other, or a size is too small.
     """
     total = sum(query_lens)
     q_len = total if q_len is None else q_len
@@ -111,7 +111,7 @@ def make_schedule(
 
 
 def _tiles(lo: Tensor, hi: Tensor, kv_tile: int, kv_tiles: int) -> tuple[list[tuple[int, int]], Tensor]:
-    """The (kv tile, q tile) in which some row sees a key, by kv tile first, and what their rows see."""
+    """The pairs (kv tile, q tile) in which some row sees a key, sorted by kv tile, and the keys that their rows see."""
     q_tiles = -(-len(lo) // ROWS)
     start = (torch.arange(kv_tiles, dtype=torch.int32) * kv_tile)[:, None, None]
     rows = torch.zeros(2, q_tiles * ROWS, dtype=torch.int32)

@@ -26,7 +26,7 @@ from neuron_attn_rewrite.strategy.open_sizes import computed_sizes, names_of_inp
 
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
-"""Larger bounds are reduced to this one. No tensor has so many keys, and int32 can hold it."""
+"""Larger bounds are reduced to this one. No tensor has so many keys, and the number fits int32."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -125,7 +125,7 @@ class Emitter:
         return self._joined(aten.logical_and.default, site.output, vectors)
 
     def _bias(self, dense: tuple[Dense, ...], output: fx.Node) -> fx.Node | None:
-        """The sum of all dense terms. None is expanded to more than its own dims."""
+        """The sum of all dense terms. Their broadcast dims are not expanded."""
         return self._joined(aten.add.Tensor, output, [self._moved(self._additive(d), d.layout) for d in dense])
 
     def _additive(self, dense: Dense) -> fx.Node:

@@ -1,4 +1,4 @@
-"""The report as plain data. It decides nothing: every sentence in it was a reason before."""
+"""The report as plain data. It makes no decisions: every sentence in it is a `Reason` of an earlier step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class NodeReport:
     """None where the result is not one tensor."""
     dtype: torch.dtype | None = None
     role: str = "kept"
-    """What the node is to its attention. Its own: "kept", "added", "removed", or "mask" (removed, and there only to
-    make a mask). What it reads: "query", "key", "value", or "operand" for anything else."""
+    """The role of the node in its attention. A node of the attention is "kept", "added", "removed", or "mask" (removed,
+    and only used to make a mask). A node that it reads is "query", "key", "value", or "operand" for anything else."""
 
     @property
     def is_operand(self) -> bool:
@@ -55,7 +55,7 @@ class SiteReport:
     source: str = ""
     """The line of the model's own code, such as `transformers/models/llama/modeling_llama.py:205`; "" if unknown."""
     source_code: str = ""
-    """What stands in that line."""
+    """The text of that line."""
     batch: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
@@ -73,10 +73,10 @@ class SiteReport:
     strategy: FlashAttentionStrategy = FlashAttentionStrategy.NONE
     kernel: str = "native"
     gradients: str | None = None
-    """What computes the gradients of a replaced attention: a kernel of the SDK, or "operators"; None where nobody takes
-    them."""
+    """What computes the gradients of a replaced attention: a kernel of the SDK, or "operators"; None if no
+    gradients are needed."""
     reasons: tuple[Reason, ...] = ()
-    """Every rule that spoke, in order."""
+    """The reasons of all rules that applied, in order."""
     before: tuple[NodeReport, ...] = ()
     """The attention as it was, with what it reads, in the order of the graph."""
     after: tuple[NodeReport, ...] = ()

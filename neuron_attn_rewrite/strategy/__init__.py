@@ -1,1 +1,1 @@
-"""Chooses: which kernels can compute an attention, which one is fastest, and what becomes of each site."""
+"""Chooses: which kernels can compute an attention, which one is fastest, and what happens to each site."""

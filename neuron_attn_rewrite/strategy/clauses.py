@@ -122,7 +122,9 @@ GROUPS = Clause(
 )
 SCALE = Clause("scale-not-finite", "scale {p.scale} must be finite", lambda p, _: math.isfinite(p.scale))
 NONZERO_SCALE = Clause(
-    "scale-not-finite", "scale {p.scale} must not be 0: the kernel takes its own", lambda p, _: p.scale != 0
+    "scale-not-finite",
+    "scale {p.scale} must not be 0: the kernel would use its default scale",
+    lambda p, _: p.scale != 0,
 )
 NO_SOFTCAP = Clause("kernel-softcap", "it has no softcap, and here is {p.softcap}", lambda p, _: p.softcap is None)
 NO_BIAS = Clause(

@@ -1,4 +1,4 @@
-"""What becomes of one attention: its mask is proven, a kernel is chosen, and every reason is kept."""
+"""Decides about one attention: proves its mask, chooses a kernel, and keeps every reason."""
 
 from __future__ import annotations
 

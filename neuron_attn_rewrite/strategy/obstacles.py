@@ -1,4 +1,4 @@
-"""Why no kernel call can stand in for an attention, whatever it computes: gradients, writes, readers, open sizes."""
+"""Why no kernel can replace an attention, even if it computes the same: gradients, writes, readers, open sizes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The NKI kernels of prefill, decoding and prefix caching, and one step of them as a kernel of its own.
 
-`prepare` makes every tensor argument from the operands of the op. The rows of several heads lie behind each other, so
-that a kernel indexes one axis of HBM.
+`prepare` makes every tensor argument from the operands of the op. The rows of several heads are on one axis of HBM, one
+head after the other.
 """
 
 from typing import Any
@@ -48,8 +48,8 @@ def flash_fwd(
     """softmax(softcap(scale * q k^T) + bias, sink) v, for `items` kv heads with `group` query heads each.
 
     q is [items * group * q_len, head_dim], k [items * kv_len, head_dim], v [items * kv_len, v_dim], all of them in
-    bfloat16, float16 or float32. If `q_heads`, `k_heads`, `v_heads` or `out_heads` is not 1, so many heads lie side by
-    side in each row. `k_prior` and `v_prior` are keys that come before those of k, with bounds of their own.
+    bfloat16, float16 or float32. If `q_heads`, `k_heads`, `v_heads` or `out_heads` is not 1, each row of that tensor
+    has so many heads side by side. `k_prior` and `v_prior` come before k and v, and have their own bounds.
 
     tiles: `((start,), key_ranges)` for each query tile: its first row, and the keys that it sees of k and of k_prior,
     each as the numbers of a `core.KeyRange`. pairs: `((start, start), key_ranges)` for each two query tiles, one for

@@ -27,7 +27,7 @@ biases are all so low still sees its keys."""
 KEY_BYTES = 80 * 1024
 """SBUF bytes for keys and values, in each partition."""
 ACCEPTED = Accepted(*(((PLAIN, "BSHD"),) * 4))
-"""The heads lie behind each other, or side by side in a row."""
+"""The heads are one after the other, or side by side in a row."""
 STATE_BYTES = 32 * 1024
 """SBUF bytes for the states of query tiles, in each partition."""
 
@@ -140,7 +140,7 @@ def launch(
     bias, row_bias = _biases(terms, scale, kv_len, fold)
     sink = None if terms.sink is None else terms.sink.float()[:, None].expand(heads, min(tiling.ROWS, q_len))
     inside = result
-    if fold:  # The rows of all heads of a group are one tile, behind each other.
+    if fold:  # The rows of all heads of a group are one tile, one head after the other.
         query, order, inside = turned(query, order, PLAIN), PLAIN, PLAIN
         bias = _folded_bias(bias, group, q_len)
         sink = None if sink is None else sink.reshape(kv_heads, group * q_len)

@@ -16,12 +16,12 @@ from neuron_attn_rewrite.kernels.orders import ACCEPTS_PLAIN, AS_GIVEN, Accepted
 from neuron_attn_rewrite.kernels.reference import Terms
 
 Launch: TypeAlias = Callable[[Any, int], Callable[..., Any]]
-"""(kernel, physical cores) to something that takes the kernel's arguments."""
+"""Takes the kernel and the number of physical cores. Gives a function of the kernel's arguments."""
 
 
 @dataclass(frozen=True)
 class How:
-    """How a call runs. It changes no number."""
+    """How a call runs. It does not change the result."""
 
     lnc: int = 1
     """Physical cores."""
@@ -97,7 +97,7 @@ def _attribute(module: str, attribute: str) -> Any:
 
 
 def _parameters(kernel: Any) -> frozenset[str]:
-    """Names of the parameters, of the function inside if a decorator hides it."""
+    """Names of the parameters. If a decorator hides the function, those of the function inside."""
     for candidate in (getattr(kernel, "func", None), getattr(kernel, "sign", None), kernel):
         if isinstance(candidate, inspect.Signature):
             return frozenset(candidate.parameters)
@@ -123,7 +123,7 @@ def nki_jit(kernel: Any, lnc: int) -> Callable[..., Any]:
 
 
 def isa_jit(kernel: Any, lnc: int) -> Callable[..., Any]:
-    """neuronxcc up to SDK 2.28: closed kernels, whose output is an argument; on one core without a grid."""
+    """neuronxcc up to SDK 2.28: kernels without public source. The output is an argument. One core needs no grid."""
     launched = import_module("torch_neuronx.xla_impl.ops").nki_jit()(kernel)
     return launched[(import_module("neuronxcc.nki.language").nc(lnc),)] if lnc > 1 else launched  # type: ignore[no-any-return]
 

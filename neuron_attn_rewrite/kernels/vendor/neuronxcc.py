@@ -71,7 +71,7 @@ def _flash_attn_bwd(
     forward = adapter.forward
     assert forward is not None
     mask = mask_in(terms, query.shape[2], key.shape[2])
-    # Both kernels see the query scaled, and rounded, alike; and neither could be given a scale of 0.
+    # Both kernels get the same scaled and rounded query. Neither takes a scale of 0.
     query_t, key_t, value_t = (t.mT.contiguous() for t in (scaled(query, terms.scale), key, value))
     grid = query.shape[0], _heads(key, lnc)
     shared = _options(mask, 1.0)

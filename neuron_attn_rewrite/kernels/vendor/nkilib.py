@@ -37,16 +37,17 @@ BLOCK = 128
 SEGMENTS = (8192, 4096, 2048, 1024, 512)
 """How many earlier keys attention_segmented_cte can be built to take at a time."""
 PASS = 1024
-"""Keys that are looked at in about the time that each segment takes beside them, by the cost model."""
+"""The fixed time of a segment, by the cost model, as a number of keys that take as long."""
 HIDDEN = -1e30
 """What a hidden key adds to a score: far below any score, and finite in bfloat16 (not in float16)."""
 MOST_HIDDEN = -3e38
-"""The least bias that the kernel may add: its own fill is the least float32."""
+"""The lowest bias that the kernel may add. The kernel itself hides keys with the lowest float32."""
 
 
 def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
-    """query, key and output as [batch * heads, length, dim], or the other way round by the kernel's flags; grouped
-    heads as they are, scale folded into the query.
+    """query, key and output are [batch * heads, length, dim], or [batch * heads, dim, length] by the kernel's flags.
+
+    Grouped heads are not repeated. The scale is folded into the query.
     """
     orders = how.orders
     query, key, value = orders.to(AS_GIVEN, query, key, value)
@@ -86,7 +87,7 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
             "v_prior": folded(value[:, :, : mask.offset]),
             "prior_used_len": used,
         }
-        # Keys behind the band's end are seen by no row.
+        # No row sees the keys after the end of the band.
         key, value = (t[:, :, mask.offset : mask.offset + q_len] for t in (key, value))
     if terms.bias is not None:
         # The kernel computes scale * (q k^T + bias), and its scale is 1 here.
@@ -100,8 +101,9 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
 
 
 def segment(mask: Mask) -> int:
-    """The size of segments that cost least: the last is looked at whole. A window is loaded without segments, but its
-    blocks must fit one, to which the table is padded.
+    """The size of segments that costs least. The kernel computes all keys of the last segment, also unused ones.
+
+    A window is loaded without segments. But its blocks must fit into one segment, and the block table is padded to it.
     """
     if mask.window:
         return SEGMENTS[0]
@@ -111,12 +113,14 @@ def segment(mask: Mask) -> int:
 def _attention_segmented_cte(
     adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How
 ) -> Tensor:
-    """A kv head of a batch element as one request: its keys, as they lie, are the blocks of a cache, and the new ones
-    are the last of them. query and output as [requests * group, length, dim], the output as [.., dim, length] if asked.
+    """A kv head of a batch element is one request. Its keys are the blocks of a cache, without a copy.
+
+    The new keys are the last of them. query and output are [requests * group, length, dim]. If the result is in the
+    order BHDS, the output is [requests * group, dim, length].
     """
     batch, heads, q_len, dim = query.shape
     mask = mask_in(terms, q_len, key.shape[2])
-    # Keys behind the last row's own are seen by no row.
+    # No row sees the keys after the last row's own key.
     k_cache, v_cache = (t[:, :, : mask.offset + q_len].reshape(-1, 1, BLOCK, dim) for t in (key, value))
     requests = batch * key.shape[1]
     out: Tensor = adapter(
@@ -139,9 +143,9 @@ def _attention_segmented_cte(
 
 
 def _of_a_rank(terms: Terms, q_len: int, kv_len: int) -> dict[str, Any]:
-    """Every `global_cp_deg`-th row, from the rank on, of causal attention: unlike bounds it skips tiles.
+    """The arguments for a rank with every `global_cp_deg`-th row of causal attention. Unlike bounds, they skip tiles.
 
-    That the bounds are these has been proven, or the strategy would be another one: the first row tells the rank.
+    This strategy is only chosen if the bounds are proven to be these. So the first row gives the rank.
     """
     assert terms.bounds is not None
     return {
