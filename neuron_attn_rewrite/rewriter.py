@@ -76,10 +76,11 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
         trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
         config = replace(config, gradients=trains)
     prover = Prover(module, config)
-    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator)]
+    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator, config.strict)]
     before = snapshot(module.graph)
     replaced = [verdict for verdict in verdicts if isinstance(verdict, Verdict) and verdict.is_replaced]
-    grafts = graft(module, replaced, prover.writes.changed)
+    grafts, failed = graft(module, replaced, prover.writes.changed, config.strict)
+    verdicts = [failed.get(id(verdict), verdict) for verdict in verdicts]
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
     module.meta[PROVEN_BUFFERS] = commit(module, accepted)

@@ -253,6 +253,9 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
     except NotAnalysed as error:
         return _untouched(module, config, error.reason)
     except Exception as error:  # a defect of this package must not break a model that runs without it
+        if config.strict:
+            raise
+        LOG.debug("the analysis of a graph failed", exc_info=True)
         words = (
             f"the analysis failed, and the graph is passed on unchanged: {type(error).__name__}: {first_line(error)}"
         )

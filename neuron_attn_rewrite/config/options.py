@@ -89,7 +89,11 @@ class RewriteConfig:
     """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
     than the tolerance. Compare the captured graph with the model, and warn if they differ."""
     require: int | Literal["all"] | None = None
-    """How many attentions must be replaced: exactly this number, or "all" that are found. Else a `RewriteError`."""
+    """How many attentions must be replaced: exactly this number, or "all" that are found, at least one. Else a
+    `RewriteError`."""
+    strict: bool = False
+    """Whether an internal error in the analysis of one attention is raised. If not, this attention is not replaced, its
+    reason has the code `internal-error`, and the rest of the model is rewritten."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     """Largest accepted difference by dtype, relative to the largest output. A dtype that is not named keeps its
     default: float64 1e-9, float32 2e-5, bfloat16 1.6e-2, float16 2e-3."""
