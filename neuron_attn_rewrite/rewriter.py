@@ -17,6 +17,7 @@ from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
+from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
 from neuron_attn_rewrite.replace.verify import capture_error, compare
@@ -56,6 +57,7 @@ def rewrite(
     captured = capture(model, args, kwargs, dynamic_shapes)
     drift = capture_error(model, captured) if config.verify else None
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
+    LOG.info("%s", report)
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return RewrittenModule.wrap(captured.module, report)

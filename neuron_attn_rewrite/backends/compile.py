@@ -6,7 +6,6 @@ passes it to an inner backend. A graph in which nothing is replaced is passed on
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +29,12 @@ from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.nodes import module_path
-from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.reasons import LOG, Reason
 from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
-LOG = logging.getLogger("neuron_attn_rewrite")
 PREFERRED = ("neuron", "neuron_libtorch")
 """The default inner backends: the first that is installed is used."""
 EXTRAS: Mapping[str, str] = {
