@@ -282,7 +282,7 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
 
 
 def _without_scores(sites: Sequence[SiteReport]) -> list[SiteReport]:
-    """The replaced attentions of whose size nothing else is: no bias of a kernel call, and no attention that was kept."""
+    """The replaced attentions of a size that no dense bias and no kept attention has."""
     others = {(s.q_len, s.kv_len) for s in sites if s.bias is not None or not s.is_replaced}
     return [site for site in sites if site.is_replaced and (site.q_len, site.kv_len) not in others]
 

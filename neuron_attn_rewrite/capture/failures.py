@@ -78,7 +78,9 @@ def _check_shape(where: str, value: Any, shape: Any) -> None:
         for name, part, of_part in pairs:
             _check_shape(f"{where}[{name!r}]", part, of_part)
         return
-    dims = dict(shape) if isinstance(shape, dict) else dict(enumerate(shape)) if isinstance(shape, (tuple, list)) else {}
+    dims = (
+        dict(shape) if isinstance(shape, dict) else dict(enumerate(shape)) if isinstance(shape, (tuple, list)) else {}
+    )
     for dim, size in dims.items():
         if not isinstance(dim, int) or not 0 <= dim < value.dim():
             raise InputError(

@@ -16,9 +16,7 @@ from neuron_attn_rewrite.reasons import internal_error
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
 
-def find(
-    module: fx.GraphModule, evaluator: Evaluator, strict: bool = True
-) -> list[AttentionSite | UnknownAttention]:
+def find(module: fx.GraphModule, evaluator: Evaluator, strict: bool = True) -> list[AttentionSite | UnknownAttention]:
     """The attentions of a graph. The graph is not changed.
 
     Args:

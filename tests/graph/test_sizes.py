@@ -327,8 +327,8 @@ def test_a_size_that_is_another_one_and_a_number() -> None:
         call = inputs(length)
         torch.testing.assert_close(rewritten(*call), Cached()(*call))
     for wrong in (65, 0):
-        with pytest.raises(InputError, match="argument 'mask' .* is at least 1 and at most 64"):
+        with pytest.raises(InputError, match=r"argument 'mask' .* is at least 1 and at most 64"):
             rewritten(*inputs(wrong))
     new, mask, _ = inputs(5)
-    with pytest.raises(InputError, match="argument 'cache' .*: 7 is not 5"):
+    with pytest.raises(InputError, match=r"argument 'cache' .*: 7 is not 5"):
         rewritten(new, mask, inputs(7)[2])
