@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from neuron_attn_rewrite.errors import RewriteError
+
+LOG = logging.getLogger("neuron_attn_rewrite")
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,39 @@ class Reason(str):
 
     code: str
     """A key of `REASONS`."""
+    traceback: str
+    """Where an internal error was raised. Empty for every other reason."""
 
-    def __new__(cls, code: str, text: str) -> Reason:
+    def __new__(cls, code: str, text: str, traceback: str = "") -> Reason:
         reason = super().__new__(cls, text)
-        reason.code = code
+        reason.code, reason.traceback = code, traceback
         REASONS[code]
         return reason
 
-    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        return self.code, str(self)
+    def __getnewargs__(self) -> tuple[str, str, str]:  # type: ignore[override]
+        return self.code, str(self), self.traceback
 
     def behind(self, words: str) -> Reason:
         """The same reason with some words in front of it."""
-        return Reason(self.code, words + self)
+        return Reason(self.code, words + self, self.traceback)
+
+
+def internal_error(error: Exception, strict: bool) -> Reason:
+    """The reason for a site whose analysis failed. Its traceback goes to the log at level DEBUG.
+
+    Raises:
+        Exception: `error` itself, if `strict` is set or if it is an error that this package raises on purpose.
+    """
+    if strict or isinstance(error, RewriteError):
+        raise error
+    trace = "".join(traceback.format_exception(error))
+    LOG.debug("internal error in the analysis of one attention:\n%s", trace)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    words = (
+        f"internal error: {type(error).__name__}: {first}. This is a defect of neuron_attn_rewrite: please report it "
+        "with the traceback, which is in report.to_json() and in the log at level DEBUG"
+    )
+    return Reason("internal-error", words, trace)
 
 
 TOPICS: Mapping[str, str] = MappingProxyType(
@@ -68,6 +94,12 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "graph",
             "A graph of torch.compile can't be traced to ATen operators.",
             _LEFT + "The report quotes the tracer. `rewrite` captures in another way and may succeed.",
+        ),
+        "internal-error": Entry(
+            "graph",
+            "The analysis of this attention failed with an error of Python. This is a defect of this package.",
+            _LEFT + "The rest of the model is rewritten. Please report it, with the `traceback` of the site in "
+            "`report.to_json()`. `RewriteConfig(strict=True)` raises the error instead.",
         ),
         "beside-checkpoint": Entry(
             "graph",

@@ -17,6 +17,7 @@ from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
+from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
 from neuron_attn_rewrite.replace.verify import capture_error, compare
@@ -56,6 +57,7 @@ def rewrite(
     captured = capture(model, args, kwargs, dynamic_shapes)
     drift = capture_error(model, captured) if config.verify else None
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
+    LOG.info("%s", report)
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     return RewrittenModule.wrap(captured.module, report)
@@ -76,10 +78,11 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
         trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
         config = replace(config, gradients=trains)
     prover = Prover(module, config)
-    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator)]
+    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator, config.strict)]
     before = snapshot(module.graph)
     replaced = [verdict for verdict in verdicts if isinstance(verdict, Verdict) and verdict.is_replaced]
-    grafts = graft(module, replaced, prover.writes)
+    grafts, failed = graft(module, replaced, prover.writes, config.strict)
+    verdicts = [failed.get(id(verdict), verdict) for verdict in verdicts]
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
     module.meta[PROVEN_BUFFERS] = commit(module, accepted)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
 from neuron_attn_rewrite.config.options import TOLERANCES
 
-ALWAYS = RewriteConfig(policy="always")
+ALWAYS = RewriteConfig(policy="always", strict=True)
 
 
 class Function(nn.Module):

@@ -6,7 +6,6 @@ passes it to an inner backend. A graph in which nothing is replaced is passed on
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +29,12 @@ from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import ConfigError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.nodes import module_path
-from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.reasons import LOG, Reason
 from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
-LOG = logging.getLogger("neuron_attn_rewrite")
 PREFERRED = ("neuron", "neuron_libtorch")
 """The default inner backends: the first that is installed is used."""
 EXTRAS: Mapping[str, str] = {
@@ -253,6 +251,9 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
     except NotAnalysed as error:
         return _untouched(module, config, error.reason)
     except Exception as error:  # a defect of this package must not break a model that runs without it
+        if config.strict:
+            raise
+        LOG.debug("the analysis of a graph failed", exc_info=True)
         words = (
             f"the analysis failed, and the graph is passed on unchanged: {type(error).__name__}: {first_line(error)}"
         )

@@ -10,7 +10,8 @@ from torch import nn
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
 
@@ -31,9 +32,13 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
         InputError: the example inputs are missing or don't fit the model.
     """
     config = replace(RewriteConfig.of(config), require=None)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"explain needs a model, an nn.Module, not {type(model).__name__}.")
     model = getattr(model, "_orig_mod", model)
     try:
         captured = capture(model, args, kwargs)
-        return rewrite_graph(captured.module, captured.inputs, config)
+        report = rewrite_graph(captured.module, captured.inputs, config)
     except CaptureError:
-        return explain_graphs(model, args, kwargs, config)
+        report = explain_graphs(model, args, kwargs, config)
+    LOG.info("%s", report)
+    return report

@@ -11,6 +11,7 @@ the keys. While a model is captured (torch.export, torch.compile), its graph get
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.errors import RewriteError
+from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, MaskSpec
@@ -34,6 +35,10 @@ from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
 
 NAME = "neuron_nki"
+OURS = "_neuron_attn_rewrite_registration"
+"""The attribute of an attention function that this module registered, with its `Registration`."""
+_BUILT_IN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Names that transformers knows, whether or not it has registered them."""
 MASK = "_neuron_attn_rewrite_mask"
 """The attribute of a mask tensor with its `KnownMask`. A slice or a cast of the tensor does not have it."""
 
@@ -82,11 +87,16 @@ def register_with_transformers(config: RewriteConfig | None = None, *, name: str
 
     Args:
         config: see `RewriteConfig`. `verify` and `require` have no effect.
-        name: what to pass as `attn_implementation`.
+        name: what to pass as `attn_implementation`. A second registration under the same name replaces the first, also
+            for models that are built already. With another configuration it warns. Give another name to have both.
 
     Raises:
+        InputError: `name` is empty, or an attention implementation that is not of this package has it.
         RewriteError: transformers is missing, or older than 4.57.
     """
+    config = RewriteConfig.of(config)
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"register_with_transformers: name must be a word such as {NAME!r}, not {name!r:.80}.")
     try:
         attention = import_module("transformers").AttentionInterface
         masks = import_module("transformers").AttentionMaskInterface
@@ -94,13 +104,23 @@ def register_with_transformers(config: RewriteConfig | None = None, *, name: str
         raise RewriteError(
             "register_with_transformers needs transformers >= 4.57: pip install 'transformers>=4.57'."
         ) from error
-    registration = Registration(RewriteConfig.of(config))
+    registration = Registration(config)
+    known = attention()
+    if name in _BUILT_IN or (name in known and not hasattr(known[name], OURS)):
+        raise InputError(
+            f"register_with_transformers: name={name!r} is an attention implementation of transformers or of another "
+            f"package: choose a name of your own, such as {NAME!r}."
+        )
+    if name in known and getattr(known[name], OURS).config != config:
+        words = f"{name!r} was registered with another configuration: models that use it take the new one from now on."
+        warnings.warn(words, RewriteWarning, stacklevel=2)
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         return _attention(registration, module, query, key, value, attention_mask, **options)
 
+    setattr(forward, OURS, registration)
     attention.register(name, forward)
     masks.register(name, make_mask)
     return registration

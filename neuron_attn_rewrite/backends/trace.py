@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -110,7 +110,8 @@ class TraceCheck:
     expected_kernels: int | None
     """Number of kernel calls in the graph of the module; None if it has no graph."""
     score_buffers: tuple[str, ...]
-    """Shapes of intermediate results that hold a score for each query and key of a replaced attention."""
+    """Shapes of intermediate results that hold a score for each query and key of a replaced attention. Empty for sizes
+    that a dense bias, or an attention that was not replaced, also has."""
     max_error: float | None
     """Largest difference from the module on the CPU, relative to the largest magnitude; None if it was not run."""
     tolerance: float
@@ -163,7 +164,7 @@ def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True)
     lowered = _lower(module, inputs)
     error, tolerance = _difference(module, inputs)
     report = getattr(module, "report", None)
-    sites = report.replaced if isinstance(report, RewriteReport) else ()
+    sites = _without_scores(report.sites) if isinstance(report, RewriteReport) else ()
     calls = module.graph.find_nodes(op="call_function", target=FLASH) if isinstance(module, fx.GraphModule) else None
     check = TraceCheck(
         unused_inputs=lowered.unused_inputs,
@@ -278,6 +279,12 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
             scale = b.where(both, 0).abs().max().clamp_min(1e-30)
             errors.append(float("inf") if differs else float((a - b).where(both, 0).abs().max() / scale))
     return max(errors), tolerance
+
+
+def _without_scores(sites: Sequence[SiteReport]) -> list[SiteReport]:
+    """The replaced attentions of a size that no dense bias and no kept attention has."""
+    others = {(s.q_len, s.kv_len) for s in sites if s.bias is not None or not s.is_replaced}
+    return [site for site in sites if site.is_replaced and (site.q_len, site.kv_len) not in others]
 
 
 def score_buffers(hlo: str, site: SiteReport) -> list[str]:

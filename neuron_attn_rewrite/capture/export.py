@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.dialects import open_masks, plain_transformers, refresh_shapes
+from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
 from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
 from neuron_attn_rewrite.errors import CaptureError, InputError
@@ -172,16 +173,18 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
     """torch.export without Dynamo, and if that fails with it."""
+    check_dynamic_shapes(args, kwargs, dynamic_shapes)
     causes: list[str] = []
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
             masks = contextlib.nullcontext() if dynamic_shapes is None else open_masks()
-            with plain_transformers(), masks, _counters_kept(model), objects_opened(model):
+            with quiet(), plain_transformers(), masks, _counters_kept(model), objects_opened(model):
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
+    refuse_inputs(model, args, kwargs, first)
     sizes = (
         "leave fewer sizes open in dynamic_shapes, as the model turns some into numbers (perhaps not with "
         'attn_implementation="sdpa"); '

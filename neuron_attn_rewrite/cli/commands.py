@@ -11,17 +11,20 @@ from typing import Any
 
 import click
 import torch
+from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.cli import doctor as diagnosis
-from neuron_attn_rewrite.cli.models import Loaded, load
-from neuron_attn_rewrite.cli.options import CONFIG, MODEL, OUTPUT, asked_of, config_of
+from neuron_attn_rewrite.cli.models import Loaded, is_function, load, memory_note
+from neuron_attn_rewrite.cli.options import CONFIG, FILE, MODEL, OUTPUT, REQUIRE, SDK, STDOUT, asked_of, config_of
 from neuron_attn_rewrite.cli.progress import note, quiet, working
+from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.rules import SDKS
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.report import RewriteReport
+from neuron_attn_rewrite.report.requirements import check_required
 from neuron_attn_rewrite.rewriter import rewrite
 from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
 from neuron_attn_rewrite.strategy.tables import table
@@ -33,8 +36,9 @@ def run(arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code. An error is printed in one line; `--debug` adds the traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    words = [a for a in given if a != "--debug"] or ["--help"]
     try:
-        result = app.main([a for a in given if a != "--debug"], prog_name=NAME, standalone_mode=False)
+        result = app.main(words, prog_name=NAME, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         where = f" ({error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
@@ -64,7 +68,7 @@ Examples:
   {NAME} explain llama --size full --seq-len 8192 --html report.html
   {NAME} explain ./my-model --attn sdpa --json before.json
   {NAME} explain model.py:make
-  {NAME} verify bert --seq-len 512
+  {NAME} verify bert --seq-len 512 --policy always
   {NAME} diff before.json after.json
 
 Shell completion: eval "$(_NEURON_ATTN_REWRITE_COMPLETE=bash_source {NAME})", or zsh_source, fish_source."""
@@ -90,10 +94,14 @@ Examples:
   {NAME} explain llama --size full --seq-len 8192 --html report.html
   {NAME} explain mistral --set sliding_window=1024 --attn eager
   {NAME} explain llava --part vision_tower
-  {NAME} explain bert --policy always --no-mask"""
+  {NAME} explain bert --policy always --no-mask
+  {NAME} explain bert --seq-len 512 --json - --require all    for a script
+
+A file named - is standard output. The report then goes to standard error."""
 )
 @MODEL
 @CONFIG
+@REQUIRE
 @click.option("--html", type=OUTPUT, help="Write the report as an HTML page.")
 @click.option("--json", type=OUTPUT, help="Write the report as JSON.")
 @click.option("--markdown", type=OUTPUT, help="Write the report as Markdown.")
@@ -102,9 +110,18 @@ Examples:
     "--reproducer", "site", metavar="SITE", help="Print a script that rebuilds one attention, instead of the report."
 )
 def explain(
-    html: Path | None, json: Path | None, markdown: Path | None, dot: Path | None, site: str | None, **given: Any
-) -> None:
+    html: Path | None,
+    json: Path | None,
+    markdown: Path | None,
+    dot: Path | None,
+    site: str | None,
+    require: int | str | None,
+    **given: Any,
+) -> int:
     """Report what would be replaced, by what, and why. Weights are not read, so a model may have any size."""
+    on_stdout = [path for path in (html, json, markdown, dot) if path == STDOUT]
+    if len(on_stdout) + (site is not None) > 1:
+        raise click.UsageError("only one form of the report can go to standard output.", click.get_current_context())
     report = _report(given)
     for path, text in (
         (html, report.to_html),
@@ -112,51 +129,103 @@ def explain(
         (markdown, report.to_markdown),
         (dot, report.to_dot),
     ):
-        if path is not None:
+        if path == STDOUT:
+            click.echo(text())
+        elif path is not None:
             path.write_text(text(), encoding="utf-8")
             click.echo(f"wrote {path}", err=True)
     if site is not None:
         click.echo(report.reproducer(int(site) if site.lstrip("-").isdigit() else site), nl=False)
     else:
-        click.echo(report.to_text())
+        click.echo(report.to_text(color=False if on_stdout else None), err=bool(on_stdout))
+    return _required(report, require)
+
+
+def _required(report: RewriteReport, require: Any) -> int:
+    """The exit code: 1, with a line that says so, if not as many attentions are replaced as `--require` wants."""
+    try:
+        check_required(report, RewriteConfig(require=require))
+    except RewriteError as error:
+        lines = str(error).replace(f"RewriteConfig.require={require!r}", f"--require {require}").splitlines()
+        click.echo("\n".join(["not met: " + lines[0], *lines[1:]]), err=True)
+        return 1
+    return 0
 
 
 @app.command(
     epilog=f"""\b
 Examples:
   {NAME} verify llama
+  {NAME} verify bert --seq-len 512 --policy always --require all
   {NAME} verify ./my-model --dtype fp32    with the weights of the directory"""
 )
 @MODEL
 @CONFIG
-def verify(**given: Any) -> int:
-    """Rewrite a model, run it and the original, and compare. Exit code 1 if they differ by more than the tolerance."""
+@REQUIRE
+def verify(require: int | str | None, **given: Any) -> int:
+    """Rewrite a model, run it and the original on other inputs, and compare.
+
+    Exit code 1 if they differ by more than the tolerance, or if nothing was replaced.
+    """
     config, loaded = config_of(given, True), _loaded(given, numbers=True)
     with working(f"rewriting {type(loaded.model).__name__}"), quiet():
         rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
     report, limit = rewritten.report, config.tolerance(_dtype_of(loaded))
-    with torch.no_grad(), working("running both models"):
-        old, new = (
-            torch.utils._pytree.tree_leaves(m(*loaded.args, **loaded.kwargs)) for m in (loaded.model, rewritten)
+    if not report.replaced:
+        click.echo(report.to_text())
+        click.echo()
+        click.echo(
+            "nothing was replaced, so there is nothing to compare. The report says why; --policy always takes a kernel "
+            "wherever one can compute the attention."
         )
-    worst = 0.0
-    for a, b in zip(old, new, strict=True):
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
-            scale = a.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            worst = max(worst, float((a.double() - b.double()).abs().max() / scale))
+        return 1
+    assert loaded.fresh is not None
+    args, kwargs = loaded.fresh()
+    if _same(loaded, args, kwargs):
+        note("the function returns the same inputs each time: draw them at random to compare on others.")
+    with torch.no_grad(), working("running both models"), quiet():
+        old, new = (pytree.tree_leaves(m(*args, **kwargs)) for m in (loaded.model, rewritten))
+    worst = max((_difference(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
     layers = max((s.max_error for s in report.sites if s.max_error is not None), default=0.0)
     put_back = [s for s in report.kept if any(r.code == "put-back" for r in s.reasons)]
     click.echo(report.to_text())
     click.echo()
     click.echo(f"each attention   at most {layers:.1e} of its largest output (tolerance {limit:g})")
-    click.echo(f"whole model      {worst:.1e} of its largest output")
     fine = not put_back and worst <= 10 * limit
+    if worst == float("inf"):
+        click.echo("whole model      NaN or infinities at other places, or other shapes")
+    else:
+        click.echo(f"whole model      {worst:.1e} of its largest output (tolerance {10 * limit:g})")
     click.echo("the outputs agree" if fine else "the outputs differ")
-    return 0 if fine else 1
+    return _required(report, require) if fine else 1
+
+
+def _difference(a: Any, b: Any) -> float:
+    """The largest difference of two outputs, relative to the largest finite magnitude of `a`.
+
+    Infinite if one has NaN or an infinity where the other has not, or if the shapes differ. 0 for what is no
+    floating-point tensor.
+    """
+    if not isinstance(a, torch.Tensor) or not a.is_floating_point() or not a.numel():
+        return 0.0
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+        return float("inf")
+    a, b = a.double(), b.double()
+    finite = a.isfinite() & b.isfinite()
+    if not ((a == b) | (a.isnan() & b.isnan()) | finite).all():
+        return float("inf")
+    scale = a.where(finite, 0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((a - b).where(finite, 0).abs().max() / scale)
+
+
+def _same(loaded: Loaded, args: Any, kwargs: Any) -> bool:
+    """Whether these inputs have the values that the model was rewritten with."""
+    pairs = zip(pytree.tree_leaves((loaded.args, loaded.kwargs)), pytree.tree_leaves((args, kwargs)), strict=False)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
 
 
 @app.command()
-@CONFIG
+@SDK
 def strategies(**given: Any) -> None:
     """List the strategies, and the rules by which policy "sdk" chooses one."""
     for strategy in FlashAttentionStrategy:
@@ -221,7 +290,7 @@ def _read(path: Path) -> RewriteReport:
 @app.command()
 @MODEL
 @CONFIG
-@click.option("--out", type=OUTPUT, required=True, help="File for the times. Pass it as RewriteConfig(profile=...).")
+@click.option("--out", type=FILE, required=True, help="File for the times. Pass it as RewriteConfig(profile=...).")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Runs of each call.")
 def profile(out: Path, repeats: int, **given: Any) -> None:
     """Time each kind of attention on the Neuron device of this machine, as a kernel and as native operators."""
@@ -251,6 +320,11 @@ def doctor() -> int:
 
 def _loaded(given: dict[str, Any], numbers: bool) -> Loaded:
     asked = asked_of(given, numbers)
+    if numbers and not is_function(asked.model):
+        with quiet():
+            words = memory_note(asked)
+        if words:
+            note(words)
     with working(f"building {asked.model}"), quiet():
         loaded = load(asked)
     for text in loaded.notes:

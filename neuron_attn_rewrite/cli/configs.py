@@ -66,7 +66,12 @@ def read(word: str) -> Any:
             raise InputError(f"{where} is not a config of transformers: {words}") from error
     known = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
     if word not in known:
-        close = difflib.get_close_matches(word, known, n=3)
+        close = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=3)
+        if "/" in word:
+            raise InputError(
+                f"{word!r} is not a file or a directory. If it is a model of the Hugging Face Hub, which is not "
+                "downloaded here: pass a directory with its config.json, or its model type, such as llama."
+            )
         hint = f"did you mean {', '.join(close)}?" if close else "give a model type such as llama or bert."
         raise InputError(f"{word!r} is not a file, a directory or a model type: {hint}")
     return transformers.AutoConfig.for_model(word)

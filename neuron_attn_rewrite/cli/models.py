@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ class Loaded:
     """What the user may not expect, one sentence each."""
     is_small: bool = False
     """Whether the model is small enough to be run here."""
+    fresh: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    """Other inputs of the same shapes, positional and by keyword. Token ids have padding in their mask."""
+
+
+def is_function(word: str) -> bool:
+    """Whether MODEL is a function in a file, such as `model.py:make`."""
+    file, colon, _ = word.rpartition(":")
+    return bool(colon) and file.endswith(".py")
 
 
 def load(asked: Asked) -> Loaded:
@@ -61,16 +70,67 @@ def load(asked: Asked) -> Loaded:
         InputError: MODEL names nothing that can be loaded, or no inputs are known for it.
         RewriteError: transformers is not installed.
     """
-    file, colon, function = asked.model.rpartition(":")
-    if colon and file.endswith(".py"):
-        return Loaded(*from_function(Path(file), function))
+    if is_function(asked.model):
+        file, _, function = asked.model.rpartition(":")
+        return Loaded(*from_function(Path(file), function), fresh=lambda: from_function(Path(file), function)[1:])
     if asked.model.endswith(".py"):
         raise InputError(
             f"{asked.model} is a Python file. Name its function that returns (model, inputs): {asked.model}:make."
         )
+    config, size = _config(asked)
+    notes = () if configs.is_type(asked.model) else configs.misspelt_fields(config, Path(asked.model))
+    weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
+    model = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=weights, numbers=asked.numbers)
+    part = model if asked.part is None else _part(model, asked.part)
+    given = inputs(part, asked.batch, asked.seq_len, asked.mask)
+    if part is model:
+        notes += _towers_without_input(model, given)
+    return Loaded(
+        part,
+        (),
+        given,
+        notes,
+        size == "tiny",
+        lambda: ((), _padded(inputs(part, asked.batch, asked.seq_len, asked.mask))),
+    )
+
+
+def _padded(given: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with padding on the right: an eighth of the first sequence."""
+    mask = given.get("attention_mask")
+    if mask is not None and mask.shape[1] >= 8:
+        mask[0, -(mask.shape[1] // 8) :] = 0
+    return given
+
+
+LARGE = 2**30
+"""Bytes of weights above which a note says how much memory they take."""
+
+
+def memory_note(asked: Asked) -> str:
+    """How much memory the weights of a large model will take; "" for a small one. None is taken here.
+
+    Raises:
+        InputError: this machine has less memory.
+    """
+    config, size = _config(asked)
+    if size == "tiny":
+        return ""
+    shapes = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=None, numbers=False)
+    needed = sum(parameter.nbytes for parameter in shapes.parameters())
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    words = f"the weights of {asked.model} take {needed / 2**30:.1f} GiB of memory, and this machine has "
+    words += f"{here / 2**30:.1f} GiB"
+    smaller = "--size tiny or --set num_hidden_layers=1 takes less"
+    if needed > here:
+        raise InputError(f"{words}: {smaller}. explain needs no memory for weights.")
+    return f"{words}. Running both models may take long: {smaller}." if needed > LARGE else ""
+
+
+def _config(asked: Asked) -> tuple[Any, str]:
+    """The config of the model, and its size, "tiny" or "full"."""
     is_type = configs.is_type(asked.model)
     config = configs.read(asked.model)
-    notes = () if is_type else configs.misspelt_fields(config, Path(asked.model))
     size = asked.size or ("tiny" if is_type else "full")
     if size == "full" and is_type:
         configs.make_full(config, asked.model)
@@ -79,13 +139,7 @@ def load(asked: Asked) -> Loaded:
     configs.change(config, asked.changes)
     configs.make_room(config, asked.seq_len, size == "tiny")
     no_extras(config)
-    weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
-    model = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=weights, numbers=asked.numbers)
-    part = model if asked.part is None else _part(model, asked.part)
-    given = inputs(part, asked.batch, asked.seq_len, asked.mask)
-    if part is model:
-        notes += _towers_without_input(model, given)
-    return Loaded(part, (), given, notes, size == "tiny")
+    return config, size
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from neuron_attn_rewrite.cli.models import DTYPES, Asked
-from neuron_attn_rewrite.config.options import RewriteConfig, choices
+from neuron_attn_rewrite.cli.models import DTYPES, Asked, is_function
+from neuron_attn_rewrite.config.options import KERNEL_NAMES, RewriteConfig, choices
+from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 
 Command = Callable[..., Any]
 
@@ -28,6 +30,14 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: Sequence[
         if "=" not in value:
             raise click.BadParameter(f"{value!r} is not KEY=VALUE.", context, parameter)
     return [(name, text) for name, _, text in (value.partition("=") for value in values)]
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (value or "").split(",") if name.strip())
+    for name in names:
+        if name not in KERNEL_NAMES:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(KERNEL_NAMES)}.", context, parameter)
+    return names
 
 
 def _choice(name: str, **more: Any) -> Callable[[Command], Command]:
@@ -57,11 +67,25 @@ MODEL = _options(
         help="Set a config field.",
     ),
 )
+SDK = _choice("sdk", help="Release of the Neuron SDK, which decides rules and kernels.")
 CONFIG = _options(
     _choice("target", help="Hardware to rewrite for."),
     _choice("lnc", help="Physical cores in a logical NeuronCore."),
     _choice("policy", help="How to decide between a kernel and the native operators."),
-    _choice("sdk", help="Release of the Neuron SDK, which decides rules and kernels."),
+    SDK,
+    click.option(
+        "--strategy", type=click.Choice(list(FlashAttentionStrategy.__members__)), help="Force one on every attention."
+    ),
+    click.option("--kernels", callback=_names, metavar="NAME,...", help="Take only these: see the command kernels."),
+    click.option(
+        "--sites",
+        multiple=True,
+        callback=_pairs,
+        metavar="PATTERN=WISH",
+        help="A strategy or kernel for the attentions whose module path matches. Repeat it for more.",
+    ),
+    _choice("weights", help='If the weights are read too: "beside" replaces the attention and keeps the softmax.'),
+    click.option("--gradients/--no-gradients", default=None, help="Whether gradients will be taken."),
     _choice("padding", help='"right" promises that every batch is padded on the right.'),
     _choice("empty_rows", help='"any" allows any output for a query that sees no key.'),
 )
@@ -77,17 +101,55 @@ class _Output(click.Path):
         return path
 
 
-OUTPUT = _Output(dir_okay=False, writable=True)
+FILE = _Output(dir_okay=False, writable=True)
+OUTPUT = _Output(dir_okay=False, writable=True, allow_dash=True)
+"""A file to write, or `STDOUT`."""
+STDOUT = Path("-")
+"""The file name that stands for standard output."""
+
+
+class _Count(click.ParamType):
+    """A number of attentions, or "all"."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "all" or str(value).isdigit():
+            return value if value == "all" else int(value)
+        return self.fail(f'{value!r} is neither a number nor "all".', param, ctx)
+
+
+REQUIRE = click.option("--require", type=_Count(), help="Exit code 1 unless so many attentions are replaced.")
 
 
 def config_of(given: Mapping[str, Any], verify: bool) -> RewriteConfig:
     """The configuration that the options `CONFIG` ask for."""
     lnc: Any = int(given["lnc"]) if given["lnc"] else None
-    names = ("target", "policy", "sdk", "padding", "empty_rows")
-    return RewriteConfig(lnc=lnc, verify=verify, **{name: given[name] for name in names})
+    names = ("target", "policy", "sdk", "padding", "empty_rows", "kernels", "weights", "gradients")
+    strategies = FlashAttentionStrategy.__members__
+    return RewriteConfig(
+        lnc=lnc,
+        verify=verify,
+        strategy=strategies.get(given["strategy"]),
+        sites={pattern: strategies.get(wish, wish) for pattern, wish in given["sites"]},
+        **{name: given[name] for name in names},
+    )
 
 
 def asked_of(given: Mapping[str, Any], numbers: bool) -> Asked:
-    """The model that the options `MODEL` ask for."""
+    """The model that the options `MODEL` ask for.
+
+    Raises:
+        click.UsageError: MODEL is a function in a file, and an option is for other models.
+    """
     names = ("model", "size", "seq_len", "batch", "dtype", "attn", "mask", "changes", "part")
+    context = click.get_current_context()
+    if is_function(given["model"]):
+        for parameter in context.command.params:
+            chosen = parameter.name and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+            if parameter.name in names[1:] and chosen:
+                raise click.UsageError(
+                    f"{parameter.opts[0]} does not apply to a function in a file: it makes the model and its inputs.",
+                    context,
+                )
     return Asked(**{name: given[name] for name in names}, numbers=numbers)

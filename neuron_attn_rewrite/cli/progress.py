@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import click
+
+PATIENCE = 3.0
+"""Seconds of work after which a line says what is going on, where there is no terminal for a spinner."""
 
 
 def note(text: str) -> None:
@@ -19,9 +23,15 @@ def note(text: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show a spinner while the block runs, if standard error is a terminal."""
+    """Show a spinner while the block runs. Without a terminal, print one line on standard error if it takes long."""
     if not sys.stderr.isatty():
-        yield
+        line = threading.Timer(PATIENCE, click.echo, (f"{what} ...",), {"file": sys.stderr})
+        line.daemon = True
+        line.start()
+        try:
+            yield
+        finally:
+            line.cancel()
         return
     from rich.console import Console
 

@@ -13,6 +13,7 @@ import torch
 
 from neuron_attn_rewrite.config.rules import Rule
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.config.types import fits, in_words
 from neuron_attn_rewrite.errors import ConfigError
 from neuron_attn_rewrite.hardware import HARDWARE
 
@@ -89,7 +90,11 @@ class RewriteConfig:
     """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
     than the tolerance. Compare the captured graph with the model, and warn if they differ."""
     require: int | Literal["all"] | None = None
-    """How many attentions must be replaced: exactly this number, or "all" that are found. Else a `RewriteError`."""
+    """How many attentions must be replaced: exactly this number, or "all" that are found, at least one. Else a
+    `RewriteError`."""
+    strict: bool = False
+    """Whether an internal error in the analysis of one attention is raised. If not, this attention is not replaced, its
+    reason has the code `internal-error`, and the rest of the model is rewritten."""
     tolerances: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
     """Largest accepted difference by dtype, relative to the largest output. A dtype that is not named keeps its
     default: float64 1e-9, float32 2e-5, bfloat16 1.6e-2, float16 2e-3."""
@@ -104,38 +109,25 @@ class RewriteConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, allowed in choices().items():
-            value = getattr(self, name)
-            if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-                raise ConfigError(
-                    f"RewriteConfig.{name}={value!r} is not possible: choose one of {', '.join(map(repr, allowed))}."
-                )
+        self._check_types()
         if self.lnc == 2 and self.target not in TWO_CORE_TARGETS:
             raise ConfigError(
                 f"RewriteConfig.lnc=2 needs one of {', '.join(TWO_CORE_TARGETS)}: {self.target} has no pairs of cores."
             )
-        if self.strategy is not None and not isinstance(self.strategy, FlashAttentionStrategy):
-            raise ConfigError(f"RewriteConfig.strategy={self.strategy!r} is not a FlashAttentionStrategy.")
-        counts = isinstance(self.require, int) and not isinstance(self.require, bool) and self.require >= 0
-        if self.require not in (None, "all") and not counts:
+        if isinstance(self.require, int) and self.require < 0:
             raise ConfigError(f'RewriteConfig.require={self.require!r} is not possible: give a number, "all" or None.')
         for dtype, tolerance in self.tolerances.items():
-            if not isinstance(dtype, torch.dtype) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+            if not fits(dtype, torch.dtype) or not fits(tolerance, float) or not 0 < tolerance < 1:
                 raise ConfigError(
                     f"RewriteConfig.tolerances[{dtype!r}]={tolerance!r}: give a torch.dtype and a number in (0, 1)."
                 )
-        unknown = [name for name in self.kernels if name not in KERNEL_NAMES]
-        if unknown or isinstance(self.kernels, str):
-            raise ConfigError(
-                f"RewriteConfig.kernels={self.kernels!r}: give a tuple of names among {', '.join(KERNEL_NAMES)}."
-            )
         for pattern, wish in self.sites.items():
-            if not isinstance(wish, FlashAttentionStrategy) and wish not in KERNEL_NAMES:
+            if not isinstance(pattern, str) or not fits(wish, FlashAttentionStrategy | Kernel):
                 raise ConfigError(
                     f"RewriteConfig.sites[{pattern!r}]={wish!r}: give a FlashAttentionStrategy, or a kernel among "
                     f"{', '.join(KERNEL_NAMES)}."
                 )
-        if not (isinstance(self.cp_degree, int) and self.cp_degree >= 1 and 0 <= self.cp_rank < self.cp_degree):
+        if not (self.cp_degree >= 1 and 0 <= self.cp_rank < self.cp_degree):
             raise ConfigError(
                 f"RewriteConfig.cp_degree={self.cp_degree!r}, cp_rank={self.cp_rank!r}: "
                 "the rank must lie in [0, cp_degree)."
@@ -144,8 +136,22 @@ class RewriteConfig:
             raise ConfigError("RewriteConfig.strided_context_parallel=True needs cp_degree > 1.")
         rows = tuple(row if isinstance(row, Rule) else Rule.read(row) for row in self.table)
         object.__setattr__(self, "table", rows)
-        object.__setattr__(self, "kernels", tuple(self.kernels))
         object.__setattr__(self, "tolerances", {**TOLERANCES, **self.tolerances})
+
+    def _check_types(self) -> None:
+        """Check that every value has the type of its field. Lists count as tuples.
+
+        Raises:
+            ConfigError: a value has another type, or is not one of those listed.
+        """
+        for name, hint in get_type_hints(RewriteConfig).items():
+            value, allowed = getattr(self, name), choices().get(name)
+            if name in ("table", "kernels") and isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            by_entry = name in ("sites", "tolerances")  # their entries are checked one by one
+            if not fits(value, Mapping[Any, Any] if by_entry else hint):
+                words = f"choose one of {', '.join(map(repr, allowed))}" if allowed else f"give {in_words(hint)}"
+                raise ConfigError(f"RewriteConfig.{name}={value!r:.200} is not possible: {words}.")
 
     @classmethod
     def of(cls, config: RewriteConfig | None) -> RewriteConfig:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.config.types import fits, in_words
 from neuron_attn_rewrite.errors import ConfigError
 
 SDKS = ("2.26", "2.26.1", "2.27", "2.28", "2.29", "2.30", "2.31", "2.32")
@@ -55,6 +56,13 @@ class Rule:
     error: str = ""
     """What NxD Inference raises here."""
 
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Rule).items():
+            if not fits(value := getattr(self, name), hint):
+                raise ConfigError(f"a table row has {name}={value!r:.80}: give {in_words(hint)}.")
+        if self.multiple_of < 1:
+            raise ConfigError(f"a table row has multiple_of={self.multiple_of}: give a number of at least 1.")
+
     def holds(self, case: Case) -> bool:
         """Whether the row fits."""
         asked = {
@@ -101,10 +109,15 @@ class Rule:
         """
         names = [f.name for f in fields(cls)]
         unknown = [name for name in row if name not in names]
-        if unknown or row.get("strategy") not in FlashAttentionStrategy.__members__:
+        if unknown or str(row.get("strategy")) not in FlashAttentionStrategy.__members__:
             raise ConfigError(
                 f"a table row {dict(row)!r} needs a strategy, one of {', '.join(FlashAttentionStrategy.__members__)}, "
                 f"and may have the fields {', '.join(names[1:])}."
             )
-        values = {**row, "strategy": FlashAttentionStrategy[row["strategy"]], "targets": tuple(row.get("targets", ()))}
+        targets = row.get("targets", ())
+        values = {
+            **row,
+            "strategy": FlashAttentionStrategy[str(row["strategy"])],
+            "targets": tuple(targets) if isinstance(targets, list) else targets,
+        }
         return cls(**{"source": "the caller's table", **values})

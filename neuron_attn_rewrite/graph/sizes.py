@@ -106,6 +106,25 @@ def limits_of(limits: Any) -> tuple[int, int | None]:
     return (lower if lower > 2 else 1), upper
 
 
+def _solved(expression: Any, given: int) -> tuple[Any, int | None]:
+    """The one symbol of a linear expression, and its integer value for which the expression is `given`.
+
+    The symbol is None if the expression has none. The value is None if there is none.
+    """
+    if expression.is_Symbol:
+        return expression, given
+    symbols = list(expression.free_symbols)
+    if not symbols:
+        return None, None
+    symbol = symbols[0]
+    factor = expression.coeff(symbol)
+    rest = expression - factor * symbol
+    if len(symbols) > 1 or not factor.is_Integer or not factor or not rest.is_Integer:
+        return symbol, None
+    value, remainder = divmod(given - int(rest), int(factor))
+    return symbol, None if remainder else value
+
+
 def bind(expected: Iterable[int | torch.SymInt], found: Iterable[int], values: dict[sympy.Symbol, int]) -> str | None:
     """Solve expected = found for the symbols, and add them to `values`; return an error if that fails."""
     for size, given in zip(expected, found, strict=True):
@@ -114,11 +133,13 @@ def bind(expected: Iterable[int | torch.SymInt], found: Iterable[int], values: d
                 return f"{given} is not {size}"
             continue
         expression: Any = size.node.expr
-        if expression.is_Symbol and expression not in values:
-            lower, upper = limits_of(size.node.shape_env.var_to_range.get(expression))
-            if given < lower or (upper is not None and given > upper):
-                return f"{expression} is at least {lower}" + ("" if upper is None else f" and at most {upper}")
-            values[expression] = given
+        symbol, solution = _solved(expression.subs(values), given)
+        if symbol is not None:
+            lower, upper = limits_of(size.node.shape_env.var_to_range.get(symbol))
+            if solution is None or solution < lower or (upper is not None and solution > upper):
+                of = "" if symbol == expression else f"{given} is not {expression}, where "
+                return f"{of}{symbol} is at least {lower}" + ("" if upper is None else f" and at most {upper}")
+            values[symbol] = solution
         wanted = expression.subs(values)
         if wanted != given:
             return f"{given} is not {wanted}"

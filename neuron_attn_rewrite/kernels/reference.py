@@ -39,7 +39,9 @@ class Terms:
             band_lower=None if self.band_lower is None else self.band_lower + shift,
             band_upper=None if self.band_upper is None else self.band_upper + shift,
             key_padding=narrow(self.key_padding, batch, keys),
-            bounds=None if self.bounds is None else narrow(self.bounds, batch, rows) - keys.start,
+            bounds=None
+            if self.bounds is None
+            else narrow(self.bounds, batch, rows).clamp(keys.start, keys.stop) - keys.start,
             bias=narrow(self.bias, batch, heads, rows, keys),
             sink=None if self.sink is None else self.sink[heads],
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 
+MOST = 2**31 - 1
+"""The largest number in a schedule, whose tensors are int32."""
 NO_BLOCK = -1
 """The block number of a place in a tile of keys that has no block."""
 
@@ -61,13 +65,26 @@ def make_schedule(
     is padding, which sees nothing and loads nothing.
 
     Raises:
-        InputError: the lengths do not fit each other, or a size is too small.
+        InputError: a number is no integer or out of range, lengths do not fit each other, or sizes do not suffice.
     """
+    query_lens, context_lens = _numbers("query_lens", query_lens), _numbers("context_lens", context_lens)
+    block_tables = [_numbers("block_tables", table) for table in _listed("block_tables", block_tables)]
+    block_size, kv_tile = _number("block_size", block_size, 1), _number("kv_tile", kv_tile, 1)
+    window = None if window is None else _number("window", window, 1, None)
+    window = None if window is None or window > MOST else window  # such a window hides nothing
+    q_len, tiles, kv_tiles = (
+        None if size is None else _number(name, size, 1)
+        for name, size in (("q_len", q_len), ("tiles", tiles), ("kv_tiles", kv_tiles))
+    )
     total = sum(query_lens)
     q_len = total if q_len is None else q_len
     if not len(query_lens) == len(context_lens) == len(block_tables):
         raise InputError("make_schedule: query_lens, context_lens and block_tables must have one entry a request.")
-    if block_size < 1 or kv_tile % ROWS or kv_tile % block_size:
+    if total + sum(context_lens) > MOST:
+        raise InputError(f"make_schedule: all requests together must have at most {MOST} tokens.")
+    if not q_len:
+        raise InputError("make_schedule: the requests must have at least one row. Set q_len for padding alone.")
+    if kv_tile % ROWS or kv_tile % block_size:
         raise InputError(
             f"make_schedule: kv_tile={kv_tile} must be a multiple of {ROWS} and of block_size={block_size}."
         )
@@ -108,6 +125,30 @@ def make_schedule(
     return Schedule(
         q.contiguous(), kv.contiguous(), kv_blocks.view(kv_tiles, per_tile), torch.cat([bounds, padding]), active
     )
+
+
+def _listed(name: str, values: Any) -> Sequence[Any]:
+    """The entries of a list, a tuple, or a tensor."""
+    values = values.tolist() if isinstance(values, Tensor) and not values.is_meta else values
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InputError(f"make_schedule: {name} must be a list with one entry a request, not {values!r:.80}.")
+    return values
+
+
+def _numbers(name: str, values: Any) -> list[int]:
+    return [_number(name, value, 0) for value in _listed(name, values)]
+
+
+def _number(name: str, value: Any, least: int, most: int | None = MOST) -> int:
+    """The value as an integer of Python, if it is one and in range."""
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        words = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"make_schedule: {name} must hold integers {words}, and one is {value!r:.80}.")
+    return number
 
 
 def _tiles(lo: Tensor, hi: Tensor, kv_tile: int, kv_tiles: int) -> tuple[list[tuple[int, int]], Tensor]:

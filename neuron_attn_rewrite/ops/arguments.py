@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,8 @@ from neuron_attn_rewrite.kernels.vendor.adapter import How
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNSHARDED = FlashAttentionStrategy.UNSHARDED_KERNEL.name
 BOUNDS_DTYPES = (torch.int32, torch.int64)
+FARTHEST = 2**30
+"""A limit of a mask farther away than this hides nothing or everything. Kernels compute with 32 bits."""
 KERNELS = ("flash_fwd", *vendor.ADAPTERS)
 """The kernels that `flash_fwd` can launch on a Neuron device: ours, then those of the SDK."""
 SCHEMA_TYPES: Mapping[Any, str] = {
@@ -92,6 +94,8 @@ def split(options: Mapping[str, Any]) -> tuple[Terms, Choice]:
 def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash_fwd", **options: Any) -> Terms:
     """The terms among the keyword arguments of `flash_fwd`. Operands are [batch, heads, length, dim].
 
+    No value of a tensor is read.
+
     Raises:
         InputError: an argument does not fit; the message names it.
     """
@@ -133,13 +137,8 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         ):
             dims = ", ".join(f"{n} | 1" if one else f"{n}" for n, one in zip(full, broadcast, strict=True))
             raise _error(op, name, f"must be [{dims}]", operand)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.device != query.device:
-            raise _error(op, name, f"must be on query's device {query.device}", tensor)
-    for name in ("key_padding", "bounds", "bias", "sink"):
-        operand = getattr(terms, name)
-        if operand is not None and operand.device != query.device:
-            raise _error(op, name, f"must be on query's device {query.device}", operand)
+    others = {name: getattr(terms, name) for name in ("key_padding", "bounds", "bias", "sink")}
+    check_devices(op, query, {"key": key, "value": value, **others})
     if not math.isfinite(terms.scale):
         raise InputError(f"{op}: scale must be finite, not {terms.scale}.")
     if terms.softcap is not None and not 0 < terms.softcap < math.inf:
@@ -153,7 +152,42 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         raise InputError(f"{op}: lnc must be 1 or 2, not {choice.lnc}.")
     if choice.kernel_name not in KERNELS:
         raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {choice.kernel_name!r}.")
-    return terms
+    return replace(terms, band_lower=_near(terms.band_lower), band_upper=_near(terms.band_upper))
+
+
+def _near(limit: int | None) -> int | None:
+    """The same limit of a band, but not farther away than `FARTHEST`."""
+    return None if limit is None else max(-FARTHEST, min(limit, FARTHEST))
+
+
+def check_devices(op: str, query: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Check that every operand is where the query is.
+
+    Raises:
+        InputError: one is on another device; the message names it.
+    """
+    for name, operand in others.items():
+        if operand is not None and operand.device != query.device:
+            raise _error(op, name, f"must be on query's device {query.device}", operand)
+
+
+def check_grad(grad: Tensor, query: Tensor, value: Tensor) -> None:
+    """Check the gradient of the result of `flash_fwd`. Operands are [batch, heads, length, dim].
+
+    Raises:
+        InputError: it has another shape, dtype or device than the result.
+    """
+    shape = (*query.shape[:3], value.shape[3])
+    if grad.shape != shape or grad.dtype != query.dtype:
+        raise _error("flash_bwd", "grad", f"must be {list(shape)}, {query.dtype}", grad)
+    check_devices("flash_bwd", query, {"grad": grad})
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether the values of these tensors can be read without effect: on the CPU, and not while a graph is traced."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return False
+    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)
 
 
 def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.ops import launch, simulated
-from neuron_attn_rewrite.ops.arguments import checked_terms
+from neuron_attn_rewrite.ops.arguments import check_devices, checked_terms, readable
 from neuron_attn_rewrite.ops.paged import FlashPaged
 from neuron_attn_rewrite.ops.prior import FlashPrior
 
@@ -34,6 +34,8 @@ class CachedOp:
     def on_cpu(self, *tensors: Tensor, **options: Any) -> Tensor:
         """On the CPU, or the NKI kernel on the simulator."""
         call = self._checked(tensors, options)
+        if readable(*tensors):
+            call.check_values()
         if (target := simulated.simulating()) is not None and call.query.numel():
             result: Tensor = simulated.run(call.launch(target), target)[0]
             return result
@@ -66,6 +68,8 @@ class CachedOp:
     def _checked(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> FlashPrior | FlashPaged:
         call = self.arguments(*tensors, **options)
         checked_terms(call.query, call.key, call.value, op=self.name, **{name: getattr(call, name) for name in SHARED})
+        others = {field.name: getattr(call, field.name) for field in fields(call)}
+        check_devices(self.name, call.query, {name: t for name, t in others.items() if isinstance(t, Tensor)})
         call.check()
         return call
 

@@ -45,7 +45,7 @@ from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, 
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
 from neuron_attn_rewrite.ops import launch, simulated
-from neuron_attn_rewrite.ops.arguments import Choice, checked_terms, split
+from neuron_attn_rewrite.ops.arguments import Choice, check_grad, checked_terms, split
 
 TENSORS = ("bias", "sink", "key_padding", "bounds")
 """The keyword arguments that are tensors. The first two have gradients."""
@@ -199,11 +199,17 @@ class _Attention(torch.autograd.Function):
         return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=False)), None)
 
 
+def _checked_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Terms:
+    terms = checked_terms(query, key, value, op="flash_bwd", **options)
+    check_grad(grad, query, value)
+    return terms
+
+
 def fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
 ) -> tuple[Tensor, ...]:
     """The results of `flash_bwd` without their values."""
-    terms = checked_terms(query, key, value, **options)
+    terms = _checked_backward(grad, query, key, value, options)
     bias = terms.bias if bias_grad else None
     # An op cannot return an optional tensor: the gradient of an absent operand has no elements.
     return tuple(
@@ -215,7 +221,7 @@ def backward_on_cpu(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
 ) -> tuple[Tensor, ...]:
     """`flash_bwd` on the CPU."""
-    terms = checked_terms(query, key, value, **options)
+    terms = _checked_backward(grad, query, key, value, options)
     return _like_operands(cpu.attention_backward(grad, query, key, value, terms, bias_grad), query, terms)
 
 
@@ -223,7 +229,7 @@ def backward_decomposed(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, bias_grad: bool = False, **options: Any
 ) -> tuple[Tensor, ...]:
     """`flash_bwd` as plain torch operators."""
-    terms = checked_terms(query, key, value, **options)
+    terms = _checked_backward(grad, query, key, value, options)
     by_query, by_key, by_value, by_bias, by_sink = reference.attention_backward(grad, query, key, value, terms)
     by_bias = by_bias if bias_grad else query.new_empty(0)
     return _like_operands((by_query, by_key, by_value, by_bias, by_sink), query, terms)
@@ -240,7 +246,7 @@ def backward_on_device(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """`flash_bwd` by a kernel of the SDK where one can compute it, else as plain torch operators."""
-    terms = checked_terms(query, key, value, **options)
+    terms = _checked_backward(grad, query, key, value, options)
     grads = launch.backward(grad, query, key, value, terms, split(options)[1].lnc, launcher)
     if grads is None:
         return backward_decomposed(grad, query, key, value, bias_grad=bias_grad, **options)

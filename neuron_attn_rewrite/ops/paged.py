@@ -91,11 +91,52 @@ class FlashPaged:
         ):
             if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape:
                 raise _error(name, f"must be int32 {list(shape)}", tensor)
+        if self.kv_blocks.dim() != 2:
+            raise _error("kv_blocks", "must be int32 [kv_tiles, blocks of a tile]", self.kv_blocks)
+        if self.key_cache.shape[0] == 0:
+            raise _error("key_cache", "must have at least one block", self.key_cache)
         keys = self.kv_blocks.shape[1] * self.key_cache.shape[2]
         if not self.tile_q.numel() or keys == 0 or keys % ROWS:
             raise _error(
                 "kv_blocks", f"must hold tiles of a multiple of {ROWS} keys, and there must be one", self.kv_blocks
             )
+
+    def check_values(self) -> None:
+        """Check the values of the schedule.
+
+        Raises:
+            InputError: the schedule names rows, tiles, columns or blocks that do not exist.
+        """
+        tiles, per_tile = self.kv_blocks.shape
+        blocks, columns = self.key_cache.shape[0], per_tile * self.key_cache.shape[2]
+        for name, values, least, end in (
+            ("tile_q", self.tile_q, 0, max(1, -(-self.query.shape[2] // ROWS))),
+            ("tile_kv", self.tile_kv, 0, tiles),
+            ("kv_blocks", self.kv_blocks, -1, blocks),
+            ("tile_bounds", self.tile_bounds, 0, columns + 1),
+        ):
+            if values.numel() and not least <= int(values.min()) <= int(values.max()) < end:
+                wrong = next(v for v in values.flatten().tolist() if not least <= v < end)
+                raise InputError(
+                    f"flash_paged: {name} must lie in [{least}, {end - 1}] for this query and cache, and one is "
+                    f"{wrong}: make the schedule for the same requests and the same cache."
+                )
+        if (
+            self._columns_seen(columns)
+            & (self.kv_blocks < 0)[self.tile_kv].repeat_interleave(self.key_cache.shape[2], 1)
+        ).any():
+            raise InputError(
+                "flash_paged: tile_bounds must not contain columns of absent blocks (-1 in kv_blocks): make the "
+                "schedule for the same requests and the same cache."
+            )
+
+    def _columns_seen(self, columns: int) -> Tensor:
+        """Bool [tiles, columns]: whether some row of the tile sees the column."""
+        lo, hi = self.tile_bounds.long().unbind(2)
+        changes = torch.zeros(len(lo), columns + 1, dtype=torch.int32)
+        some = (lo < hi).int()
+        changes.scatter_add_(1, lo, some).scatter_add_(1, hi, -some)
+        return changes.cumsum(1)[:, :-1] > 0
 
     def decomposed(self) -> Tensor:
         """The result by plain torch operators: all tiles at once, every row against every key, and no value is read."""

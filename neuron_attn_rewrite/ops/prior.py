@@ -21,6 +21,7 @@ from neuron_attn_rewrite.kernels.nki import prepare, tiling
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
 from neuron_attn_rewrite.kernels.nki.tiling import Intervals
 from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.ops.arguments import FARTHEST
 
 NAME = "flash_prior"
 
@@ -40,11 +41,11 @@ class FlashPrior:
     value_prior: Tensor
     """[batch, num_kv_heads, prior_capacity, v_head_dim], the cache."""
     prior_lengths: Tensor
-    """Int [1 | batch]: how many keys of the cache are used. Known only at run time."""
+    """Int [1 | batch]: how many keys of the cache are used, at most all. Known only at run time. Checked on the CPU."""
     _: KW_ONLY
     scale: float
     window: int | None = None
-    """Positions that a row sees, its own included. None for all."""
+    """Positions that a row sees, its own included, at least 1. None for all."""
     prior_mask: Tensor | None = None
     """Bool [1 | batch, prior_capacity], True where a key of the cache is seen."""
     softcap: float | None = None
@@ -81,6 +82,25 @@ class FlashPrior:
         if self.window is not None and self.window < 1:
             raise InputError(f"flash_prior: window must be at least 1, not {self.window}.")
 
+    def check_values(self) -> None:
+        """Check the values of `prior_lengths`.
+
+        Raises:
+            InputError: a length is negative or beyond the capacity of the cache.
+        """
+        capacity = self.key_prior.shape[2]
+        wrong = [n for n in self.prior_lengths.tolist() if not 0 <= n <= capacity]
+        if wrong:
+            raise InputError(
+                f"flash_prior: prior_lengths must lie in [0, {capacity}], the capacity of the cache, and one is "
+                f"{wrong[0]}."
+            )
+
+    @property
+    def nearest(self) -> int | None:
+        """The window, but not larger than `FARTHEST`."""
+        return None if self.window is None else min(self.window, FARTHEST)
+
     def on_cpu(self) -> Tensor:
         """The result on the CPU."""
         return cpu.attention(*self.as_one())
@@ -111,7 +131,7 @@ class FlashPrior:
         q_len, capacity = self.query.shape[2], self.key_prior.shape[2]
         prior, new = self.intervals()
         sources = [
-            prepare.Source("", self.key, self.value, new, _new_keys(q_len, self.window), exact=True),
+            prepare.Source("", self.key, self.value, new, _new_keys(q_len, self.nearest), exact=True),
             prepare.Source(
                 "_prior",
                 self.key_prior,
@@ -130,9 +150,9 @@ class FlashPrior:
         q_len = self.query.shape[2]
         lengths = self.prior_lengths.to(torch.int32)[:, None]
         i = torch.arange(q_len, dtype=torch.int32, device=lengths.device)[None]
-        first = torch.zeros_like(lengths + i) if self.window is None else lengths + i - (self.window - 1)
+        first = torch.zeros_like(lengths + i) if self.nearest is None else lengths + i - (self.nearest - 1)
         prior = Intervals(first, lengths.expand_as(first)).within(self.key_prior.shape[2])
-        return prior, _new_keys(q_len, self.window, lengths.device)
+        return prior, _new_keys(q_len, self.nearest, lengths.device)
 
 
 def _new_keys(q_len: int, window: int | None, device: torch.device | str = "cpu") -> Intervals:

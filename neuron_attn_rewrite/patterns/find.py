@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import fx
 
+from neuron_attn_rewrite.graph.nodes import module_path, op_name
 from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.patterns.softmax_matmul import between, find_softmax_matmul, unknown_softmax
 from neuron_attn_rewrite.patterns.softmaxes import as_softmax
+from neuron_attn_rewrite.reasons import internal_error
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
 
-def find(module: fx.GraphModule, evaluator: Evaluator) -> list[AttentionSite | UnknownAttention]:
-    """The attentions of a graph. The graph is not changed."""
+def find(module: fx.GraphModule, evaluator: Evaluator, strict: bool = True) -> list[AttentionSite | UnknownAttention]:
+    """The attentions of a graph. The graph is not changed.
+
+    Args:
+        module: a normalised graph.
+        evaluator: of the graph.
+        strict: whether an internal error at one node is raised. Otherwise the node is an `UnknownAttention`.
+    """
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     found: list[AttentionSite | UnknownAttention] = []
     covered: set[fx.Node] = set()
     for node in reversed(order):
-        if is_sdpa(node):
-            found.append(find_sdpa(node, evaluator))
-            continue
-        walk = Walk(evaluator)
         try:
-            scores = None if node in covered else as_softmax(walk, node)
-        except Blocked as blocked:
-            found += unknown_softmax(node, blocked.reason)
-            continue
-        if scores is not None:
-            covered |= between(scores.node, [node], order)
-            found += reversed(find_softmax_matmul(node, scores, walk, order))
+            found += reversed(_found_at(node, evaluator, order, covered))
+        except Exception as error:
+            reason = internal_error(error, strict)
+            found.append(UnknownAttention(module_path(node), op_name(node), node, reason))
     return found[::-1]
+
+
+def _found_at(
+    node: fx.Node, evaluator: Evaluator, order: Mapping[fx.Node, int], covered: set[fx.Node]
+) -> Sequence[AttentionSite | UnknownAttention]:
+    """The attentions whose operator or softmax is this node. The nodes of that softmax are added to `covered`."""
+    if is_sdpa(node):
+        return [find_sdpa(node, evaluator)]
+    walk = Walk(evaluator)
+    try:
+        scores = None if node in covered else as_softmax(walk, node)
+    except Blocked as blocked:
+        return list(unknown_softmax(node, blocked.reason))
+    if scores is None:
+        return []
+    covered |= between(scores.node, [node], order)
+    return find_softmax_matmul(node, scores, walk, order)

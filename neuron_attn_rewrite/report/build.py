@@ -63,6 +63,7 @@ def make_report(
                     *source_of(plan.anchor),
                     reasons=(plan.reason,),
                     before=_with_inputs(nodes, before, position, dict.fromkeys(nodes, "kept")),
+                    traceback=plan.reason.traceback,
                 )
             )
             continue

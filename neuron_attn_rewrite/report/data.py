@@ -83,6 +83,8 @@ class SiteReport:
     """What took its place, with what that reads; empty where nothing did."""
     max_error: float | None = None
     """Largest difference on the example inputs, relative to the largest magnitude; None if there was nothing to run."""
+    traceback: str = ""
+    """Where the analysis failed, if the reason is `internal-error`. Empty otherwise."""
 
     @property
     def is_replaced(self) -> bool:

@@ -16,8 +16,13 @@ def check_required(report: RewriteReport, config: RewriteConfig) -> None:
         RewriteError: it is not the number of `config.require`.
     """
     found, replaced = len(report.sites), len(report.replaced)
-    if config.require is None or replaced == (found if config.require == "all" else config.require):
+    if config.require is None or replaced == (max(found, 1) if config.require == "all" else config.require):
         return
+    if not found:
+        raise RewriteError(
+            f"RewriteConfig.require={config.require!r}, but no attention was found in the model: pass the model or the "
+            "submodule that computes the attention, or set require=None."
+        )
     kept = [f"{site.name}: {site.reasons[-1]}" for site in report.kept if site.reasons]
     shown = "".join(f"\n  {line}" for line in kept[:3]) + (f"\n  and {len(kept) - 3} more" if len(kept) > 3 else "")
     raise RewriteError(

@@ -15,7 +15,7 @@ from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
-from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.reasons import Reason, internal_error
 from neuron_attn_rewrite.strategy.arrange import arranged
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
 from neuron_attn_rewrite.strategy.forms import Form, forms
@@ -49,10 +49,18 @@ def decide(site: AttentionSite | UnknownAttention, prover: Prover, config: Rewri
     Args:
         site: as `patterns.find` gives it.
         prover: of the graph.
-        config: see `RewriteConfig`.
+        config: see `RewriteConfig`. With `strict`, an internal error is raised.
     """
     if isinstance(site, UnknownAttention):
         return site
+    try:
+        return _decided(site, prover, config)
+    except Exception as error:
+        reason = internal_error(error, config.strict)
+        return UnknownAttention(site.name, site.pattern, site.anchor, reason)
+
+
+def _decided(site: AttentionSite, prover: Prover, config: RewriteConfig) -> Verdict | UnknownAttention:
     values = examples(prover.module.graph)
     if size := size_from_data(site, values):
         reason = Reason("data-sizes", f"its {size} depends on the values of an input")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from neuron_attn_rewrite import CaptureError, RewriteConfig, RewriteError, collect_reports, explain, rewrite
+from neuron_attn_rewrite import (
+    CaptureError,
+    InputError,
+    RewriteConfig,
+    RewriteError,
+    RewriteWarning,
+    collect_reports,
+    explain,
+    rewrite,
+)
 from neuron_attn_rewrite.backends import huggingface
 from neuron_attn_rewrite.backends.huggingface import Registration, register_with_transformers
 from tests.helpers import ALWAYS, relative_error
@@ -132,6 +142,25 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "import_module", missing)
     with pytest.raises(RewriteError, match=r"needs transformers >= 4\.57: pip install"):
         register_with_transformers()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "paged|sdpa", "", " ", 3])
+def test_names_of_others_are_refused(name: Any) -> None:
+    before = transformers.AttentionInterface().get("sdpa")
+    if isinstance(name, str) and "|" in name and name not in transformers.AttentionInterface():
+        pytest.skip("this transformers has no such implementation")
+    with pytest.raises(InputError, match="register_with_transformers: name"):
+        register_with_transformers(name=name)
+    assert transformers.AttentionInterface().get("sdpa") is before
+
+
+def test_a_second_registration_with_another_configuration_warns() -> None:
+    register_with_transformers(ALWAYS, name="twice")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register_with_transformers(ALWAYS, name="twice")
+    with pytest.warns(RewriteWarning, match="'twice' was registered with another configuration"):
+        register_with_transformers(name="twice")
 
 
 # What wraps a model

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
-from neuron_attn_rewrite.cli import doctor
+from neuron_attn_rewrite.cli import doctor, progress
 from neuron_attn_rewrite.cli.build import Weightless, give_stand_ins
 from neuron_attn_rewrite.cli.commands import run
 from neuron_attn_rewrite.cli.models import Asked, load
@@ -67,6 +68,12 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is, no line says that work goes on."""
+    monkeypatch.setattr(progress, "PATIENCE", 1e6)
+
+
 def test_explain_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forms = {"--html": "r.html", "--json": "r.json", "--markdown": "r.md", "--dot": "r.dot"}
     options = [part for name, file in forms.items() for part in (name, str(tmp_path / file))]
@@ -107,6 +114,93 @@ def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert run(arguments) == 1
     out = capsys.readouterr().out
     assert "the outputs differ" in out and "put-back" in out
+
+
+OTHER_OUTPUTS = """
+import torch
+from torch import nn
+
+class M(nn.Module):
+    def forward(self, q):
+        o = nn.functional.scaled_dot_product_attention(q, q, q)
+        first = torch.where(o[..., :1].isnan() | True, torch.nan, o[..., :1])
+        return torch.cat([first, o + torch.randn(())], -1)
+
+def make():
+    return M(), torch.randn(1, 2, 64, 16)
+
+X = torch.randn(1, 2, 64, 16)
+
+def fixed():
+    return Same(), X
+
+class Same(nn.Module):
+    def forward(self, q):
+        return nn.functional.scaled_dot_product_attention(q, q, q) / torch.tensor([0.0, 1.0]).repeat(8)
+"""
+
+
+def test_verify_looks_beside_a_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other.py"
+    file.write_text(OTHER_OUTPUTS, encoding="utf-8")
+    assert run(["verify", f"{file}:make", "--policy", "always"]) == 1
+    assert "the outputs differ" in capsys.readouterr().out
+    file.write_text(OTHER_OUTPUTS.replace("X = ", "torch.manual_seed(0); X = "), encoding="utf-8")
+    assert run(["verify", f"{file}:fixed", "--policy", "always"]) == 0
+    printed = capsys.readouterr()
+    assert "the outputs agree" in printed.out and "the same inputs each time" in printed.err
+
+
+def test_verify_of_nothing_is_no_agreement(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", f"{file}:make"]) == 1
+    out = capsys.readouterr().out
+    assert "nothing was replaced" in out and "--policy always" in out and "agree" not in out
+
+
+def test_fresh_inputs_are_others_with_padding() -> None:
+    loaded = load(Asked("bert", seq_len=32, batch=2))
+    assert loaded.fresh is not None
+    _, fresh = loaded.fresh()
+    assert not torch.equal(fresh["input_ids"], loaded.kwargs["input_ids"])
+    assert loaded.kwargs["attention_mask"].all() and fresh["attention_mask"].sum() == 60
+
+
+def test_json_on_standard_output(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", f"{file}:make", "--policy", "always", "--json", "-", "--require", "all"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["replaced"] == 1 and "1 of 1 attentions replaced" in printed.err
+
+
+@pytest.mark.parametrize(("require", "code"), [("all", 0), ("1", 0), ("2", 1), ("0", 1)])
+def test_require(require: str, code: int, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("explain", "verify"):
+        assert run([command, f"{file}:make", "--policy", "always", "--require", require]) == code
+        printed = capsys.readouterr()
+        assert "1 of 1 attentions replaced" in printed.out
+        assert (f"not met: --require {require}, but 1 of 1" in printed.err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--strategy", "UNSHARDED_KERNEL", "--lnc", "1"], "flash_fwd (UNSHARDED_KERNEL)"),
+        (["--sites", "*=NONE"], "native (NONE)"),
+        (["--sites", "*=flash_fwd", "--kernels", "flash_fwd,attention_cte"], "flash_fwd is set for this site"),
+        (["--policy", "always", "--gradients", "--weights", "beside"], "becomes   flash_fwd"),
+    ],
+)
+def test_options_of_the_configuration(
+    options: list[str], words: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["explain", f"{file}:make", *options]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_long_work_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    with progress.working("building llama"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "building llama ...\n"
 
 
 def test_diff(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +291,18 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["diff", "FILE", "FILE"], "made.py: this is not JSON"),
         (["diff", "nothing.json", "nothing.json"], "does not exist"),
         (["nothing"], "No such command"),
+        (["explain", "BERT"], "did you mean bert"),
+        (["explain", "meta-llama/Llama-3.1-8B"], "a model of the Hugging Face Hub"),
+        (["explain", "FILE:make", "--seq-len", "8"], "--seq-len does not apply to a function in a file"),
+        (["verify", "FILE:make", "--size", "tiny"], "--size does not apply to a function in a file"),
+        (["explain", "FILE:make", "--json", "-", "--html", "-"], "only one form"),
+        (["explain", "FILE:make", "--require", "some"], 'neither a number nor "all"'),
+        (["explain", "FILE:make", "--kernels", "flash"], "is not one of flash_fwd"),
+        (["explain", "FILE:make", "--sites", "flash_fwd"], "is not KEY=VALUE"),
+        (["explain", "FILE:make", "--sites", "*=flash"], "RewriteConfig.sites"),
+        (["explain", "FILE:make", "--strategy", "FAST"], "--strategy"),
+        (["verify", "llama", "--size", "full", "--set", "hidden_size=65536"], "and this machine has"),
+        (["strategies", "--target", "trn1"], "No such option"),
     ],
 )
 def test_an_error_is_one_line(
@@ -252,7 +358,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["explain", "--help"], ["verify", "-h"]):
+    for arguments in ([], ["--debug"], ["--help"], ["explain", "--help"], ["verify", "-h"]):
         assert run(arguments) == 0
         assert "Examples:" in capsys.readouterr().out
 

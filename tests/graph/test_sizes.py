@@ -305,3 +305,30 @@ def test_a_head_dim_that_is_a_symbol_gives_no_scale() -> None:
     (site,) = collected.report.sites
     assert site.reasons[-1].code == "scale-unknown" and not site.is_replaced
     torch._dynamo.reset()
+
+
+class Cached(torch.nn.Module):
+    """A row of new tokens against a cache and itself."""
+
+    def forward(self, new: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
+        keys = torch.cat([cache, new], 2)
+        return F.scaled_dot_product_attention(new, keys, keys, mask[:, None, None].bool())
+
+
+def test_a_size_that_is_another_one_and_a_number() -> None:
+    """`past + 1` of the mask comes before `past` of the cache."""
+
+    def inputs(past: int) -> tuple[Tensor, ...]:
+        return torch.randn(2, 2, 1, 8), torch.ones(2, past + 1, dtype=torch.int64), torch.randn(2, 2, past, 8)
+
+    past = Dim("past", min=2, max=64)
+    rewritten = rewrite(Cached(), inputs(12), config=ALWAYS, dynamic_shapes=(None, {1: past + 1}, {2: past}))
+    for length in (3, 12, 40, 64):
+        call = inputs(length)
+        torch.testing.assert_close(rewritten(*call), Cached()(*call))
+    for wrong in (65, 0):
+        with pytest.raises(InputError, match=r"argument 'mask' .* is at least 1 and at most 64"):
+            rewritten(*inputs(wrong))
+    new, mask, _ = inputs(5)
+    with pytest.raises(InputError, match=r"argument 'cache' .*: 7 is not 5"):
+        rewritten(new, mask, inputs(7)[2])

@@ -97,7 +97,7 @@ def flash_fwd(
     intervals = tiling.band(q_len, kv_len, terms.band_lower, terms.band_upper, query.device)
     exact = True
     if terms.bounds is not None:
-        lo, hi = terms.bounds.to(torch.int32).unbind(2)
+        lo, hi = terms.bounds.clamp(0, kv_len).to(torch.int32).unbind(2)
         intervals = tiling.intersection(intervals, Intervals(lo, hi).within(kv_len))
         exact = is_static(terms.bounds)
         planned = intervals if exact else planned
