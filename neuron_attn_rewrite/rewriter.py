@@ -11,16 +11,17 @@ import torch
 from torch import fx, nn
 
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.capture.compare import capture_error
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
-from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
+from neuron_attn_rewrite.module import PROVEN_VALUES, SIGNATURE, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
-from neuron_attn_rewrite.replace.verify import capture_error, compare
+from neuron_attn_rewrite.replace.verify import compare
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required, unmatched_sites
@@ -47,7 +48,8 @@ def rewrite(
 
     Raises:
         InputError: the example inputs are missing or don't fit.
-        CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs.
+        CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs, or it
+            does not compute or write what the model does.
         RewriteError: `config.require` is not met.
     """
     config = RewriteConfig.of(config)
@@ -60,6 +62,7 @@ def rewrite(
     LOG.info("%s", report)
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
+    captured.module.meta[SIGNATURE] = captured.signature
     return RewrittenModule.wrap(captured.module, report)
 
 
@@ -85,7 +88,7 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     verdicts = [failed.get(id(verdict), verdict) for verdict in verdicts]
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
-    module.meta[PROVEN_BUFFERS] = commit(module, accepted)
+    module.meta[PROVEN_VALUES] = commit(module, accepted)
     report = make_report(module.graph, before, verdicts, grafts, errors, config)
     check_required(report, config)
     return report
