@@ -66,7 +66,7 @@ def _is_key(of: object) -> bool:
 def key_bound(inequality: Affine, key: Affine, evaluator: Elements) -> KeyBound | None:
     """The inequality as a bound of the key; None if it is none, or if its end can't be given to a kernel."""
     bound = _bound(inequality, key, evaluator)
-    return bound if bound is not None and all(_is_computable(v) for v, _ in bound.end.terms) else None
+    return bound if bound is not None and all(_is_computable(v, evaluator) for v, _ in bound.end.terms) else None
 
 
 def _bound(inequality: Affine, key: Affine, evaluator: Elements) -> KeyBound | None:
@@ -89,17 +89,25 @@ def _bound(inequality: Affine, key: Affine, evaluator: Elements) -> KeyBound | N
     return KeyBound(slope > 0, end)
 
 
-def _is_computable(of: object) -> bool:
-    """Whether the kernel call can compute it: a size, the query, or an element for each batch element and query."""
+def _is_computable(of: object, e: Elements) -> bool:
+    """Whether the kernel call can compute it: a size, the query, or an element for each batch element and query.
+
+    The call reads the elements for all batch elements and queries. So all of them must be inside of their tensor.
+    """
     if isinstance(of, Index):
         return of.axis == QUERY
     if isinstance(of, Floor):
-        return all(map(_is_computable, of.of.variables()))
+        return all(_is_computable(v, e) for v in of.of.variables())
     if isinstance(of, Below):
-        return _runs_along(of.row, {BATCH}) and all(map(_is_computable, of.number.variables()))
+        first = (*of.row, Affine())
+        return (
+            _runs_along(of.row, {BATCH})
+            and e.inside(of.node, first)
+            and all(_is_computable(v, e) for v in of.number.variables())
+        )
     if not isinstance(of, Element):
         return not isinstance(of, Truth)
-    return _runs_along(of.index, {BATCH, QUERY})
+    return _runs_along(of.index, {BATCH, QUERY}) and e.inside(of.node, of.index)
 
 
 def _runs_along(at: tuple[Affine, ...], axes: set[int]) -> bool:
@@ -134,7 +142,7 @@ def key_padding(
     assert value is not None
     wide = [(i, size) for i, size in zip(lead, value.shape, strict=False) if not is_one(size)]
     whole = [variable(Index(BATCH, evaluator.size(size))) for _, size in wide[:1]]
-    if not start.is_constant or [i for i, _ in wide] != whole:
+    if not start.is_constant or [i for i, _ in wide] != whole or not evaluator.inside(of.node, of.index):
         return None
     return of.node, start.constant, slope < 0
 

@@ -21,10 +21,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph.nodes import tensor
+from neuron_attn_rewrite.graph.nodes import dtype, tensor
 from neuron_attn_rewrite.graph.sizes import LARGEST, expression_of, input_sizes, limits_of
 from neuron_attn_rewrite.masks.affine import (
     Affine,
+    Element,
     Floor,
     Guard,
     Index,
@@ -35,10 +36,16 @@ from neuron_attn_rewrite.masks.affine import (
     negated,
     variable,
 )
+from neuron_attn_rewrite.values.exact import holds
 
 MOST_CASES = 64
 """An element with more cases is not followed."""
 INDICES = (torch.int64, torch.int32)
+LARGEST_INTEGER = 2**29
+"""No size, and no number in an int64 or int32 tensor, is larger than this, apart from its sign.
+
+Positions, lengths and numbers of segments are far smaller. So sums of a few of them don't leave int32.
+"""
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 At: TypeAlias = tuple[Affine, ...]
 """The indices of one element, one for each dim."""
@@ -122,6 +129,34 @@ class Facts:
         """Whether an inequality follows from the given ones. False if this can't be shown."""
         return self.impossible([negated(inequality), *given])
 
+    def inside(self, node: fx.Node, at: At) -> bool:
+        """Whether a tensor always has an element at these indices."""
+        value = tensor(node)
+        assert value is not None
+        ends = zip(at, value.shape, strict=True)
+        return all(self.always(i) and self.always(self.size(size) - 1 - i) for i, size in ends)
+
+    def limits(self, value: Affine) -> tuple[int, int]:
+        """The smallest and the largest number that a sum can be."""
+        lowest = highest = value.constant
+        for of, coefficient in value.terms:
+            ends = [end * coefficient for end in self._limits(of)]
+            lowest, highest = lowest + min(ends), highest + max(ends)
+        return lowest, highest
+
+    def _limits(self, of: Variable) -> tuple[int, int]:
+        if isinstance(of, Truth):
+            return 0, 1
+        if isinstance(of, Index):
+            return 0, max(0, self.limits(of.size)[1] - 1)
+        if isinstance(of, Floor):
+            lowest, highest = self.limits(of.of)
+            return lowest // of.by, highest // of.by
+        if isinstance(of, Element) and dtype(of.node) not in INDICES:
+            info = torch.iinfo(dtype(of.node))
+            return info.min, info.max
+        return (-LARGEST_INTEGER if isinstance(of, Element) else 0), LARGEST_INTEGER
+
     def fresh_index(self, size: Affine) -> Affine:
         """A new index, for a rule that looks at all elements along a dim."""
         return variable(Index(next(self._fresh), size))
@@ -147,6 +182,17 @@ def truth(node: fx.Node, at: At) -> Cases:
     """An element as a bool: 1 where it is not zero, 0 where it is."""
     bit = variable(Truth(node, at))
     return Case(frozenset([bit - 1]), Affine(1)), Case(frozenset([-bit]), Affine())
+
+
+def in_range(e: Facts, node: fx.Node, value: Affine, kind: torch.dtype | None = None) -> Affine:
+    """A sum in the integer dtype in which a node computes (that of its result unless given). It must not wrap there.
+
+    Raises:
+        Unknown: it may be a number that the dtype doesn't hold.
+    """
+    if not holds(kind or dtype(node), *e.limits(value)):
+        raise Unknown(f"{node.name} may leave the range of {kind or dtype(node)}")
+    return value
 
 
 def exact(value: Tensor) -> Value:

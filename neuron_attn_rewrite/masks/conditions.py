@@ -25,7 +25,7 @@ from neuron_attn_rewrite.masks.cases import Case, Elements, Unknown
 from neuron_attn_rewrite.masks.growing import compare_indices, never_decreases, two_of_a_row
 from neuron_attn_rewrite.masks.spec import Band, Unproven
 from neuron_attn_rewrite.patterns.axes import Dims
-from neuron_attn_rewrite.patterns.site import MASKED, Term
+from neuron_attn_rewrite.patterns.site import Term, hides
 from neuron_attn_rewrite.reasons import Reason
 
 
@@ -84,7 +84,7 @@ def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
     """Whether the key is seen in a case (None: it can't be said), and the number that hides it."""
     value = case.value
     if term.kind in ("show", "hide"):
-        if term.fill > MASKED or (isinstance(value, Affine) and not value.is_constant):
+        if not hides(term.fill) or (isinstance(value, Affine) and not value.is_constant):
             return None, None
         visible = (value not in (Affine(), 0.0)) == (term.kind == "show")
         return visible, None if visible else term.fill
@@ -92,8 +92,8 @@ def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
         return (True, None) if value == Affine() else (None, None)
     if value == 0:
         return True, None
-    fill = value * term.multiplier
-    return (False, fill) if fill <= MASKED else (None, None)
+    fill = term.hiding(value)
+    return (False, fill) if hides(fill) else (None, None)
 
 
 def _exact_inequalities(seen: list[Case], hidden: list[Case], evaluator: Elements) -> list[Affine] | None:

@@ -5,20 +5,34 @@ contradict each other are dropped. `torch.arange(n)[None] <= torch.arange(n)[:, 
 `j` with the value `i`, and has two cases: 1 where `i - j >= 0`, and 0 where `j - i - 1 >= 0`.
 
 Where all operands are numbers, the operator itself is run on tensors of one element. Where an operand varies, only
-integer arithmetic is followed.
+integer arithmetic is followed, and only where no number can leave the range of its dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, tensor
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Guard, variable
-from neuron_attn_rewrite.masks.cases import MOST_CASES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, truth
+from neuron_attn_rewrite.masks.cases import (
+    MOST_CASES,
+    At,
+    Case,
+    Cases,
+    Elements,
+    Unknown,
+    Value,
+    aligned,
+    exact,
+    in_range,
+    truth,
+)
+from neuron_attn_rewrite.values.exact import number_in
 
 CASTS = ("to", "_to_copy", "type_as")
 COMPARISONS: dict[str, Callable[[Affine], list[tuple[list[Affine], int]]]] = {
@@ -79,70 +93,112 @@ def _outcomes(e: Elements, node: fx.Node, name: str, guard: Guard, values: dict[
     """The cases of the result for one combination of operand values."""
     if not any(_varies(v) for v in values.values()):
         return [Case(guard, _run(node, values))]
-    args = [values[a] if isinstance(a, fx.Node) and a in values else a for a in node.args]
+    given = {key: values[v] if isinstance(v, fx.Node) and v in values else v for key, v in arguments(node).items()}
+    kind = _common_dtype(node) if name in COMPARISONS else dtype(node)
+
+    def integer(key: str) -> Affine:
+        """An argument in the dtype in which the operator computes. It must not wrap there."""
+        return in_range(e, node, _integer(e, given[key], kind), kind)
+
     if name in COMPARISONS:
-        left, right = (_integer(e, a) for a in args[:2])
-        split = COMPARISONS[name](left - right)
+        split = COMPARISONS[name](integer("self") - integer("other"))
         found = [Case(guard.union(more), Affine(value)) for more, value in split]
         return [case for case in found if not e.impossible(case.guard)]
-    if dtype(node) not in (torch.int64, torch.int32):
-        raise Unknown(f"{node.name} computes a number that varies, and is not an integer")
     if name in CASTS:
-        (value,) = values.values()
-        assert isinstance(value, Affine)
+        value = integer("self")
         wide = [v for v, _ in value.terms if isinstance(v, Element) and dtype(v.node) == torch.int64]
-        if wide and dtype(node) != torch.int64:
+        if wide and kind != torch.int64:
             raise Unknown(f"{node.name} may overflow")
         return [Case(guard, value)]
-    if name in ("add", "sub", "rsub") and node.kwargs.get("alpha", 1) == 1:
-        left, right = (_integer(e, a) for a in args[:2])
-        return [Case(guard, left + right if name == "add" else left - right if name == "sub" else right - left)]
-    if name in ("where", "masked_fill"):
-        flag, yes, no = (args[0], args[1], args[2]) if name == "where" else (args[1], args[2], args[0])
-        picked = no if flag == Affine() else yes
-        return [Case(guard, picked if isinstance(picked, Affine) else exact(torch.as_tensor(picked).to(dtype(node))))]
-    if name in ("floor_divide", "remainder") or (name == "div" and node.kwargs.get("rounding_mode") == "floor"):
-        left, right = (_integer(e, a) for a in args[:2])
-        if right.is_constant and right.constant > 0:
-            floor = variable(Floor(left, right.constant))
-            return [Case(guard, left - floor * right.constant if name == "remainder" else floor)]
+    if name == "where":
+        return [Case(guard, integer("other" if given["condition"] == Affine() else "self"))]
+    if name == "masked_fill":
+        return [Case(guard, integer("self" if given["mask"] == Affine() else "value"))]
+    left = integer("self")
     if name == "neg":
-        return [Case(guard, -_integer(e, args[0]))]
-    if name == "mul":
-        left, right = (_integer(e, a) for a in args[:2])
-        if left.is_constant or right.is_constant:
-            return [Case(guard, left * right.constant if right.is_constant else right * left.constant)]
-    if name in ("minimum", "maximum", "clamp", "clamp_min", "abs"):
-        return _larger_or_smaller(e, node, name, guard, args)
-    raise Unknown(f"there is no rule for {node.name} of a number that varies")
-
-
-def _larger_or_smaller(e: Elements, node: fx.Node, name: str, guard: Guard, args: list[Any]) -> list[Case]:
-    """`minimum`, `maximum`, `abs`, and `clamp` with a lower end: a case for each of the two numbers."""
-    left = _integer(e, args[0])
-    if name == "abs":
-        right, pick_larger = -left, True
-    elif name == "clamp":
-        low, high = ([*args[1:], None, None])[:2]
-        if low is None or high is not None:
+        results: list[tuple[list[Affine], Affine]] = [([], -left)]
+    elif name == "abs":
+        results = _larger(left, -left)
+    elif name in ("clamp", "clamp_min"):
+        if given.get("min") is None or given.get("max") is not None:
             raise Unknown(f"{node.name} has an upper end")
-        right, pick_larger = _integer(e, low), True
+        results = _larger(left, integer("min"))
+    elif name in TWO_INTEGERS:
+        results = TWO_INTEGERS[name](node, left, integer("other"))
     else:
-        right, pick_larger = _integer(e, args[1]), name != "minimum"
-    larger = frozenset([left - right])
-    smaller = frozenset([right - left - 1])
-    first, second = (left, right) if pick_larger else (right, left)
-    return [Case(guard | larger, first), Case(guard | smaller, second)]
+        raise Unknown(f"there is no rule for {node.name} of a number that varies")
+    return [Case(guard.union(more), in_range(e, node, value)) for more, value in results]
 
 
-def _integer(e: Elements, value: Any) -> Affine:
+Results: TypeAlias = "list[tuple[list[Affine], Affine]]"
+"""Inequalities, and the result where they hold."""
+
+
+def _larger(left: Affine, right: Affine) -> Results:
+    return [([left - right], left), ([right - left - 1], right)]
+
+
+def _smaller(left: Affine, right: Affine) -> Results:
+    return [([left - right], right), ([right - left - 1], left)]
+
+
+def _sum(node: fx.Node, left: Affine, right: Affine) -> Results:
+    """add, sub and rsub, with their `alpha`, which multiplies the operand that is added or taken away."""
+    alpha = arguments(node)["alpha"]
+    if not isinstance(alpha, int):
+        raise Unknown(f"{node.name} has an alpha that is not a number")
+    if op_name(node) == "rsub":
+        return [([], right - left * alpha)]
+    return [([], left + right * (alpha if op_name(node) == "add" else -alpha))]
+
+
+def _product(node: fx.Node, left: Affine, right: Affine) -> Results:
+    if right.is_constant:
+        return [([], left * right.constant)]
+    if left.is_constant:
+        return [([], right * left.constant)]
+    raise Unknown(f"{node.name} multiplies two numbers that vary")
+
+
+def _quotient(node: fx.Node, left: Affine, right: Affine) -> Results:
+    """Division by a positive number, rounded down, and its remainder."""
+    if not right.is_constant or right.constant <= 0:
+        raise Unknown(f"{node.name} does not divide by a positive number")
+    floor = variable(Floor(left, right.constant))
+    return [([], left - floor * right.constant if op_name(node) == "remainder" else floor)]
+
+
+TWO_INTEGERS: dict[str, Callable[[fx.Node, Affine, Affine], Results]] = {
+    **dict.fromkeys(("add", "sub", "rsub"), _sum),
+    **dict.fromkeys(("floor_divide", "remainder"), _quotient),
+    "mul": _product,
+    "maximum": lambda node, left, right: _larger(left, right),
+    "minimum": lambda node, left, right: _smaller(left, right),
+}
+"""The result of an operator on two integers of which one varies."""
+
+
+def _common_dtype(node: fx.Node) -> torch.dtype:
+    """The dtype in which a comparison compares its operands."""
+
+    def example(value: Any) -> Any:
+        found = tensor(value) if isinstance(value, fx.Node) else None
+        if found is not None:
+            return torch.empty([1] * min(1, found.dim()), dtype=found.dtype)
+        return value if isinstance(value, (int, float)) else 1
+
+    return torch.result_type(example(node.args[0]), example(node.args[1]))
+
+
+def _integer(e: Elements, value: Any, kind: torch.dtype) -> Affine:
     if isinstance(value, Affine):
         return value
-    if isinstance(value, fx.Node) and not is_tensor(value):
+    if isinstance(value, (fx.Node, torch.SymInt, int)) and not isinstance(value, bool):
         return e.size(value)
-    if isinstance(value, (int, torch.SymInt)):
-        return e.size(value)
-    raise Unknown("a number that varies is not an integer")
+    number = number_in(kind, value) if isinstance(value, (bool, float)) else float("nan")
+    if not math.isfinite(number) or number != int(number):
+        raise Unknown("a number that varies is not an integer")
+    return Affine(int(number))
 
 
 def _flat(args: Any) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 
 from neuron_attn_rewrite.graph.nodes import dtype, is_tensor
 from neuron_attn_rewrite.masks.spec import EmptyRows
-from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
+from neuron_attn_rewrite.patterns.site import AttentionSite, Term, hides
 
 MOST_HIDING = 6
 """With more terms that hide keys, their combinations are not computed."""
@@ -37,7 +37,7 @@ class Effect:
 
     @property
     def hides(self) -> bool:
-        return self.fill is None or self.fill <= MASKED
+        return self.fill is None or hides(self.fill)
 
 
 def empty_row_value(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows:

@@ -22,7 +22,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import arguments, op_name, tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Index, variable
-from neuron_attn_rewrite.masks.cases import At, Case, Elements, Unknown
+from neuron_attn_rewrite.masks.cases import INDICES, At, Case, Elements, Unknown
 
 
 def never_decreases(node: fx.Node, row: At, e: Elements) -> bool:
@@ -35,6 +35,8 @@ def _addends(node: fx.Node, row: At, e: Elements) -> tuple[Affine, tuple[Case, .
     value = tensor(node)
     if op_name(node) != "cumsum" or value is None or arguments(node)["dim"] % value.dim() != len(row):
         return Affine(), ()
+    if value.dtype not in INDICES:
+        return Affine(), ()  # a sum in int8 falls when it wraps
     place = e.fresh_index(e.size(value.shape[-1]))
     try:
         addends = e.cases(arguments(node)["self"], (*row, place))

@@ -15,7 +15,20 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, op_name, permutation, tensor
 from neuron_attn_rewrite.masks.affine import Affine, negated
-from neuron_attn_rewrite.masks.cases import INDICES, At, Case, Cases, Elements, Unknown, Value, aligned, exact, is_one
+from neuron_attn_rewrite.masks.cases import (
+    INDICES,
+    At,
+    Case,
+    Cases,
+    Elements,
+    Unknown,
+    Value,
+    aligned,
+    exact,
+    in_range,
+    is_one,
+)
+from neuron_attn_rewrite.values.exact import number_in
 
 VIEWS = frozenset("view reshape _unsafe_view flatten unflatten unsqueeze squeeze _reshape_alias".split())
 SAME = frozenset("clone contiguous alias detach lift_fresh_copy lift_fresh".split())
@@ -26,6 +39,8 @@ def _view(e: Elements, node: fx.Node, at: At) -> Cases:
     """A reshape that only adds or drops dims of size 1."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    if dtype(source) != dtype(node):
+        raise Unknown(f"{node.name} reads the bits of its source as another dtype")
     inner, outer = (tensor(n) for n in (source, node))
     assert inner is not None and outer is not None
     kept = [(e.size(size), i) for size, i in zip(outer.shape, at, strict=True) if not is_one(size)]
@@ -74,8 +89,8 @@ def _select(e: Elements, node: fx.Node, at: At) -> Cases:
     place = e.size(values["index"])
     if not e.always(place):
         place = place + e.size(tensor(source).shape[dim])  # type: ignore[union-attr]
-        if not e.always(place):
-            raise Unknown(f"the index of {node.name} may be out of range")
+    if not e.inside(source, (*at[:dim], place, *at[dim:])):
+        raise Unknown(f"the index of {node.name} may be out of range")
     return e.cases(source, (*at[:dim], place, *at[dim:]))
 
 
@@ -109,17 +124,21 @@ def _arange(e: Elements, node: fx.Node, at: At) -> Cases:
     start, step = (e.size(values.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     if not step.is_constant:
         raise Unknown(f"{node.name} has a step that is not a number")
-    return (Case(frozenset(), start + at[0] * step.constant),)
+    return (Case(frozenset(), in_range(e, node, start + at[0] * step.constant)),)
 
 
 def _full(e: Elements, node: fx.Node, at: At) -> Cases:
     name = op_name(node)
     value = FILLED.get(name)
     if value is None:
-        value = node.args[0 if name == "scalar_tensor" else 1 if name in ("full", "full_like", "fill") else 2]  # type: ignore[assignment]
+        values = arguments(node)
+        value = next((values[key] for key in ("fill_value", "value", "s") if key in values), None)
     if not isinstance(value, (int, float)):
         raise Unknown(f"the value of {node.name} is not a number")
-    return (Case(frozenset(), exact(torch.tensor(value).to(dtype(node)))),)
+    number = number_in(dtype(node), value)
+    if not dtype(node).is_floating_point and number != number:
+        raise Unknown(f"the value of {node.name} is not an integer")
+    return (Case(frozenset(), number if dtype(node).is_floating_point else Affine(int(number))),)
 
 
 def _pieces(e: Elements, pieces: Sequence[tuple[fx.Node | Value, Affine]], at: At, dim: int) -> Cases:
@@ -186,9 +205,9 @@ def _diff(e: Elements, node: fx.Node, at: At) -> Cases:
     for a, b in itertools.product(here, there):
         guard = a.guard | b.guard
         if not e.impossible(guard):
-            if not isinstance(a.value, Affine) or not isinstance(b.value, Affine) or dtype(node) == torch.bool:
+            if not isinstance(a.value, Affine) or not isinstance(b.value, Affine):
                 raise Unknown(f"{node.name} is not a difference of integers")
-            out.append(Case(guard, a.value - b.value))
+            out.append(Case(guard, in_range(e, node, a.value - b.value)))
     return tuple(out)
 
 
@@ -199,12 +218,12 @@ def _cumsum(e: Elements, node: fx.Node, at: At) -> Cases:
     anywhere = e.fresh_index(e.size(tensor(source).shape[dim]))  # type: ignore[union-attr]
     cases = e.cases(source, _replace_index(at, dim, anywhere))
     numbers = {case.value for case in cases}
-    if len(numbers) != 1 or dtype(node) != torch.int64:
+    if len(numbers) != 1:
         raise Unknown(f"{node.name} sums up numbers that vary")
     (number,) = numbers
     if not isinstance(number, Affine) or not number.is_constant:
         raise Unknown(f"{node.name} sums up numbers that vary")
-    return (Case(frozenset(), (at[dim] + 1) * number.constant),)
+    return (Case(frozenset(), in_range(e, node, (at[dim] + 1) * number.constant)),)
 
 
 def _replace_index(at: At, dim: int, index: Affine) -> At:

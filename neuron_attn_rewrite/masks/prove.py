@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.graph.nodes import arguments, grad_modes, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, grad_modes, is_tensor, op_name, shape
 from neuron_attn_rewrite.graph.sizes import has_symbols, is_number
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.addends import fills_of_addends, may_hide
@@ -23,15 +23,18 @@ from neuron_attn_rewrite.masks.bounds import KeyBound
 from neuron_attn_rewrite.masks.conditions import Conditions, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value
 from neuron_attn_rewrite.masks.fit import fit_rows
+from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size, layout_steps
-from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
+from neuron_attn_rewrite.patterns.site import AttentionSite, Term, hides
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.evaluator import Evaluator
+from neuron_attn_rewrite.values.exact import is_algebraic, number_in, sums_are_fine
+from neuron_attn_rewrite.values.ranges import Ranges
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Prover:
         self.writes = Writes(module.graph)
         self.writes.mark()
         self.evaluator = Evaluator(module, self.writes.changed)
+        self.ranges = Ranges(module, self.writes.changed)
         self.symbolic = SymbolicEvaluator(module, changed=self.writes.changed)
         self.named = SymbolicEvaluator(module, changed=self.writes.changed, names_numbers=True)
         self.grad_modes = grad_modes(module.graph)
@@ -75,11 +79,11 @@ class Prover:
             if layout is None:
                 return Unproven(Reason("mask-axes", f"{term.node.name} does not run along the axes of the scores"))
             if term.kind != "add":
-                if term.fill > MASKED:
+                if not hides(term.fill):
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
                 effects.append(Effect(term.fill, replaces, term.zeroes_weights))
             else:
-                effects.append(Effect(-torch.inf if may_hide(term, self.evaluator) else 0.0))
+                effects.append(Effect(None if may_hide(term, self.ranges) else 0.0))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
         proof = self._decide_empty_rows(self._apply_padding_promise(proof, site), site, effects)
@@ -93,35 +97,55 @@ class Prover:
         An added tensor without a claim is split into parts, if it is a sum, and each part is read.
         """
         for term in terms:
-            if (term, dims) not in self._known:
-                self._known[term, dims] = self._claim(term, dims)
-            claimed = self._known[term, dims]
-            parts = self._parts(term) if isinstance(claimed, Unproven) else ()
+            claimed = self._claim_once(term, dims)
+            parts = self._parts(term, dims) if isinstance(claimed, Unproven) else ()
             if parts:
                 yield from self._read(parts, dims, are_parts=True)
             else:
                 yield term, claimed, are_parts
 
-    def _parts(self, term: Term) -> tuple[Term, ...]:
-        """The parts of an added tensor: the two sides of a sum, or a bias and the mask that overwrites it."""
-        if term.kind != "add":
-            return ()
+    def _claim_once(self, term: Term, dims: Dims) -> _Claimed | Unproven:
+        if (term, dims) not in self._known:
+            self._known[term, dims] = self._claim(term, dims)
+        return self._known[term, dims]
+
+    def _parts(self, term: Term, dims: Dims) -> tuple[Term, ...]:
+        """The parts of an added tensor: the two sides of a sum, or a bias and the mask that overwrites it.
+
+        Only in a floating dtype. In 16 bits the sum of two biases is rounded, so one part must be a mask: what it adds
+        where a key is seen is 0.
+        """
         node = term.node
-        name, args = op_name(node), node.args
+        if term.kind != "add" or node.op != "call_function" or not is_algebraic(dtype(node)):
+            return ()
+        name, given = op_name(node), arguments(node)
 
         def part(kind: str, tensor: object, fill: float | None = None) -> Term:
             assert isinstance(tensor, fx.Node)
-            dims = broadcast(tensor, term.dims)
-            return replace(term, node=tensor, dims=dims) if fill is None else Term(kind, tensor, dims, fill=fill)
+            along = broadcast(tensor, term.dims)
+            return replace(term, node=tensor, dims=along) if fill is None else Term(kind, tensor, along, fill=fill)
 
-        if name == "add" and arguments(node)["alpha"] == 1 and all(is_tensor(a) for a in args[:2]):
-            return part("add", args[0]), part("add", args[1])
-        overwrites = {"where": [("show", 0, 1, 2), ("hide", 0, 2, 1)], "masked_fill": [("hide", 1, 0, 2)]}
+        if name == "add" and given["alpha"] == 1 and is_tensor(given["self"]) and is_tensor(given["other"]):
+            parts = part("add", given["self"]), part("add", given["other"])
+            is_exact = sums_are_fine(dtype(node)) or any(self._is_mask(p, dims) for p in parts)
+            return parts if is_exact else ()
+        overwrites = {
+            "where": [("show", "condition", "self", "other"), ("hide", "condition", "other", "self")],
+            "masked_fill": [("hide", "mask", "self", "value")],
+        }
         for kind, mask, bias, value in overwrites.get(name, []):
-            fill = self.evaluator.constant(args[value]) if len(args) == 3 else None
-            if fill is not None and fill * term.multiplier <= MASKED and is_tensor(args[bias]):
-                return part("add", args[bias]), part(kind, args[mask], fill * term.multiplier)
+            number = self.evaluator.constant(given.get(value))
+            fill = None if number is None else term.hiding(number_in(dtype(node), number))
+            if fill is not None and hides(fill) and is_tensor(given[bias]) and is_tensor(given[mask]):
+                return part("add", given[bias]), part(kind, given[mask], fill)
         return ()
+
+    def _is_mask(self, term: Term, dims: Dims) -> bool:
+        """Whether an added tensor only hides keys: it is claimed, or made of parts that are."""
+        if isinstance(self._claim_once(term, dims), _Claimed):
+            return True
+        parts = self._parts(term, dims)
+        return bool(parts) and all(p.kind != "add" or self._is_mask(p, dims) for p in parts)
 
     def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
         """At symbolic indices first, which is fast; otherwise element by element."""
@@ -189,7 +213,7 @@ class Prover:
         possible = (
             bool(proof.paddings)
             or not all(bound.shows_itself for bound in proof.key_bounds)
-            or any(d.term.kind != "add" or may_hide(d.term, self.evaluator) for d in proof.dense)
+            or any(d.term.kind != "add" or may_hide(d.term, self.ranges) for d in proof.dense)
             or not _sees_a_key(proof, site)
         )
         if not possible:
@@ -200,13 +224,16 @@ class Prover:
             given = EmptyRows.ANY
         else:
             given = empty_row_value(effects, site)
+            if given is EmptyRows.ANY and nan_is_read(site.output):
+                given = EmptyRows.OTHER
         return replace(proof, empty_rows=given)
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as a dense operand, so that a row that sees no key gets the softmax that the model computes."""
         layouts = [layout_steps(term.dims, site.dims) for term in site.terms]
         claims = [self._known[term, site.dims] for term in site.terms]
-        fills = fills_of_addends(site, [c.fill if isinstance(c, _Claimed) else None for c in claims], self.evaluator)
+        found = [c.fill if isinstance(c, _Claimed) else None for c in claims]
+        fills = fills_of_addends(site, found, self.ranges, nan_is_read(site.output))
         if None in layouts or fills is None:
             return None
         each = zip(site.terms, layouts, fills, strict=True)

@@ -21,7 +21,7 @@ from neuron_attn_rewrite.graph.nodes import shape
 from neuron_attn_rewrite.masks.fit import row_intervals
 from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, layout_steps, run_layout
-from neuron_attn_rewrite.patterns.site import MASKED, Term
+from neuron_attn_rewrite.patterns.site import Term, hides
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import UNKNOWN, CellTable
 from neuron_attn_rewrite.values.evaluator import Evaluator, Opaque
@@ -129,7 +129,7 @@ def _visibility(term: Term, table: CellTable, fills: set[float]) -> CellTable | 
     if table.lo.dtype != torch.bool and (table.cell == UNKNOWN).any():
         return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
     if term.kind in ("show", "hide"):
-        if term.fill > MASKED:
+        if not hides(term.fill):
             words = f"it fills hidden scores with {term.fill:g}, which does not hide them"
             return Unproven(Reason("mask-weak-fill", words))
         fills.add(term.fill)
@@ -137,22 +137,20 @@ def _visibility(term: Term, table: CellTable, fills: set[float]) -> CellTable | 
         return CellTable(lo, hi, table.cell) if term.kind == "show" else CellTable(~lo, ~hi, table.cell)
     seen = CellTable(table.lo == 0, table.hi == 0, table.cell)
     for values, visible in ((table.lo, seen.lo), (table.hi, seen.hi)):
-        found = hiding(values, visible, term.multiplier)
+        found = hiding(values, visible, term)
         if found is None:
             return Unproven(Reason("mask-bias", "it adds numbers that are neither 0 nor low enough to hide a key"))
         fills |= found
     return seen
 
 
-def hiding(values: Tensor, visible: Tensor, multiplier: float) -> set[float] | None:
-    """The lowest and the highest number that hides a key, times the multiplier. None if one is too high to hide it."""
-    scaled = values if multiplier == 1.0 else values.double() * multiplier
-    lowest = scaled.min()
-    uniform = (visible | (scaled == lowest)).all()
-    hidden = lowest[lowest != 0] if uniform else scaled[~visible]
-    if hidden.numel() and not hidden.max() <= MASKED:
-        return None
-    return {float(f(hidden)) for f in (torch.min, torch.max) if hidden.numel()}
+def hiding(values: Tensor, visible: Tensor, term: Term) -> set[float] | None:
+    """The lowest and the highest number by which a term hides a key. None if some number does not hide it."""
+    ends = (values.min(), values.max())
+    uniform = next((end for end in ends if bool((visible | (values == end)).all())), None)
+    hidden = values[~visible] if uniform is None else uniform[uniform != 0]
+    found = {term.hiding(float(f(hidden))) for f in (torch.min, torch.max) if hidden.numel()}
+    return found if all(map(hides, found)) else None
 
 
 def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

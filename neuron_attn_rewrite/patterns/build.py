@@ -25,6 +25,7 @@ from neuron_attn_rewrite.patterns.site import (
 )
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.evaluator import Evaluator
+from neuron_attn_rewrite.values.exact import product, sums_are_fine
 
 NO_ELEMENTS = Reason("empty", "an operand has no elements")
 
@@ -79,8 +80,9 @@ def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
         node, dims, scale = chain[-1].view.node, chain[-1].view.dims, chain[-1].scale
         scaled = scaled_by_number(evaluator, node)
         moved = views.before(node, dims, evaluator)
-        if scaled is not None:
-            chain.append(_Stage(View(scaled[0], dims), scale * scaled[1]))
+        joined = None if scaled is None else product(scale, scaled[1])
+        if scaled is not None and joined is not None:
+            chain.append(_Stage(View(scaled[0], dims), joined))
         elif moved is not None and (op_name(node) not in views.CASTS or views.widens(node)):
             chain.append(_Stage(View(*moved), scale))
         else:
@@ -191,8 +193,14 @@ def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None
 def _narrowed(term: Term, evaluator: Evaluator) -> Term:
     """The term before it was expanded: the smallest tensor that says the same."""
     if term.kind == "add":
-        last = _chain(View(term.node, term.dims), evaluator)[-1]
-        return replace(term, node=last.view.node, dims=last.view.dims, multiplier=term.multiplier * last.scale)
+        last = _Stage(View(term.node, term.dims), 1.0)
+        for stage in _chain(last.view, evaluator):
+            is_rounded = stage.scale != last.scale and not sums_are_fine(dtype(last.view.node))
+            if is_rounded or product(term.multiplier, stage.scale) is None:
+                break
+            last = stage
+        multiplier = term.multiplier * last.scale
+        return replace(term, node=last.view.node, dims=last.view.dims, multiplier=multiplier)
     node, dims = term.node, term.dims
     while (moved := views.before(node, dims)) is not None and op_name(node) not in views.CASTS:
         node, dims = moved

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from math import prod
+from math import copysign, inf, isfinite, prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import draws, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.nodes import draws, dtype, is_tensor, op_name, shape, tensor
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim
 from neuron_attn_rewrite.patterns.products import Product, as_product
@@ -25,6 +25,7 @@ from neuron_attn_rewrite.patterns.site import SoftmaxFacts, Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import UNKNOWN, CellTable
 from neuron_attn_rewrite.values.evaluator import Evaluator
+from neuron_attn_rewrite.values.exact import is_algebraic, largest, number_in, product
 
 MOST_COMPARED = 2**24
 """The most elements of a mask that is compared by value."""
@@ -57,6 +58,10 @@ class Scores(SoftmaxFacts):
     """
     multiplier: float = 1.0
     """The number that multiplies `node`, inside the softcap and all terms."""
+    growth: float = 1.0
+    """The largest factor by which `node` has been multiplied at some point on the way, at least 1."""
+    limit: float = inf
+    """The largest finite number of the dtypes on the way: a score beyond it becomes infinite there."""
     tensor_scales: tuple[TensorScale, ...] = ()
     sink: tuple[fx.Node, Dims] | None = None
     division: fx.Node | None = None
@@ -67,12 +72,16 @@ class Scores(SoftmaxFacts):
     def to(self, node: object, dims: Dims | None = None, trail: str = "") -> Scores:
         """Go on at `node`, whose dims are the same unless given."""
         assert isinstance(node, fx.Node)
+        limit = min(self.limit, largest(dtype(self.node)))
         said = (trail, *self.trail) if trail else self.trail
-        return replace(self, node=node, dims=self.dims if dims is None else dims, trail=said)
+        return replace(self, node=node, dims=self.dims if dims is None else dims, trail=said, limit=limit)
 
     def scaled(self, number: float) -> Scores:
         """The scores were multiplied by a number."""
-        return replace(self, multiplier=self.multiplier * number)
+        both = product(self.multiplier, number)
+        if both is None:
+            raise Blocked(self.node, Reason("scale-unknown", "its factors can't be joined in the range of its dtype"))
+        return replace(self, multiplier=both, growth=max(1.0, self.growth * abs(number)))
 
     def scaled_by(self, scale: fx.Node, divides: bool = False) -> Scores:
         """The scores were multiplied (or divided) by a tensor that broadcasts to them."""
@@ -84,13 +93,26 @@ class Scores(SoftmaxFacts):
     def added(self, term: fx.Node, weight: float = 1.0) -> Scores:
         """`weight * term`, which broadcasts to the scores, was added."""
         dims = views.broadcast(term, self._outside().dims)
-        return replace(self, terms=(Term("add", term, dims, self.multiplier * weight), *self.terms))
+        multiplier = product(self.multiplier, weight)
+        if multiplier is None or self.growth > max(1.0, abs(self.multiplier)):
+            raise Blocked(self.node, Reason("order", "a mask or bias that is multiplied by a large and a small number"))
+        limit = min(self.limit, largest(dtype(self.node)))
+        return replace(self, terms=(Term("add", term, dims, multiplier, limit=limit), *self.terms))
 
     def hidden(self, mask: fx.Node, fill: float, where: bool = True) -> Scores:
         """The scores were replaced by `fill` where the bool `mask` is `where`."""
         dims = views.broadcast(mask, self._outside().dims)
-        term = Term("hide" if where else "show", mask, dims, fill=fill * self.multiplier)
+        term = Term("hide" if where else "show", mask, dims, fill=self._filled(fill))
         return replace(self, terms=(term, *self.terms))
+
+    def _filled(self, fill: float) -> float:
+        """What a number that replaces scores is at the softmax: in the dtypes on the way, times the multiplier."""
+        fill = number_in(dtype(self.node), fill)
+        if not isfinite(fill) or abs(fill) * self.growth <= self.limit:
+            return fill * self.multiplier
+        if self.multiplier == self.growth == 1.0:
+            return copysign(inf, fill)
+        raise Blocked(self.node, Reason("order", "a fill that leaves the range of its dtype when it is multiplied"))
 
     def _outside(self) -> Scores:
         if self.tensor_scales or self.softcap is not None:
@@ -110,7 +132,8 @@ class Walk:
         dims = tuple(axis_dim(next(self.fresh_axes), size) for size in shape(softmax))
         if not isinstance(scores, fx.Node) or shape(scores) != shape(softmax):
             raise Blocked(softmax, Reason("axes", "the softmax is not one of a tensor of its shape"))
-        return Scores(scores, dims, dim % len(dims), dims, trail=(trail,) if trail else ())
+        limit = largest(dtype(softmax))
+        return Scores(scores, dims, dim % len(dims), dims, limit=limit, trail=(trail,) if trail else ())
 
     def constant(self, value: object) -> float | None:
         """A number, or the element of a tensor that holds one number and depends on constants alone."""
@@ -172,17 +195,20 @@ SCORES: Rules[ScoresRule] = Rules()
 
 
 def scaled_by_number(evaluator: Evaluator, node: fx.Node) -> tuple[fx.Node, float] | None:
-    """`x * c`, `c * x`, `x / c` or `-x` as (x, factor)."""
+    """`x * c`, `c * x`, `x / c` or `-x` as (x, factor). None in dtypes in which this wraps."""
     name = op_name(node)
+    if tensor(node) is None or not is_algebraic(dtype(node)):
+        return None
     if name == "neg" and isinstance(node.args[0], fx.Node):
         return node.args[0], -1.0
     if name not in ("mul", "div"):
         return None
     left, right = node.args[:2]
-    for tensor, factor in ((left, right), (right, left))[: 1 if name == "div" else 2]:
+    for scaled, factor in ((left, right), (right, left))[: 1 if name == "div" else 2]:
         number = evaluator.constant(factor)
-        if is_tensor(tensor) and number and shape(tensor) == shape(node):
-            return tensor, 1 / number if name == "div" else number
+        if is_tensor(scaled) and number and shape(scaled) == shape(node):
+            joined = product(1.0, 1 / number if name == "div" else number)
+            return None if joined is None else (scaled, joined)
     return None
 
 

@@ -17,6 +17,7 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
 from neuron_attn_rewrite.values.evaluator import Evaluator
+from neuron_attn_rewrite.values.exact import number_in
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
@@ -53,7 +54,7 @@ def _complement(walk: Walk, scores: Scores) -> Scores | None:
         if term and term.kind == "add" and term.dims == views.broadcast(kept, scores.dims):
             fill = _fill_where_zero(walk, kept, term.node)
             if fill is not None:
-                shown = Term("show", kept, term.dims, fill=fill * term.multiplier)
+                shown = Term("show", kept, term.dims, fill=term.hiding(fill))
                 return replace(scores.to(inner, trail="mask"), terms=(shown, *scores.terms[1:]))
     return None
 
@@ -154,6 +155,7 @@ def uniform(evaluator: Evaluator, value: object) -> float | None:
     number = evaluator.constant(value)
     if number is None and isinstance(value, fx.Node) and op_name(value) in ("full_like", "full", "new_full"):
         number = evaluator.constant(arguments(value)["fill_value"])
+        number = None if number is None else number_in(dtype(value), number)
     if number is None and isinstance(value, fx.Node) and op_name(value) in ("zeros_like", "zeros", "new_zeros"):
         number = 0.0
     return number
@@ -177,7 +179,7 @@ def _clamp(walk: Walk, scores: Scores) -> Scores:
         raise Blocked(node, Reason("limit", "a limit that could change scores"))
     if not dtype(inner).is_floating_point:
         raise Blocked(node, Reason("limit", "a limit that could change scores"))
-    if lower > max(0.9 * torch.finfo(dtype(inner)).min, -1e30) or scores.terms or scores.multiplier != 1.0:
+    if not lower <= max(0.9 * torch.finfo(dtype(inner)).min, -1e30) or scores.terms or scores.multiplier != 1.0:
         raise Blocked(node, Reason("limit", "a limit that could change scores"))
     return replace(scores.to(inner, trail="clamp"), floor=lower)
 
@@ -188,7 +190,7 @@ def _tanh(walk: Walk, scores: Scores) -> Scores:
     if scores.softcap is not None or scores.tensor_scales or scores.multiplier <= 0:
         raise Blocked(scores.node, Reason("order", "a second softcap, or one with a tensor scale"))
     inside = scores.to(views.source(scores.node), trail="softcap")
-    return replace(inside, softcap=scores.multiplier, multiplier=1.0)
+    return replace(inside, softcap=scores.multiplier, multiplier=1.0, growth=1.0)
 
 
 @SCORES("cat")

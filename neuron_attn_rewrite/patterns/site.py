@@ -14,6 +14,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import dtype
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, layout_steps
 from neuron_attn_rewrite.reasons import Reason
+from neuron_attn_rewrite.values.exact import number_in
 
 MASKED = -9984.0
 """A score that is set to this number or less counts as hidden.
@@ -21,6 +22,11 @@ MASKED = -9984.0
 In float32 exp(x) is 0 below x = -104. So the weight is exactly 0 as long as the scores that are not hidden lie above
 -9880.
 """
+
+
+def hides(number: float) -> bool:
+    """Whether a score that is set to a number counts as hidden. False for NaN."""
+    return number <= MASKED
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,16 @@ class Term:
     fill: float = -torch.inf
     zeroes_weights: bool = False
     """Whether the model also sets the weights that this term hides to zero, after the softmax."""
+    limit: float = torch.inf
+    """The magnitude beyond which the model's scores are infinite behind this term: a later cast may have a smaller
+    range."""
+
+    def hiding(self, number: float) -> float:
+        """The number by which an `add` term hides a key where its tensor holds `number`, as the model rounds it."""
+        kind = dtype(self.node)
+        kind = torch.promote_types(kind, torch.float32) if kind.is_floating_point else torch.float32
+        fill = number_in(kind, number * self.multiplier)
+        return -torch.inf if fill < -self.limit else fill
 
 
 @dataclass(frozen=True)

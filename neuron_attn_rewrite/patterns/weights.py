@@ -14,7 +14,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
 from neuron_attn_rewrite.patterns.peel import Scores, TensorScale, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
-from neuron_attn_rewrite.patterns.site import MASKED
+from neuron_attn_rewrite.patterns.site import hides
 from neuron_attn_rewrite.patterns.softmaxes import as_zero_fill
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
@@ -194,7 +194,7 @@ def _zero_filled_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights |
     _, mask, where = cut
     dims = views.broadcast(mask, weights.dims)
     for i, term in enumerate(weights.scores.terms):
-        if term.kind == "add" or term.fill > MASKED or term.dims != dims:
+        if term.kind == "add" or not hides(term.fill) or term.dims != dims:
             continue
         if _same_mask(walk, term.node, mask, negated=where != (term.kind == "hide")):
             return replace(weights.to(user), zero_filled_terms=weights.zero_filled_terms | {i})

@@ -125,8 +125,12 @@ class Emitter:
         return self._joined(aten.logical_and.default, site.output, vectors)
 
     def _bias(self, dense: tuple[Dense, ...], output: fx.Node) -> fx.Node | None:
-        """The sum of all dense terms. Their broadcast dims are not expanded."""
-        return self._joined(aten.add.Tensor, output, [self._moved(self._additive(d), d.layout) for d in dense])
+        """The sum of all dense terms. None is expanded to more than its own dims."""
+        addends = [self._additive(d) for d in dense]
+        if len(addends) > 1:  # a sum in 16 bits would round
+            addends = [self._cast(addend, torch.promote_types(dtype(addend), torch.float32)) for addend in addends]
+        moved = [self._moved(addend, d.layout) for addend, d in zip(addends, dense, strict=True)]
+        return self._joined(aten.add.Tensor, output, moved)
 
     def _additive(self, dense: Dense) -> fx.Node:
         term = dense.term

@@ -126,7 +126,8 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 def movement(node: fx.Node, name: str, args: Any, kwargs: Any) -> CellTable | None:
     """An operator that moves elements, on the low values, the high values and the cells.
 
-    None if what moves is not the first argument, or another argument is a table as well.
+    None if what moves is not the first argument, if another argument is a table as well, or if the bits of the elements
+    are read as another dtype (`view(dtype)`), which moves nothing.
     """
     if name in ("cat", "stack"):
         pieces = zip(*(as_table(v).parts for v in args[0]), strict=True)
@@ -134,6 +135,9 @@ def movement(node: fx.Node, name: str, args: Any, kwargs: Any) -> CellTable | No
     moved = args[0]
     rest = pytree.tree_leaves((args[1:], kwargs), is_leaf=is_table)
     if not isinstance(moved, CellTable) or any(isinstance(v, CellTable) for v in rest):
+        return None
+
+    if any(isinstance(v, torch.dtype) for v in rest):
         return None
 
     def apply(t: Tensor, *given: Any) -> Tensor:

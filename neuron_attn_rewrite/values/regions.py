@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, op_name, permutation, shape, tensor
@@ -76,6 +77,8 @@ def restrict(node: fx.Node, region: Region) -> Restricted | None:
     if name in PERMUTES:
         return Restricted(node.args, {source: region._replace(dim=permutation(node)[region.dim])})
     if name in ("view", "reshape", "_unsafe_view"):
+        if isinstance(node.args[1], torch.dtype):
+            return None
         for dim, size in enumerate(inner):
             if size == out[region.dim] and prod(inner[:dim]) == prod(out[: region.dim]):
                 return Restricted((source, _resized(out, region)), {source: region._replace(dim=dim)})
