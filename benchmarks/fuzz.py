@@ -6,8 +6,8 @@
 A program is drawn from a grammar: sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over
 indices, buffers and inputs, biases, sinks, spellings of the softmax, and writes in place. It is rewritten without
 verification on inputs in which every mask is all ones and every position in order, and must then give what the model
-gives (its gradients too) for others. `--memory` puts copies, views and writes through views between the mask, the scores,
-the operands and the output (without gradients). `--seed N --only` shows one program.
+gives (its gradients too) for others. `--memory` puts copies, views and writes through views between the mask, the
+scores, the operands and the output (without gradients). `--seed N --only` shows one program.
 """
 
 from __future__ import annotations

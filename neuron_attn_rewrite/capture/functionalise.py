@@ -71,9 +71,8 @@ class _Functionalisation:
         self.source: dict[fx.Node, fx.Node] = {}
         """For each view, and each result of a write: the tensor that it is a view of, or that was written."""
         for node in graph.nodes:
-            if where.is_view(node) and not self._is_new_part(node):
-                self.source[node] = node.args[0]
-            elif mutates(node) and node in where.objects and list(written(node)) == [node.args[0]]:
+            is_view = where.is_view(node) and not self._is_new_part(node)
+            if is_view or (mutates(node) and node in where.objects and list(written(node)) == [node.args[0]]):
                 self.source[node] = node.args[0]
         self.scatters: dict[fx.Node, Scatter | None] = {}
         self.writes = self._expressible()

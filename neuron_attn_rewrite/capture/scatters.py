@@ -59,8 +59,9 @@ def scatter(view: fx.Node, where: Memory) -> Scatter | None:
 
 
 def _part(view: fx.Node, whole: fx.Node, where: Memory) -> Scatter | None:
-    values, parts, i = arguments(whole), where.values[whole], int(view.args[1])  # type: ignore[call-overload]
-    i, source = i % len(parts), where.values[whole.args[0]]  # type: ignore[index]
+    given: Any = view.args[1]
+    values, parts, source = arguments(whole), where.values[whole], where.values[whole.args[0]]  # type: ignore[index]
+    i = given % len(parts)
     if op_name(whole) == "unbind":
         return lambda call, base, value: call(aten.select_scatter.default, base, value, values["dim"], i)
     if op_name(whole) not in SPLITS or not all(isinstance(n, int) for p in parts for n in p.shape):

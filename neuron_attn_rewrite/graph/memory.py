@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ UNTRACED = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 @dataclass(frozen=True)
 class Memory:
-    """What each node's result lies in. A schema does not tell: `reshape`, `to` or `dropout` may return a view or not."""
+    """Where each node's result lies. A schema does not tell: `reshape`, `to` or `dropout` may return a view or not."""
 
     storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     """The storages of a node's tensors, several for a list of tensors. No entry for a node without tensors."""
@@ -46,22 +47,20 @@ def memory(graph: fx.Graph) -> Memory:
     A node that does not run on fake tensors has new memory, or that of its first argument if its schema says so.
     """
     found = Memory()
-    own = fake_mode(graph)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=own.shape_env)
-    made = (own.shape_env.ignore_fresh_unbacked_symbols() if own.shape_env else None, mode, torch.no_grad())
+    shapes = fake_mode(graph).shape_env
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     same: dict[int, int] = {}
-    with made[0] or torch.no_grad(), made[1], made[2]:
+    with mode, torch.no_grad(), shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext():
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            ran = False
-            value = _unrun(node, mode)
+            value, ran = _unrun(node, mode), False
             if node.op == "call_function" and _runs(node):
                 try:
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found.values[n])
-                    value, ran = node.target(*args, **kwargs), True  # type: ignore[operator]
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.values.__getitem__)
+                    value, ran = node.target(*args, **kwargs), True
                 except Exception:  # an operator without a fake form, or sizes that depend on data
-                    ran = False
+                    pass
             found.values[node] = value
             tensors = list(_tensors(value))
             if not tensors:

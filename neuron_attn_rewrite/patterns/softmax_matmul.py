@@ -27,7 +27,9 @@ MOST_FOLLOWED = 24
 
 def unknown_softmax(softmax: fx.Node, reason: Reason) -> list[UnknownAttention]:
     """A softmax that can't be followed back to its scores, if its weights end in a product."""
-    return [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if _meets_product(softmax) else []
+    return (
+        [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if _meets_product(softmax) else []
+    )
 
 
 def find_softmax_matmul(

@@ -10,7 +10,17 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import WRITTEN, PERMUTES, arguments, dtype, is_tensor, op_name, plain_name, shape, tensor
+from neuron_attn_rewrite.graph.nodes import (
+    PERMUTES,
+    WRITTEN,
+    arguments,
+    dtype,
+    is_tensor,
+    op_name,
+    plain_name,
+    shape,
+    tensor,
+)
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import as_product

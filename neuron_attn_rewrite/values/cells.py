@@ -31,7 +31,8 @@ ELEMENTWISE = frozenset(
     """
     add sub rsub mul div neg abs pow exp log sqrt rsqrt sign reciprocal clamp clamp_min clamp_max minimum maximum
     floor_divide remainder eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or
-    bitwise_not bitwise_xor __and__ __or__ __xor__ where masked_fill to _to_copy type_as nan_to_num isinf isnan copy div.trunc
+    bitwise_not bitwise_xor __and__ __or__ __xor__ where masked_fill to _to_copy type_as nan_to_num isinf isnan copy
+    div.trunc
     """.split()
 )
 MOVEMENT = frozenset(

@@ -15,7 +15,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.graph.nodes import mutates
 from neuron_attn_rewrite.graph.writes import Writes
 
-PROGRAMS = 300
+PROGRAMS = 90
 STEPS = 9
 
 VIEWS: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
