@@ -101,7 +101,7 @@ class Program(nn.Module):
         self.register_buffer("kept", torch.arange(16.0).view(4, 4))
         self.seed, self.words = seed, []
         self.failed: set[int] = set()
-        """The steps that eager torch refuses."""
+        """The steps that eager torch refuses, or that would change the sizes of an input."""
         self.tries = True
         self(*inputs())
         self.tries = False
@@ -118,7 +118,9 @@ class Program(nn.Module):
             name, function = r.choice(list(table.items()))  # type: ignore[attr-defined]
             given, draw = (live[i], r.choice(live)), random.Random(r.random())
             given = given if kind == "write" else given[:1]
-            if step in self.failed or (kind == "resize" and any(live[i] is x for x in (a, b, self.kept))):
+            if self.tries and kind == "resize" and any(live[i] is x for x in (a, b, self.kept)):
+                self.failed.add(step)
+            if step in self.failed:
                 continue
             try:
                 made = function(draw, *given)
