@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from neuron_attn_rewrite.report.report import RewriteReport
 
 
-PROVEN_BUFFERS = "neuron_attn_rewrite.proven_buffers"
-"""The key of `module.meta` with the names of the buffers whose values a proof depends on."""
+PROVEN_VALUES = "neuron_attn_rewrite.proven_values"
+"""The key of `module.meta` for the buffers and parameters whose values a proof depends on: their names, and in a
+`RewrittenModule` a copy of each value."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -27,6 +28,10 @@ class RewrittenModule(fx.GraphModule):
     A dynamic size takes every value in its range.
     """
 
+    _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] | None = None
+    """Each tensor that a proof depends on, as it was when it was compared last: where it is kept, under which name, the
+    tensor and its version counter."""
+
     @classmethod
     def wrap(cls, module: fx.GraphModule, report: RewriteReport) -> RewrittenModule:
         """A module with the graph, parameters and buffers of `module`, and with this report."""
@@ -34,7 +39,8 @@ class RewrittenModule(fx.GraphModule):
         _adopt(module, wrapped)
         for part in wrapped.modules():
             part.training = module.training
-        wrapped.meta = {**module.meta, "neuron_attn_rewrite": report}
+        proven = {name: _attribute(wrapped, name).detach().clone() for name in module.meta.get(PROVEN_VALUES, ())}
+        wrapped.meta = {**module.meta, "neuron_attn_rewrite": report, PROVEN_VALUES: proven}
         return wrapped
 
     @property
@@ -46,6 +52,7 @@ class RewrittenModule(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
             args, kwargs = (), self._bind(args, kwargs)
+            self._check_proven_values()
         return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> RewrittenModule:
@@ -61,22 +68,50 @@ class RewrittenModule(fx.GraphModule):
             )
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of nn.Module, except for buffers that a proof depends on: they must keep their values.
-
-        The graph no longer reads these buffers.
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Called by `load_state_dict` of this module and of every module that contains it.
 
         Raises:
-            RewriteError: `state_dict` has another value of such a buffer. Nothing is loaded then.
+            RewriteError: `state_dict` has another value of a tensor that a proof depends on. Nothing is loaded then.
         """
-        for name in sorted(self.meta.get(PROVEN_BUFFERS, ())):
-            old, new = self.get_buffer(name), state_dict.get(name)
-            if new is not None and new.shape == old.shape and not torch.equal(new.to(old), old):
+        for name, value in self.meta.get(PROVEN_VALUES, {}).items():
+            new = state_dict.get(prefix + name)
+            if new is not None and new.shape == value.shape and not _is_equal(new, value):
                 raise RewriteError(
-                    f"a proof depends on the value of buffer {name!r}, and this state_dict has another value. "
+                    f"a proof depends on the value of {name!r}, and this state_dict has another value. "
                     "Load it into the original model and rewrite that again."
                 )
-        return super().load_state_dict(state_dict, strict, assign)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_proven_values(self) -> None:
+        """Compare the tensors that a proof depends on with their values in the proof, if they may have changed.
+
+        A tensor that is the same object with the same version counter has not changed. So a call costs a comparison
+        of two numbers for each tensor.
+
+        Raises:
+            RewriteError: a value has changed.
+        """
+        if self._seen is not None:
+            for tensors, key, tensor, version in self._seen:
+                if tensors[key] is not tensor or tensor._version != version:
+                    break
+            else:
+                return
+        self._seen = None
+        seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
+        for name, value in self.meta.get(PROVEN_VALUES, {}).items():
+            owner, key = _owner(self, name)
+            tensors = owner._buffers if key in owner._buffers else owner._parameters
+            tensor = tensors[key]
+            if not _is_equal(tensor, value):
+                raise RewriteError(
+                    f"the value of {name!r} has changed since the rewrite, and a proof depends on it. The model and "
+                    "the rewritten one share this tensor. Rewrite the model again, or restore the value."
+                )
+            counted = not tensor.is_inference()  # a tensor of inference mode has no counter: compare it at each call
+            seen.append((tensors, key, tensor if counted else None, tensor._version if counted else 0))
+        self._seen = seen
 
     def __reduce__(self) -> Any:
         """A pickle of a graph has no shapes, and a rewritten model checks its arguments with them."""
@@ -166,6 +201,24 @@ def _describe(values: list[Any]) -> str:
         return repr(value)
 
     return ", ".join(map(one, values)) or "nothing"
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    owner, key = _owner(module, name)
+    return getattr(owner, key)
+
+
+def _is_equal(found: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a tensor has this value. Any value is possible on the meta device."""
+    if found.is_meta or value.is_meta:
+        return True
+    found = found.detach().to(value.device)
+    return found.shape == value.shape and bool(((found == value) | ((found != found) & (value != value))).all())
 
 
 def _adopt(source: nn.Module, target: nn.Module) -> None:

@@ -15,7 +15,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
-from neuron_attn_rewrite.module import PROVEN_BUFFERS, RewrittenModule
+from neuron_attn_rewrite.module import PROVEN_VALUES, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
@@ -82,7 +82,7 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     grafts = graft(module, replaced, prover.writes)
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
     accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
-    module.meta[PROVEN_BUFFERS] = commit(module, accepted)
+    module.meta[PROVEN_VALUES] = commit(module, accepted)
     report = make_report(module.graph, before, verdicts, grafts, errors, config)
     check_required(report, config)
     return report

@@ -157,7 +157,7 @@ def test_another_value_of_what_was_proven_is_not_loaded() -> None:
     assert relative_error(rewritten(x), other(x)) < 2e-5
     for name in ("shown", "scale"):
         state = {**Masked().state_dict(), name: torch.ones_like(model.get_buffer(name))}
-        with pytest.raises(RewriteError, match=f"a proof depends on the value of buffer '{name}'"):
+        with pytest.raises(RewriteError, match=f"a proof depends on the value of '{name}'"):
             copy.deepcopy(rewritten).load_state_dict(state)
     assert float(rewritten.get_buffer("offset")[0]) == 1
 

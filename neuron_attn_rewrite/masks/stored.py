@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from neuron_attn_rewrite.graph.held import read_value
 from neuron_attn_rewrite.masks.affine import Affine, negated
 from neuron_attn_rewrite.masks.cases import INTEGERS, At, Case, Cases, Unknown, exact
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
@@ -23,8 +24,7 @@ def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
     Raises:
         Unknown: it is a parameter, has no values, or follows none of the formulas.
     """
-    path, _, name = str(node.target).rpartition(".")
-    held = getattr(module.get_submodule(path), name)
+    held = read_value(module, node)
     if isinstance(held, torch.nn.Parameter) or not isinstance(held, Tensor):
         raise Unknown(f"{node.name} is a parameter")
     if held.is_meta:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from neuron_attn_rewrite.graph.held import values_read
 from neuron_attn_rewrite.graph.nodes import PERMUTES, eliminate_dead_code, op_name
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.replace.graft import Graft
@@ -20,12 +21,9 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
     The module is not recompiled.
 
     Returns:
-        The names of the buffers whose values are part of a proof, such as masks and scales: no kernel call reads them.
+        The names of the buffers and parameters whose values the proofs depend on, such as masks and scales.
     """
-    unread = {
-        str(node.target) for g in accepted for node in _constants(g.verdict.site.output, g) - _constants(g.result, g)
-    }
-    proven = frozenset(unread & dict(module.named_buffers(remove_duplicate=False)).keys())
+    proven = values_read(module.graph) if accepted else frozenset()
     for g in accepted:
         for user in list(g.verdict.site.output.users):
             if user not in g.added:
@@ -34,21 +32,6 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
     eliminate_dead_code(module.graph)
     module.graph.lint()
     return proven
-
-
-def _constants(end: fx.Node, g: Graft) -> set[fx.Node]:
-    """The parameters and buffers that a node depends on, except through the operands of the attention."""
-    assert g.verdict.form
-    site, form = g.verdict.site, g.verdict.form.site
-    reached = {o.node for s in (site, form) for o in (s.query, s.key, s.value)}
-    stack, found = [end], set()
-    while stack:
-        node = stack.pop()
-        if node not in reached:
-            reached.add(node)
-            stack += node.all_input_nodes
-            found |= {node} if node.op == "get_attr" else set()
-    return found
 
 
 def _allow_any_strides(node: fx.Node) -> None:

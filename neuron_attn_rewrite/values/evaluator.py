@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.graph.held import held, read_value
 from neuron_attn_rewrite.graph.nodes import draws, op_name, tensor, values_read
 from neuron_attn_rewrite.values.cells import ELEMENTWISE, MOVEMENT, CellTable, as_table, elementwise, is_table, movement
 from neuron_attn_rewrite.values.regions import Region, restrict
@@ -83,9 +84,9 @@ class Evaluator:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, fx.Node) and self._kinds[value] is Kind.CONSTANT:
-            found = self.value(value)
-            if isinstance(found, Tensor) and found.numel() == 1 and found.dtype != torch.bool:
-                return float(found)
+            like = tensor(value)
+            if like is not None and like.numel() == 1 and like.dtype != torch.bool:
+                return float(self.value(value))
         return None
 
     def table(self, node: fx.Node, region: Region | None = None) -> CellTable | Opaque:
@@ -142,9 +143,9 @@ class Evaluator:
         if node.op == "placeholder":
             return Kind.CELLS if _is_zero_one(node) and _is_small(node) else Kind.OPAQUE
         if node.op == "get_attr":
-            held = _attribute(self.module, node)
-            no_value = isinstance(held, Tensor) and held.is_meta
-            return Kind.OPAQUE if no_value or isinstance(held, torch.nn.Parameter) else Kind.CONSTANT
+            kept = held(self.module, node)
+            no_value = isinstance(kept, Tensor) and kept.is_meta
+            return Kind.OPAQUE if no_value or isinstance(kept, torch.nn.Parameter) else Kind.CONSTANT
         if node.op != "call_function" or draws(node):
             return Kind.OPAQUE
         kind = max((self._kinds[n] for n in values_read(node)), default=Kind.CONSTANT)
@@ -157,7 +158,7 @@ class Evaluator:
         if node.op == "placeholder":
             return self._new_leaf(node)
         if node.op == "get_attr":
-            return _attribute(self.module, node)
+            return read_value(self.module, node)
         if op_name(node) == "getattr":
             return torch.device("cpu")
         name = op_name(node)
@@ -224,11 +225,6 @@ def _numel(node: fx.Node) -> int:
     value = tensor(node)
     assert value is not None
     return value.numel()
-
-
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    path, _, name = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(path), name)
 
 
 def _shape_stand_in(node: fx.Node) -> Any:
