@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 PROVEN_VALUES = "neuron_attn_rewrite.proven_values"
 """The key of `module.meta` for the buffers and parameters whose values a proof depends on: their names, and in a
 `RewrittenModule` a copy of each value."""
+
+SIGNATURE = "neuron_attn_rewrite.signature"
+"""The key of `module.meta` for the signature of the model's `forward`. A graph that was captured before has none."""
 
 
 class RewrittenModule(fx.GraphModule):
@@ -123,34 +127,35 @@ class RewrittenModule(fx.GraphModule):
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, after a check against the captured ones."""
-        expected = self._expected()
-        if len(args) > len(expected):
-            raise InputError(
-                f"{len(args)} positional arguments given, but the captured ones are {', '.join(expected)}."
-            )
-        given = dict(zip(expected, args, strict=False))
-        for name, value in kwargs.items():
+        expected, signature = self._expected(), self.meta.get(SIGNATURE)
+        defaults = {} if signature is None else _defaults(signature)
+        names = list(expected) if signature is None else _positions(signature, len(args))
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional arguments given, but there are only {', '.join(names)}.")
+        given: dict[str, Any] = {}
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
             if name in given:
                 raise InputError(f"argument {name!r} is given twice, by position and by name.")
             if name in expected:
                 given[name] = value
-            elif value is not None:
+            elif not _is_same(value, defaults.get(name)):
                 raise InputError(
                     f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
                     "Pass it as an example input and rewrite again."
                 )
         symbols: dict[Any, int] = {}
         for name, values in expected.items():
-            if name not in given:
-                if any(isinstance(v, torch.Tensor) for v in values):
-                    raise InputError(f"argument {name!r} is missing: it was captured as {_describe(values)}.")
-                given[name] = values[0] if values else ()
-                continue
+            was, is_left_out = _describe(values), name not in given
+            if is_left_out:
+                is_fixed = signature is None and not any(isinstance(v, torch.Tensor) for v in values)
+                if name not in defaults and not is_fixed:
+                    raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
+                given[name] = defaults[name] if name in defaults else values[0] if values else ()
             found = pytree.tree_leaves(given[name])
             wrong = _mismatch(found, values, symbols)
             if wrong is not None:
-                was = _describe(values)
-                raise InputError(f"argument {name!r} is {_describe(found)}, but was captured as {was}{wrong}.")
+                now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
+                raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
         return {name: given[name] for name in expected}
 
     def _expected(self) -> dict[str, list[Any]]:
@@ -164,6 +169,27 @@ class RewrittenModule(fx.GraphModule):
         for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
             expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]
         return expected
+
+
+def _positions(signature: inspect.Signature, count: int) -> list[str]:
+    """The names of the positional arguments; those of `*args` are `args_0`, `args_1` and so on, as in a graph."""
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+        elif parameter.kind == parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
+    return names
+
+
+def _defaults(signature: inspect.Signature) -> dict[str, Any]:
+    return {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
+        return value is default
+    return value is default or (type(value) is type(default) and bool(value == default))
 
 
 def _per_argument(in_spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:

@@ -15,7 +15,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
-from neuron_attn_rewrite.module import PROVEN_VALUES, RewrittenModule
+from neuron_attn_rewrite.module import PROVEN_VALUES, SIGNATURE, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
@@ -58,6 +58,7 @@ def rewrite(
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
+    captured.module.meta[SIGNATURE] = captured.signature
     return RewrittenModule.wrap(captured.module, report)
 
 

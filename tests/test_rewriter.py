@@ -77,9 +77,11 @@ def test_called_by_position_and_by_name(model: Attention) -> None:
 def test_plain_values_are_fixed_at_capture(model: Attention) -> None:
     x, mask = example()
     rewritten = rewrite(model, (x, mask), {"double": True}, config=ALWAYS)
-    assert relative_error(rewritten(x, mask)["y"], model(x, mask, double=True)["y"]) < 2e-5
+    assert relative_error(rewritten(x, mask, double=True)["y"], model(x, mask, double=True)["y"]) < 2e-5
     with pytest.raises(InputError, match="'double' is False, but was captured as True"):
         rewritten(x, mask, double=False)
+    with pytest.raises(InputError, match="'double' is missing: its default is False, but was captured as True"):
+        rewritten(x, mask)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuron_attn_rewrite import RewriteError, rewrite
+from neuron_attn_rewrite import InputError, RewriteError, rewrite
 from tests.helpers import ALWAYS, relative_error
 
 
@@ -138,3 +138,45 @@ def test_the_check_is_cheap() -> None:
     rewritten(x)
     assert len(rewritten._seen) == 48
     assert min(timeit.repeat(rewritten._check_proven_values, number=100, repeat=5)) / 100 < 50e-6
+
+
+class Defaults(nn.Module):
+    """Its arguments have defaults that change the result."""
+
+    def forward(
+        self, x: Tensor, gain: float = 1.0, mask: Tensor | None = None, causal: bool = True, **more: Any
+    ) -> Tensor:
+        x = x * gain if mask is None else x * gain + mask
+        x = x + 1 if more.get("shifted") else x
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=causal)
+
+
+def test_an_argument_that_is_left_out_has_its_default() -> None:
+    model, x = Defaults(), torch.randn(1, 2, 8, 4)
+    rewritten = rewrite(model, (x,), {"causal": True}, config=ALWAYS)
+    assert relative_error(rewritten(x), model(x)) < 1e-5
+    assert relative_error(rewritten(x, 1.0, None, True), model(x)) < 1e-5
+    rewritten = rewrite(model, (x,), {"causal": False, "gain": 2.0}, config=ALWAYS)
+    assert relative_error(rewritten(x, 2.0, causal=False), model(x, 2.0, causal=False)) < 1e-5
+    for args, options in (((x,), {"gain": 2.0}), ((x, 2.0), {}), ((x,), {"causal": False})):
+        with pytest.raises(InputError, match="is missing: its default is"):
+            rewritten(*args, **options)
+
+
+def test_a_position_means_what_it_means_to_the_model() -> None:
+    model, x, mask = Defaults(), torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4)
+    rewritten = rewrite(model, (x,), {"mask": mask}, config=ALWAYS)
+    assert relative_error(rewritten(x, 1.0, mask), model(x, 1.0, mask)) < 1e-5
+    for args, message in (((x, mask), "'gain' was not captured"), ((x,), "'mask' is missing")):
+        with pytest.raises(InputError, match=message):
+            rewritten(*args)
+    with pytest.raises(InputError, match="'gain' was not captured"):
+        rewritten(x, None, mask)
+
+
+def test_an_argument_without_a_default_must_be_given() -> None:
+    model, x = Defaults(), torch.randn(1, 2, 8, 4)
+    rewritten = rewrite(model, (x,), {"shifted": True}, config=ALWAYS)
+    assert relative_error(rewritten(x, shifted=True), model(x, shifted=True)) < 1e-5
+    with pytest.raises(InputError, match="'shifted' is missing: it was captured as True"):
+        rewritten(x)

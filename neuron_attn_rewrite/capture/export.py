@@ -33,6 +33,8 @@ class Captured:
     module: fx.GraphModule
     call: tuple[tuple[Any, ...], Mapping[str, Any]] | None
     """Positional inputs, and those by keyword in the order of the signature."""
+    signature: inspect.Signature | None = None
+    """Of the model's `forward`. None if the model was a graph already."""
 
     @property
     def inputs(self) -> tuple[Any, ...] | None:
@@ -91,7 +93,8 @@ def capture(
         part.training = training
     tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
-    return Captured(module, (args, kwargs) if has_values else None)
+    signature = None if program is model else inspect.signature(model.forward)
+    return Captured(module, (args, kwargs) if has_values else None, signature)
 
 
 def _is_aten(module: fx.GraphModule) -> bool:
