@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.capture.compare import capture_error
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
@@ -19,7 +20,7 @@ from neuron_attn_rewrite.module import PROVEN_VALUES, SIGNATURE, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.replace.commit import commit
 from neuron_attn_rewrite.replace.graft import graft
-from neuron_attn_rewrite.replace.verify import capture_error, compare
+from neuron_attn_rewrite.replace.verify import compare
 from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required, unmatched_sites
@@ -46,7 +47,8 @@ def rewrite(
 
     Raises:
         InputError: the example inputs are missing or don't fit.
-        CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs.
+        CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs, or it
+            does not compute or write what the model does.
         RewriteError: `config.require` is not met.
     """
     config = RewriteConfig.of(config)

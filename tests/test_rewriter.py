@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from neuron_attn_rewrite import (
+    CaptureError,
     ConfigError,
     FlashAttentionStrategy,
     InputError,
@@ -384,14 +385,14 @@ class TwoPaths(nn.Module):
         return out * self.other if torch.compiler.is_exporting() else out
 
 
-@pytest.mark.parametrize(("other", "says"), [(1.0, False), (0.5, True)])
-def test_a_capture_that_is_not_the_model_is_a_warning(other: float, says: bool) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        report = rewrite(TwoPaths(other).eval(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report
-    assert report.capture_error == pytest.approx(1 - other, abs=1e-6)
-    assert any("is not the model" in str(w.message) for w in caught) == says
-    assert ("is not the model" in str(report)) == says
+def test_a_capture_that_is_not_the_model_is_an_error() -> None:
+    x = torch.randn(1, 2, 8, 4)
+    assert rewrite(TwoPaths(1.0).eval(), (x,), config=ALWAYS).report.capture_error == 0
+    for other in (0.5, 0.98):
+        with pytest.raises(CaptureError, match=r"is not the model: on the example inputs.*differ by (50|2)\.0%"):
+            rewrite(TwoPaths(other).eval(), (x,), config=ALWAYS)
+    unchecked = RewriteConfig(policy="always", verify=False)
+    assert rewrite(TwoPaths(0.5).eval(), (x,), config=unchecked).report.capture_error is None
 
 
 class Draws(nn.Module):
@@ -399,5 +400,5 @@ class Draws(nn.Module):
         return F.scaled_dot_product_attention(x, x, x) + torch.rand_like(x)
 
 
-def test_a_capture_that_draws_numbers_is_not_compared() -> None:
-    assert rewrite(Draws(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error is None
+def test_a_capture_that_draws_numbers_is_compared_with_the_same_numbers() -> None:
+    assert rewrite(Draws(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error == pytest.approx(0, abs=1e-6)

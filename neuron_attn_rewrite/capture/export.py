@@ -33,6 +33,8 @@ class Captured:
     module: fx.GraphModule
     call: tuple[tuple[Any, ...], Mapping[str, Any]] | None
     """Positional inputs, and those by keyword in the order of the signature."""
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+    """The call with the caller's own objects."""
     signature: inspect.Signature | None = None
     """Of the model's `forward`. None if the model was a graph already."""
 
@@ -62,11 +64,13 @@ def capture(
     if not isinstance(args, (tuple, list)):
         raise InputError(f"args must be a tuple of example inputs, not {type(args).__name__}.")
     args, given = tuple(args), bool(args or kwargs)
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] = args, kwargs
     program: torch.export.ExportedProgram | fx.GraphModule
     if isinstance(model, torch.export.ExportedProgram):
         program, training = model, False
         if not given and model.example_inputs:
             (args, kwargs), given = model.example_inputs, True
+            example = args, kwargs
     elif isinstance(model, torch.jit.ScriptModule):
         raise InputError("model must be the module itself, not a torch.jit.ScriptModule.")
     elif not isinstance(model, nn.Module):
@@ -77,6 +81,7 @@ def capture(
         program, training = model, model.training
     else:
         args = args if given else _zeros_from_shapes(model)
+        example = args, kwargs
         kwargs = _in_signature_order(model, args, kwargs)
         _refuse_objects(model, args, kwargs)
         args, kwargs = _distinct(model, args, kwargs)
@@ -94,7 +99,7 @@ def capture(
     tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
     signature = None if program is model else inspect.signature(model.forward)
-    return Captured(module, (args, kwargs) if has_values else None, signature)
+    return Captured(module, (args, kwargs) if has_values else None, example, signature)
 
 
 def _is_aten(module: fx.GraphModule) -> bool:

@@ -1,4 +1,4 @@
-"""Compares kernel calls with the attentions that they replace, and the captured graph with the model.
+"""Compares kernel calls with the attentions that they replace.
 
 Both are in the graph while it runs once on the example inputs. So each kernel call has the inputs of its attention, and
 the error of one site does not affect another.
@@ -12,14 +12,11 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
-from neuron_attn_rewrite.capture.export import Captured, first_line
-from neuron_attn_rewrite.capture.objects import leaves
+from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
-from neuron_attn_rewrite.graph.nodes import draws
 from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.masks.proof import Padding
 from neuron_attn_rewrite.masks.spec import EmptyRows
@@ -91,36 +88,6 @@ def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Seq
         nodes[:] = [n for n in nodes if n not in keep_alive]
     _run(runner, module, inputs)
     return errors
-
-
-def capture_error(model: Any, captured: Captured) -> float | None:
-    """How far a captured graph is from the model on the example call, relative to the largest of each output.
-
-    None if they can't be compared: the model is a graph already, the graph draws random numbers or writes into buffers
-    or inputs, an input can't be copied, or the outputs have other shapes.
-    """
-    graph = captured.module.graph
-    if captured.call is None or not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
-        return None
-    if any(draws(node) for node in graph.nodes) or changed_in_place(graph):
-        return None
-    if not all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in captured.inputs or ()):
-        return None
-    old, new = _outputs(model, captured.call), _outputs(captured.module, captured.call)
-    if [t.shape for t in old] != [t.shape for t in new]:
-        return None
-    return max((_difference(a, b, ~a.isnan()) for a, b in zip(old, new, strict=True)), default=None)
-
-
-def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Tensor]:
-    """The floating-point outputs of a call. Empty if it fails: then `measure` raises the error."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, call)
-    with torch.no_grad():
-        try:
-            found = leaves(run(*args, **kwargs))
-        except Exception:
-            return []
-    return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:

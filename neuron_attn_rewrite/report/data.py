@@ -130,10 +130,6 @@ class SiteReport:
         return float((end - first).sum()) / (self.q_len * self.kv_len)
 
 
-LARGEST_CAPTURE_ERROR = 0.05
-"""The largest `capture_error` that rounding can explain, through all layers of a model in half precision."""
-
-
 @dataclass(frozen=True)
 class ReportData:
     """Every attention of a model, and what became of it."""
@@ -150,7 +146,7 @@ class ReportData:
     """Versions of this package and of torch."""
     capture_error: float | None = None
     """How far the captured graph, before anything was replaced, is from the model on the example inputs, relative to
-    the largest magnitude of each output. None where they were not compared: see `verify.capture_error`."""
+    the largest magnitude of each output. None where they were not compared: see `capture.compare`."""
 
     @property
     def replaced(self) -> tuple[SiteReport, ...]:
@@ -174,19 +170,4 @@ class ReportData:
             "If it matters, capture with an example that uses it, such as a padded attention_mask."
             for name in self.unused_inputs
         )
-        return back + unused + self._drift
-
-    @property
-    def _drift(self) -> tuple[str, ...]:
-        if not self.captured_another:
-            return ()
-        return (
-            "the captured graph is not the model: on the example inputs, before anything was replaced, outputs differ "
-            f"by {self.capture_error:.0%} of their largest magnitude. Some models take another path while they are "
-            "traced, most often if a mask is all ones. Capture with an example that has padding, and compare.",
-        )
-
-    @property
-    def captured_another(self) -> bool:
-        """Whether the captured graph differs from the model by more than rounding can explain."""
-        return self.capture_error is not None and self.capture_error > LARGEST_CAPTURE_ERROR
+        return back + unused

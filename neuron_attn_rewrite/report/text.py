@@ -45,8 +45,6 @@ def _headline(report: ReportData) -> Line:
 def _notes(report: ReportData) -> Iterator[Line]:
     for name in report.unused_inputs:
         yield ((f"input {name} is not read by the captured graph", "yellow"),)
-    if report.captured_another:
-        yield ((f"the captured graph is not the model: outputs differ by {report.capture_error:.0%}", "yellow"),)
 
 
 def _lines(group: Group) -> Iterator[Line]:

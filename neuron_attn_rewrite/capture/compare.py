@@ -1,0 +1,218 @@
+"""Compares a captured graph with the model, over several calls if the model has state.
+
+A copy of the model is called, so the model's own buffers, caches and counters stay as they are. Weights are shared.
+Each call has the example inputs, but positions such as `cache_position` go on where the call before has ended.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.capture.export import Captured
+from neuron_attn_rewrite.capture.objects import leaves
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.graph.nodes import draws, tensor
+from neuron_attn_rewrite.graph.writes import changed_in_place
+
+CALLS = 3
+"""How often a model with state is called."""
+LARGEST_ERROR, LARGEST_ERROR_OF_HALF = 1e-3, 5e-2
+"""The largest difference that rounding can explain, through all layers of a model, relative to the largest magnitude of
+each output. The second one is for models that compute in float16 or bfloat16."""
+HALF = (torch.float16, torch.bfloat16)
+
+
+def capture_error(model: Any, captured: Captured) -> float | None:
+    """How far a captured graph is from the model on the example call, relative to the largest of each output.
+
+    None if they can't be compared: there are no values, the model can't be copied or called, the outputs have other
+    shapes, or random numbers are drawn in another order.
+
+    Raises:
+        CaptureError: the difference is larger than rounding can explain, or the graph does not write what the model
+            writes.
+    """
+    if captured.call is None or captured.example is None or not isinstance(model, nn.Module):
+        return None
+    twin = _copy_of(model)
+    if twin is None:
+        return None
+    graph = captured.module.graph
+    limit = LARGEST_ERROR_OF_HALF if any(_is_half(node) for node in graph.nodes) else LARGEST_ERROR
+    is_random = any(draws(node) for node in graph.nodes)
+    worst: float | None = None
+    with _restored(captured.module), torch.random.fork_rng(devices=[]):
+        for call in range(CALLS):
+            counters = _counters(twin)
+            old = _outputs(twin, captured.example, call)
+            writes = {} if call else _writes(model, twin)
+            new = _outputs(captured.module, captured.call, call)
+            if old is None or new is None or [t.shape for t in old] != [t.shape for t in new]:
+                return worst
+            _check_writes(writes, captured.module, torch.inf if is_random else limit)
+            error = max((_difference(a, b) for a, b in zip(old, new, strict=True)), default=None)
+            if error is not None and error > limit:
+                if is_random:
+                    return None
+                raise _another(error, call)
+            worst = error if worst is None or error is None else max(worst, error)
+            if _counters(twin) == counters:
+                break
+    return worst
+
+
+def _another(error: float, call: int) -> CaptureError:
+    if call:
+        return CaptureError(
+            f"the captured graph is not the model: it agrees with the model at the first call, but differs by "
+            f"{error:.1%} of the largest output at call {call + 1}. Either the model keeps something between calls that "
+            "the graph does not keep, or a number that it reads from its state became a constant while it was traced, "
+            "such as the length of a cache. Register what is kept as a buffer and write it in place, or pass it (or "
+            "the mask and the positions that are computed from it) as an input."
+        )
+    return CaptureError(
+        f"the captured graph is not the model: on the example inputs, before anything was replaced, outputs differ by "
+        f"{error:.1%} of their largest magnitude. Some models take another path while they are traced, most often if "
+        "a mask is all ones: pass an example that has padding. RewriteConfig(verify=False) skips this comparison."
+    )
+
+
+def _copy_of(model: nn.Module) -> nn.Module | None:
+    """A copy with the parameters of the model, and with buffers and other state of its own. None if it can't be made."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    try:
+        for _, part in _state(model):
+            if isinstance(part, Tensor) and id(part) not in memo:
+                memo[id(part)] = copy.deepcopy(part.detach(), memo)
+        return copy.deepcopy(model, memo)
+    except Exception:  # whatever an attribute of the model raises
+        return None
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Each tensor and each plain value that is reachable from the model, but its parameters. Buffers come first."""
+    yield from model.named_buffers()
+    seen = {id(t) for t in (*model.parameters(), *model.buffers())}
+    inside = ("_parameters", "_buffers", "_modules")
+    stack = [
+        (f"{name}.{key}" if name else key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key not in inside and not isinstance(module, fx.GraphModule)
+    ]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, (int, float, str, type(None))):
+            yield path, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Tensor):
+                yield path, value
+            elif isinstance(value, Mapping):
+                stack += [(f"{path}[{key!r}]", part) for key, part in value.items()]
+            elif isinstance(value, (list, tuple)):
+                stack += [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+            elif hasattr(value, "__dict__") and not isinstance(value, (type, Enum, nn.Module)) and not callable(value):
+                stack += [(f"{path}.{key}", part) for key, part in vars(value).items()]
+
+
+def _counters(model: nn.Module) -> dict[str, Any]:
+    """What tells whether a call changed the state: a version of each tensor, and each plain value."""
+    return {
+        path: (id(part), None if part.is_inference() else part._version) if isinstance(part, Tensor) else part
+        for path, part in _state(model)
+    }
+
+
+def _writes(model: nn.Module, called: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each tensor of the model that a call of a copy has changed: a copy of its value before, and its value after."""
+    after = dict(_state(called))
+    buffers = {id(b) for b in model.buffers()}
+    memory = {b.untyped_storage()._cdata for b in model.buffers() if type(b) is Tensor}
+    changed = {}
+    for path, was in _state(model):
+        now = after.get(path)
+        if type(was) is not Tensor or type(now) is not Tensor:
+            continue
+        is_view = id(was) not in buffers and was.untyped_storage()._cdata in memory
+        if not is_view and not _is_equal(was, now):
+            changed[path] = was.detach().clone(), now
+    return changed
+
+
+def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphModule, limit: float) -> None:
+    """Check that the graph has written each tensor that the model has written.
+
+    Raises:
+        CaptureError: it has not.
+    """
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for path, (was, now) in writes.items():
+        written = buffers.get(path)
+        if written is None or _is_equal(was, written) or _difference(now, written) > limit:
+            what = "a tensor that is no buffer" if written is None else "a buffer"
+            raise CaptureError(
+                f"the model writes into {path}, {what}, and the captured graph does not write the same: a second call "
+                "of the result would be wrong. Register the tensor as a buffer of the module that writes it, under "
+                "one name, and write it in place (copy_, index_copy_), or pass it as an input and return it."
+            )
+
+
+def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int) -> list[Tensor] | None:
+    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails."""
+    try:
+        args, kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number), call))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            found = leaves(run(*args, **kwargs))
+    except Exception:  # whatever the model's own operators raise
+        return None
+    return [t.clone() for t in found if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _advanced(value: Tensor, calls: int) -> Tensor:
+    """Positions, which are consecutive integers, of a later call. Other tensors stay the same."""
+    is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not calls or not is_integer or value.dim() > 1 or not bool((value.reshape(-1).diff() == 1).all()):
+        return value
+    return value + calls * value.numel()
+
+
+@contextmanager
+def _restored(module: fx.GraphModule) -> Iterator[None]:
+    """Restore the buffers that the graph writes into."""
+    names = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            module.get_buffer(name).copy_(value)
+
+
+def _is_half(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype in HALF
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and _difference(a, b) == 0
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    """The largest difference relative to the largest magnitude. Elements that are NaN in `old` don't count."""
+    if not old.numel():
+        return 0.0
+    old, new = (torch.view_as_real(t) if t.is_complex() else t for t in (old.detach(), new.detach()))
+    old, new = old.double(), new.double()
+    difference = (old - new).abs().where(~old.isnan() & (old != new), 0).nan_to_num(torch.inf, torch.inf)
+    largest = old.abs().where(old.isfinite(), 0).max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(difference.max() / largest)

@@ -1,0 +1,151 @@
+"""The captured graph against the model: outputs, what is written, and several calls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neuron_attn_rewrite import CaptureError, rewrite
+from tests.helpers import ALWAYS, relative_error
+
+
+class Running(nn.Module):
+    """Adds each input to a running sum, which is a buffer, and attends to the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(1, 2, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x)
+        return nn.functional.scaled_dot_product_attention(x, self.total, x)
+
+
+class Dropped(Running):
+    """While it is traced, it does not write."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return nn.functional.scaled_dot_product_attention(x, self.total + x, x)
+        return super().forward(x)
+
+
+class Hidden(nn.Module):
+    """Its running sum is no buffer, but a tensor in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = SimpleNamespace(total=torch.zeros(1, 2, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return nn.functional.scaled_dot_product_attention(x, self.kept.total + x, x)
+        self.kept.total.add_(x)
+        return nn.functional.scaled_dot_product_attention(x, self.kept.total, x)
+
+
+class Replaced(Hidden):
+    """Each call makes another tensor for the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.kept.total + x
+        if not torch.compiler.is_exporting():
+            self.kept.total = total
+        return nn.functional.scaled_dot_product_attention(x, total, x)
+
+
+class Counting(nn.Module):
+    """Another path at the third call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            self.calls += 1
+        return nn.functional.scaled_dot_product_attention(x, x, x) * (2 if self.calls > 2 else 1)
+
+
+class Constant(nn.Module):
+    """The length of its cache becomes a constant while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1, 2, 8, 4))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        self.cache.index_copy_(2, position, x * (position + 1))
+        length = 1 if torch.compiler.is_exporting() else int(position) + 1
+        seen = torch.arange(8) < length
+        return nn.functional.scaled_dot_product_attention(x, self.cache, self.cache, attn_mask=seen[None])
+
+
+def test_a_model_with_state_is_compared_over_several_calls() -> None:
+    model, x = Running(), torch.randn(1, 2, 8, 4)
+    rewritten = rewrite(model, (x,), config=ALWAYS)
+    assert rewritten.report.capture_error == pytest.approx(0, abs=1e-5)
+    assert not model.total.any()
+    other = Running()
+    for _ in range(3):
+        assert relative_error(rewritten(x), other(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Dropped(), "writes into total, a buffer, and"),
+        (Hidden(), "writes into kept.total, a tensor that is no buffer"),
+        (Replaced(), "writes into kept.total|differs by .* at call 2"),
+        (Counting(), "differs by .* at call 3"),
+    ],
+)
+def test_state_that_the_graph_does_not_keep_is_an_error(model: nn.Module, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        rewrite(model, (torch.randn(1, 2, 8, 4),), config=ALWAYS)
+
+
+def test_a_length_that_became_a_constant_is_an_error() -> None:
+    with pytest.raises(CaptureError, match="differs by .* at call 2"):
+        rewrite(Constant(), (torch.randn(1, 2, 1, 4), torch.tensor([0])), config=ALWAYS)
+
+
+def test_training_state_is_compared() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)[:, None]
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = Norm().train()
+    assert rewrite(model, (torch.randn(2, 8, 4),), config=ALWAYS).report.capture_error == pytest.approx(0, abs=1e-5)
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+def test_an_input_that_is_written_is_copied() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            cache.add_(x)
+            return nn.functional.scaled_dot_product_attention(x, cache, x)
+
+    x, cache = torch.randn(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)
+    rewritten = rewrite(Writes(), (x, cache), config=ALWAYS)
+    assert rewritten.report.capture_error == pytest.approx(0, abs=1e-6) and not cache.any()
+
+
+def test_a_model_that_can_not_be_copied_is_not_compared() -> None:
+    class Locked(nn.Module):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no copy")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert rewrite(Locked(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error is None
