@@ -19,18 +19,19 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from neuron_attn_rewrite.capture.autocast import Autocast, current, insert_casts
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.capture.normalise import PASSES, follow_input_device, normalise
-from neuron_attn_rewrite.graph.nodes import aten, dtype, is_tensor, op_name
+from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.reasons import Reason
 
 _ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
-CAST_BY_AUTOCAST = ("matmul", "bmm", "baddbmm", "einsum", "linear", "scaled_dot_product_attention", "softmax")
-"""Operators in an attention whose dtype torch.autocast changes."""
+AUTOCAST = "neuron_attn_rewrite.autocast"
+"""The key in the metadata of a node for what autocast was on when it was called."""
 
 
 class NotAnalysed(Exception):
@@ -54,7 +55,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     if mode is None:
         raise NotAnalysed(Reason("not-traced", "the graph has no tensor inputs"))
     devices = {v.device.type for v in values if isinstance(v, FakeTensor)}
-    runner = _Run(module)
+    runner = _Run(module, devices)
     try:
         with _reading_data(mode), mode, preserve_node_meta(), runner.restoring_state():
             inputs = [_fresh(v) for v in values]
@@ -65,8 +66,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new._rename(_readable(old))
         new.meta.setdefault("val", value(old))
-    if runner.casts or any(torch.is_autocast_enabled(device) for device in devices):
-        spell_out_autocast(traced.graph)
+    insert_casts(traced, lambda node: node.meta.get(AUTOCAST) or {})
     # This graph is compiled for the devices of one call, so its devices are fixed.
     return normalise(traced, tuple(p for p in PASSES if p is not follow_input_device))
 
@@ -121,46 +121,56 @@ def _readable(node: fx.Node) -> str:
 
 
 class _Run(fx.Interpreter):
-    """Runs a Dynamo graph and records the autocast regions that are open."""
+    """Runs a Dynamo graph and records the autocast regions that are open. It marks each traced node with them."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, devices: Collection[str]) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.open: list[Any] = []
-        self.casts = False
+        self.devices = devices
+        self._before: dict[str, tuple[Any, ...]] = {}
+        """What autocast was for each device type before the graph switched it."""
+        self._last: fx.Node | None = None
+        """The last traced node that is marked."""
 
     def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
         if node.target is _ENTER_AUTOCAST:
-            self.open.append(result)
-            self.casts |= bool(node.args[2])
+            before = _switch_autocast(*node.args)
+            self._before.setdefault(before[0], before)
+            return before
         if node.target is _EXIT_AUTOCAST:
-            self.open.pop()
+            return _switch_autocast(*self.env[node.args[0]])  # type: ignore[index]
+        result = super().run_node(node)
+        self._mark(current(self.devices))
         return result
+
+    def _mark(self, autocast: Autocast) -> None:
+        mode = get_proxy_mode()
+        traced = None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
+        node = traced
+        while node is not None and node is not self._last and node.op != "root":
+            node.meta[AUTOCAST] = autocast
+            node = node.prev
+        self._last = traced
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
         """Restore grad mode and autocast at the end, also after an error."""
-        grad = torch.is_grad_enabled()
+        grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
             yield
         finally:
             torch._C._set_grad_enabled(grad)
-            while self.open:
-                _EXIT_AUTOCAST(self.open.pop())
+            torch.set_autocast_cache_enabled(cache)
+            for switch in self._before.values():
+                _switch_autocast(*switch)
 
 
-def spell_out_autocast(graph: fx.Graph) -> None:
-    """Add a node for each cast that autocast applies to an input of an operator."""
-    for node in list(graph.nodes):
-        if op_name(node) not in CAST_BY_AUTOCAST or not is_tensor(node):
-            continue
-        wanted = dtype(node)
-        with graph.inserting_before(node):
-            for given in node.all_input_nodes:
-                if is_tensor(given) and dtype(given).is_floating_point and dtype(given) != wanted:
-                    cast = graph.call_function(aten.to.dtype, (given, wanted))
-                    cast.meta = {**given.meta, "val": given.meta["val"].to(wanted)}
-                    node.replace_input_with(given, cast)
+def _switch_autocast(device: Any, to: Any, is_on: Any, *_: Any) -> tuple[Any, Any, Any]:
+    """Turn autocast on or off, and give what it was before. A tracer would only record the switches of Dynamo."""
+    before = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, is_on)
+    torch.set_autocast_dtype(device, torch.get_autocast_dtype(device) if to is None else to)
+    return before
 
 
 def transplant(source: fx.GraphModule, target: fx.GraphModule) -> None:

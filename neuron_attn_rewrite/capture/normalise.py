@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture.autocast import Autocast, current, devices_of, insert_casts
 from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused
 from neuron_attn_rewrite.capture.functionalise import functionalise
-from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode
 
 aten = torch.ops.aten
@@ -36,21 +36,27 @@ def normalise(
     return module
 
 
-def inline_regions(module: fx.GraphModule) -> None:
-    """Inline regions that export wraps for a change of grad mode or autocast. No-grad regions end in a detach."""
+def inline_regions(module: fx.GraphModule, autocast: Autocast | None = None) -> None:
+    """Inline regions that export wraps for a change of grad mode or autocast.
+
+    No-grad regions end in a detach. The casts of autocast become nodes.
+
+    Args:
+        module: the graph.
+        autocast: what is on around the graph. By default, what is on now.
+    """
+    around: Autocast = current(devices_of(module.graph)) if autocast is None else autocast
+    if around:
+        insert_casts(module, lambda _: around)
     wrappers = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
     for node in list(module.graph.nodes):
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or name not in wrappers:
             continue
-        if name == "wrap_with_autocast" and node.args[2]:
-            raise CaptureError(
-                "the model runs a region under torch.autocast: turn autocast off and cast the model itself."
-            )
         lead = wrappers[name]
         body = module.get_submodule(node.args[lead].target)
         assert isinstance(body, fx.GraphModule)
-        inline_regions(body)
+        inline_regions(body, _autocast_in(node, around) if name == "wrap_with_autocast" else around)
         for inner in body.graph.find_nodes(op="get_attr"):
             value = _attribute(body, inner.target)
             inner.target = f"{node.args[lead].target}_{inner.target}".replace(".", "_")
@@ -64,6 +70,16 @@ def inline_regions(module: fx.GraphModule) -> None:
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
             module.graph.erase_node(user)
         module.graph.erase_node(node)
+
+
+def _autocast_in(region: fx.Node, around: Autocast) -> Autocast:
+    device, to, is_on = region.args[:3]
+    assert isinstance(device, str)
+    others = {d: t for d, t in around.items() if d != device}
+    if not is_on:
+        return others
+    assert to is None or isinstance(to, torch.dtype)
+    return {**others, device: to or torch.get_autocast_dtype(device)}
 
 
 def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
