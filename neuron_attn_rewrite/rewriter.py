@@ -26,6 +26,7 @@ from neuron_attn_rewrite.report.build import make_report, snapshot
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required, unmatched_sites
 from neuron_attn_rewrite.strategy.decide import Verdict, decide
+from neuron_attn_rewrite.values.evaluator import note_examples
 
 
 def rewrite(
@@ -80,6 +81,8 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     if config.gradients is None:
         trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
         config = replace(config, gradients=trains)
+    if inputs is not None:
+        note_examples(module.graph, inputs)
     prover = Prover(module, config)
     verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator, config.strict)]
     before = snapshot(module.graph)

@@ -32,6 +32,7 @@ from neuron_attn_rewrite.masks.cases import (
     in_range,
     truth,
 )
+from neuron_attn_rewrite.values.evaluator import is_mask_input
 from neuron_attn_rewrite.values.exact import number_in
 
 CASTS = ("to", "_to_copy", "type_as")
@@ -83,7 +84,7 @@ def elementwise(e: Elements, node: fx.Node, at: At) -> Cases:
 
 def _is_zero_or_one(e: Elements, element: Element) -> bool:
     """Whether it is an element of an integer input with `mask` in its name: these are assumed to hold only 0 and 1."""
-    is_mask = element.node.op == "placeholder" and "mask" in element.node.name
+    is_mask = is_mask_input(element.node)
     if is_mask:
         e.assumed.add(element.node)
     return is_mask

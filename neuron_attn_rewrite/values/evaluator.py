@@ -18,12 +18,14 @@ Two kinds of tensors are 0/1 tensors:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.graph.held import held, read_value
@@ -202,10 +204,35 @@ def _is_bool(node: fx.Node) -> bool:
 
 def _is_zero_one(node: fx.Node) -> bool:
     value = tensor(node)
-    if value is None:
+    return value is not None and (value.dtype == torch.bool or is_mask_input(node))
+
+
+NOT_BINARY = "not_binary"
+"""The key in `node.meta` of an input whose example holds other numbers than 0 and 1."""
+
+
+def is_mask_input(node: fx.Node) -> bool:
+    """Whether this is an integer input with `mask` in its name. By contract it holds only 0 and 1.
+
+    The contract is not assumed of an input whose own example breaks it (`note_examples`).
+    """
+    value = tensor(node)
+    if node.op != "placeholder" or value is None or value.is_floating_point() or value.is_complex():
         return False
-    named = "mask" in node.name and not value.is_floating_point() and not value.is_complex()
-    return value.dtype == torch.bool or named
+    return "mask" in node.name and NOT_BINARY not in node.meta
+
+
+def note_examples(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+    """Mark the inputs whose example value breaks the contract of `is_mask_input`.
+
+    Args:
+        graph: the graph. Only the `meta` of its placeholders is changed.
+        inputs: a value for each placeholder.
+    """
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        known = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
+        if known and is_mask_input(node) and not bool(((value == 0) | (value == 1)).all()):
+            node.meta[NOT_BINARY] = True
 
 
 def _is_sized(node: fx.Node) -> bool:
