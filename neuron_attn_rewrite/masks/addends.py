@@ -6,14 +6,12 @@ no key only if the number absorbs every score: in float32, `score + finfo.min` i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from neuron_attn_rewrite.graph.nodes import dtype
-from neuron_attn_rewrite.masks.empty_rows import ABSORBS
+from neuron_attn_rewrite.masks.empty_rows import ABSORBS, sums_as_in_float32
 from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term
-from neuron_attn_rewrite.values.exact import sums_are_fine
 from neuron_attn_rewrite.values.ranges import Ranges
 
 LOWERED = -(2.0**100)
@@ -44,7 +42,7 @@ def fills_of_addends(
     A number that replaces scores without absorbing them, such as -1e4, becomes `LOWERED`. All scores of the row are
     then `LOWERED` instead of -1e4, which gives the same softmax, as long as every other term is far below `LOWERED`.
     """
-    if not all(sums_are_fine(kind) for kind in _dtypes_of_sums(site)):
+    if not sums_as_in_float32(site):
         return None
     if site.is_causal or site.floor > -torch.inf or any(term.zeroes_weights for term in site.terms):
         return None
@@ -57,14 +55,6 @@ def fills_of_addends(
         return tuple(term.fill for term in site.terms)
     lower = all(fill is not None and float(torch.tensor(fill) + LOWERED) == fill for fill in fills[1:])
     return (LOWERED, *(term.fill for term in site.terms[1:])) if lower else None
-
-
-def _dtypes_of_sums(site: AttentionSite) -> Iterator[torch.dtype]:
-    """The floating dtypes in which the model adds to the scores, or replaces them."""
-    for term in site.terms:
-        kind = dtype(term.node) if term.kind == "add" else site.dtype
-        if kind.is_floating_point:
-            yield kind
 
 
 def _may_be_infinite(term: Term, ranges: Ranges) -> bool:

@@ -17,6 +17,7 @@ import torch
 from neuron_attn_rewrite.graph.nodes import dtype, is_tensor
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, hides
+from neuron_attn_rewrite.values.exact import sums_are_fine
 
 MOST_HIDING = 6
 """With more terms that hide keys, their combinations are not computed."""
@@ -32,6 +33,8 @@ class Effect:
     """The number by which it hides keys, None for several, 0 for a bias, which hides none."""
     replaces: bool = False
     """Whether the number replaces the score. If not, it is added to it."""
+    is_dense: bool = False
+    """Whether the kernel adds the same tensor, so that its depth need not be known."""
     zeroes_weights: bool = False
     """Whether the model sets the weights of the hidden keys to zero again after the softmax."""
 
@@ -48,6 +51,12 @@ def empty_row_value(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows
     hiding = [effect for effect in effects if effect.hides]
     if not hiding or len(hiding) > MOST_HIDING:
         return EmptyRows.OTHER
+    if any(effect.is_dense and effect.fill is None for effect in hiding):
+        others = [effect for effect in hiding if not (effect.is_dense and effect.fill is None)]
+        is_exact = sums_as_in_float32(site) and site.floor == -torch.inf
+        if not is_exact or any(effect.fill != -torch.inf or effect.zeroes_weights for effect in others):
+            return EmptyRows.OTHER
+        return EmptyRows.ZERO if site.safe else EmptyRows.ANY
     if any(effect.zeroes_weights for effect in hiding):
         zeros = all(effect.zeroes_weights or effect.fill == -torch.inf for effect in hiding)
         return EmptyRows.ZERO if zeros else EmptyRows.OTHER
@@ -55,6 +64,14 @@ def empty_row_value(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows
     if scores == {-torch.inf}:
         return EmptyRows.ZERO if site.safe else EmptyRows.ANY
     return EmptyRows.MEAN if len(scores) == 1 else EmptyRows.OTHER
+
+
+def sums_as_in_float32(site: AttentionSite) -> bool:
+    """Whether the model adds to the scores in float32 or finer, as scaled_dot_product_attention does in any dtype."""
+    if "scaled_dot_product" in site.pattern:
+        return True
+    kinds = [dtype(term.node) if term.kind == "add" else site.dtype for term in site.terms]
+    return all(sums_are_fine(kind) for kind in kinds if kind.is_floating_point)
 
 
 def _hidden_scores(effects: Sequence[Effect], site: AttentionSite) -> set[float]:

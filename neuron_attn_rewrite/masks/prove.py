@@ -73,7 +73,7 @@ class Prover:
             if isinstance(claimed, _Claimed):
                 proof = _add_claim(proof, claimed)
                 if claimed.spec.claims:
-                    effects.append(Effect(claimed.fill, replaces, term.zeroes_weights))
+                    effects.append(Effect(claimed.fill, replaces, zeroes_weights=term.zeroes_weights))
                 continue
             layout = layout_steps(term.dims, site.dims)
             if layout is None:
@@ -81,9 +81,9 @@ class Prover:
             if term.kind != "add":
                 if not hides(term.fill):
                     return Unproven(claimed.reason.behind(f"{term.node.name}: "))
-                effects.append(Effect(term.fill, replaces, term.zeroes_weights))
+                effects.append(Effect(term.fill, replaces, zeroes_weights=term.zeroes_weights))
             else:
-                effects.append(Effect(None if may_hide(term, self.ranges) else 0.0))
+                effects.append(Effect(None if may_hide(term, self.ranges) else 0.0, is_dense=True))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
         proof = self._decide_empty_rows(self._apply_padding_promise(proof, site), site, effects)

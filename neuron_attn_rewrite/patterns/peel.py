@@ -94,9 +94,9 @@ class Scores(SoftmaxFacts):
         """`weight * term`, which broadcasts to the scores, was added."""
         dims = views.broadcast(term, self._outside().dims)
         multiplier = product(self.multiplier, weight)
-        if multiplier is None or self.growth > max(1.0, abs(self.multiplier)):
-            raise Blocked(self.node, Reason("order", "a mask or bias that is multiplied by a large and a small number"))
-        limit = min(self.limit, largest(dtype(self.node)))
+        if multiplier is None:
+            raise Blocked(self.node, Reason("order", "a mask or bias with a factor that leaves the range of its dtype"))
+        limit = min(self.limit, largest(dtype(self.node))) * abs(self.multiplier) / self.growth
         return replace(self, terms=(Term("add", term, dims, multiplier, limit=limit), *self.terms))
 
     def hidden(self, mask: fx.Node, fill: float, where: bool = True) -> Scores:

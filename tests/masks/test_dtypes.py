@@ -1,7 +1,7 @@
 """Masks in every dtype: random programs against brute force over all inputs, and near misses by name.
 
-A mask is summed, scaled, negated, cast and filled in the dtype that was drawn. bool sums are an or,
-small integers wrap, 16-bit numbers round, and float32 ends at `finfo.max`: a proof that takes them for real numbers is wrong here.
+A mask is summed, scaled, negated, cast and filled in the dtype that was drawn. bool sums are an or, small integers
+wrap, 16-bit numbers round, and float32 ends at `finfo.max`: a proof that takes them for real numbers is wrong here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ BINARY: dict[str, Any] = {
     "plus": lambda a, b: a + b,
     "minus": lambda a, b: torch.sub(a, b, alpha=2),
     "times": lambda a, b: a * b,
-    "and": lambda a, b: a & b,
+    "and": lambda a, b: a & b if not (a.is_floating_point() or b.is_floating_point()) else a,
     "larger": torch.maximum,
     "less": lambda a, b: a < b,
     "if": lambda a, b: torch.where(a != 0, a, b),
