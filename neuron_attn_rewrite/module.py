@@ -97,8 +97,8 @@ class RewrittenModule(fx.GraphModule):
             RewriteError: a value has changed.
         """
         if self._seen is not None:
-            for tensors, key, tensor, version in self._seen:
-                if tensors[key] is not tensor or tensor._version != version:
+            for tensors, key, last, version in self._seen:
+                if tensors[key] is not last or last._version != version:
                     break
             else:
                 return
@@ -107,7 +107,7 @@ class RewrittenModule(fx.GraphModule):
         for name, value in self.meta.get(PROVEN_VALUES, {}).items():
             owner, key = _owner(self, name)
             tensors = owner._buffers if key in owner._buffers else owner._parameters
-            tensor = tensors[key]
+            tensor: Any = tensors[key]
             if not _is_equal(tensor, value):
                 raise RewriteError(
                     f"the value of {name!r} has changed since the rewrite, and a proof depends on it. The model and "

@@ -40,7 +40,10 @@ def rewrite(
     """A module that computes what `model` computes, with one kernel call for each attention that can be replaced.
 
     Args:
-        model: an nn.Module, an ExportedProgram, or an FX GraphModule. It is not changed; weights are shared.
+        model: an nn.Module, an ExportedProgram, or an FX GraphModule. It is not changed. The result shares its
+            parameters and buffers: a write into one of these tensors reaches both, and is an error at the next call if a proof
+            depends on the value. Everything else (code, attributes, modules, adapters, modes) is fixed now: a later
+            change of the model does not reach the result.
         args: example positional inputs. The result is made for their shapes and dtypes.
         kwargs: example keyword inputs.
         config: see `RewriteConfig`.

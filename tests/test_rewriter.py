@@ -401,4 +401,6 @@ class Draws(nn.Module):
 
 
 def test_a_capture_that_draws_numbers_is_compared_with_the_same_numbers() -> None:
-    assert rewrite(Draws(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error == pytest.approx(0, abs=1e-6)
+    assert rewrite(Draws(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error == pytest.approx(
+        0, abs=1e-6
+    )

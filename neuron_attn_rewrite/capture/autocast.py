@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuron_attn_rewrite.graph.held import held
-from neuron_attn_rewrite.graph.nodes import aten, dtype, fake_mode, is_tensor
+from neuron_attn_rewrite.graph.nodes import aten, attribute, dtype, fake_mode, is_tensor
 
 Autocast = Mapping[str, torch.dtype]
 """The dtype of each device type for which autocast is on."""
@@ -48,15 +47,15 @@ def insert_casts(module: fx.GraphModule, autocast_of: Callable[[fx.Node], Autoca
         for given, wanted in _casts(module, node, autocast_of(node)).items():
             with module.graph.inserting_before(node):
                 cast = module.graph.call_function(aten.to.dtype, (given, wanted))
-            cast.meta = {**given.meta, "val": _value(module, given, fake_mode(module.graph)).to(wanted)}
+            cast.meta = {**given.meta, "val": _value(given, fake_mode(module.graph)).to(wanted)}
             node.replace_input_with(given, cast)
 
 
-class _Casts(TorchDispatchMode):
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which tensors are cast before anything else is computed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[int, torch.dtype] = {}
         self.is_over = False
 
@@ -72,7 +71,7 @@ class _Casts(TorchDispatchMode):
 def _casts(module: fx.GraphModule, node: fx.Node, autocast: Autocast) -> dict[fx.Node, torch.dtype]:
     """The inputs of a node that autocast casts, and to which dtype."""
     mode = fake_mode(module.graph)
-    values = {n: _value(module, n, mode) for n in node.all_input_nodes}
+    values = {n: _value(n, mode) for n in node.all_input_nodes}
     reals = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if not reals:
         return {}
@@ -109,9 +108,9 @@ def _dtypes(result: Any) -> list[torch.dtype]:
     return [leaf.dtype for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _value(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+def _value(node: fx.Node, mode: FakeTensorMode) -> Any:
     value = node.meta.get("val")
     if value is None and node.op == "get_attr":
-        value = held(module, node)
+        value = attribute(node)
         value = mode.from_tensor(value) if isinstance(value, Tensor) else value
     return value

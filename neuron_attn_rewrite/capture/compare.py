@@ -73,8 +73,8 @@ def _another(error: float, call: int) -> CaptureError:
     if call:
         return CaptureError(
             f"the captured graph is not the model: it agrees with the model at the first call, but differs by "
-            f"{error:.1%} of the largest output at call {call + 1}. Either the model keeps something between calls that "
-            "the graph does not keep, or a number that it reads from its state became a constant while it was traced, "
+            f"{error:.1%} of the largest output at call {call + 1}. Either the model keeps something between calls "
+            "that the graph does not keep, or a number that it reads from its state became a constant in the graph, "
             "such as the length of a cache. Register what is kept as a buffer and write it in place, or pass it (or "
             "the mask and the positions that are computed from it) as an input."
         )
@@ -86,7 +86,7 @@ def _another(error: float, call: int) -> CaptureError:
 
 
 def _copy_of(model: nn.Module) -> nn.Module | None:
-    """A copy with the parameters of the model, and with buffers and other state of its own. None if it can't be made."""
+    """A copy with the model's parameters, and with buffers and other state of its own. None if it can't be made."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
         for _, part in _state(model):

@@ -99,7 +99,8 @@ def capture(
         part.training = training
     tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
-    signature = None if program is model else inspect.signature(model.forward)
+    given_forward = model.forward if isinstance(model, nn.Module) and program is not model else None
+    signature = inspect.signature(given_forward) if given_forward else None
     return Captured(module, (args, kwargs) if has_values else None, example, signature)
 
 

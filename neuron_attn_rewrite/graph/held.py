@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
+
+from neuron_attn_rewrite.graph.nodes import attribute
 
 VALUE_READ = "neuron_attn_rewrite.value_read"
 """The key in the metadata of a `get_attr` node whose value an analysis has read."""
 
 
-def held(module: nn.Module, node: fx.Node) -> Any:
-    """What a `get_attr` node reads. Use it to ask for a type, shape or dtype, not for a value."""
-    path, _, name = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(path), name)
-
-
-def read_value(module: nn.Module, node: fx.Node) -> Any:
+def read_value(node: fx.Node) -> Any:
     """What a `get_attr` node reads. The node is marked: results may depend on the value."""
     node.meta[VALUE_READ] = True
-    return held(module, node)
+    return attribute(node)
 
 
 def values_read(graph: fx.Graph) -> frozenset[str]:

@@ -24,7 +24,7 @@ def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
     Raises:
         Unknown: it is a parameter, has no values, or follows none of the formulas.
     """
-    held = read_value(module, node)
+    held = read_value(node)
     if isinstance(held, torch.nn.Parameter) or not isinstance(held, Tensor):
         raise Unknown(f"{node.name} is a parameter")
     if held.is_meta:

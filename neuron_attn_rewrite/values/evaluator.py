@@ -28,8 +28,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.held import held, read_value
-from neuron_attn_rewrite.graph.nodes import draws, op_name, tensor, values_read
+from neuron_attn_rewrite.graph.held import read_value
+from neuron_attn_rewrite.graph.nodes import attribute, draws, op_name, tensor, values_read
 from neuron_attn_rewrite.values.cells import ELEMENTWISE, MOVEMENT, CellTable, as_table, elementwise, is_table, movement
 from neuron_attn_rewrite.values.regions import Region, restrict
 
@@ -145,7 +145,7 @@ class Evaluator:
         if node.op == "placeholder":
             return Kind.CELLS if _is_zero_one(node) and _is_small(node) else Kind.OPAQUE
         if node.op == "get_attr":
-            kept = held(self.module, node)
+            kept = attribute(node)
             no_value = isinstance(kept, Tensor) and kept.is_meta
             return Kind.OPAQUE if no_value or isinstance(kept, torch.nn.Parameter) else Kind.CONSTANT
         if node.op != "call_function" or draws(node):
@@ -160,7 +160,7 @@ class Evaluator:
         if node.op == "placeholder":
             return self._new_leaf(node)
         if node.op == "get_attr":
-            return read_value(self.module, node)
+            return read_value(node)
         if op_name(node) == "getattr":
             return torch.device("cpu")
         name = op_name(node)

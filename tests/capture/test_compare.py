@@ -110,7 +110,7 @@ def test_state_that_the_graph_does_not_keep_is_an_error(model: nn.Module, messag
 
 
 def test_a_length_that_became_a_constant_is_an_error() -> None:
-    with pytest.raises(CaptureError, match="differs by .* at call 2"):
+    with pytest.raises(CaptureError, match=r"differs by .* at call 2"):
         rewrite(Constant(), (torch.randn(1, 2, 1, 4), torch.tensor([0])), config=ALWAYS)
 
 
