@@ -108,7 +108,7 @@ STDOUT = Path("-")
 """The file name that stands for standard output."""
 
 
-class _Count(click.ParamType):
+class _Count(click.ParamType):  # type: ignore[type-arg]
     """A number of attentions, or "all"."""
 
     name = "N|all"
