@@ -39,9 +39,9 @@ def rewrite(
 
     Args:
         model: an nn.Module, an ExportedProgram, or an FX GraphModule. It is not changed. The result shares its
-            parameters and buffers: a write into one of these tensors reaches both, and is an error at the next call if a proof
-            depends on the value. Everything else (code, attributes, modules, adapters, modes) is fixed now: a later
-            change of the model does not reach the result.
+            parameters and buffers: a write into one of these tensors reaches both, and is an error at the next call if
+            a proof depends on the value. Everything else (code, attributes, modules, adapters, modes) is fixed now: a
+            later change of the model does not reach the result.
         args: example positional inputs. The result is made for their shapes and dtypes.
         kwargs: example keyword inputs.
         config: see `RewriteConfig`.
