@@ -72,20 +72,22 @@ class RewrittenModule(fx.GraphModule):
             )
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Called by `load_state_dict` of this module and of every module that contains it.
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of nn.Module, except for tensors that a proof depends on: they must keep their values.
+
+        If a module that contains this one loads another value, the next call raises the error.
 
         Raises:
-            RewriteError: `state_dict` has another value of a tensor that a proof depends on. Nothing is loaded then.
+            RewriteError: `state_dict` has another value of such a tensor. Nothing is loaded then.
         """
         for name, value in self.meta.get(PROVEN_VALUES, {}).items():
-            new = state_dict.get(prefix + name)
+            new = state_dict.get(name)
             if new is not None and new.shape == value.shape and not _is_equal(new, value):
                 raise RewriteError(
                     f"a proof depends on the value of {name!r}, and this state_dict has another value. "
                     "Load it into the original model and rewrite that again."
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _check_proven_values(self) -> None:
         """Compare the tensors that a proof depends on with their values in the proof, if they may have changed.
