@@ -112,7 +112,7 @@ USES: dict[str, Any] = {
 }
 
 
-@settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "60")), deadline=None)
+@settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "6")), deadline=None)
 @given(
     program=PROGRAMS,
     use=st.sampled_from(sorted(USES)),
