@@ -24,7 +24,8 @@ Autocast = Mapping[str, torch.dtype]
 
 def current(devices: Iterable[str]) -> dict[str, torch.dtype]:
     """For which of these device types autocast is on now, with its dtype."""
-    return {d: torch.get_autocast_dtype(d) for d in sorted(set(devices)) if torch.is_autocast_enabled(d)}
+    known = (d for d in sorted(set(devices)) if torch.amp.is_autocast_available(d))  # the meta device has none
+    return {d: torch.get_autocast_dtype(d) for d in known if torch.is_autocast_enabled(d)}
 
 
 def devices_of(graph: fx.Graph) -> set[str]:

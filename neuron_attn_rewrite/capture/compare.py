@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture.dialects import plain_transformers
 from neuron_attn_rewrite.capture.export import Captured
 from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.errors import CaptureError
@@ -171,7 +172,7 @@ def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], nu
     try:
         args, kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number), call))
         torch.manual_seed(number)
-        with torch.no_grad():
+        with torch.no_grad(), plain_transformers():  # the fast path of torch.nn gives other numbers where padding is
             found = leaves(run(*args, **kwargs))
     except Exception:  # whatever the model's own operators raise
         return None

@@ -171,7 +171,8 @@ def verify(require: int | str | None, **given: Any) -> int:
     with working(f"rewriting {type(loaded.model).__name__}"), quiet():
         rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
     report, limit = rewritten.report, config.tolerance(_dtype_of(loaded))
-    if not report.replaced:
+    put_back = [s for s in report.kept if any(r.code == "put-back" for r in s.reasons)]
+    if not report.replaced and not put_back:
         click.echo(report.to_text())
         click.echo()
         click.echo(
@@ -187,7 +188,6 @@ def verify(require: int | str | None, **given: Any) -> int:
         old, new = (pytree.tree_leaves(m(*args, **kwargs)) for m in (loaded.model, rewritten))
     worst = max((_difference(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
     layers = max((s.max_error for s in report.sites if s.max_error is not None), default=0.0)
-    put_back = [s for s in report.kept if any(r.code == "put-back" for r in s.reasons)]
     click.echo(report.to_text())
     click.echo()
     click.echo(f"each attention   at most {layers:.1e} of its largest output (tolerance {limit:g})")
