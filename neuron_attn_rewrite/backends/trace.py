@@ -20,7 +20,7 @@ from neuron_attn_rewrite.backends.activations import restore_activations
 from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
-from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.module import SIGNATURE, RewrittenModule
 from neuron_attn_rewrite.ops.launch import TARGET, placeholder_kernels
 from neuron_attn_rewrite.report.data import SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
@@ -60,6 +60,7 @@ def rewrite_for_trace(
         raise InputError(
             f"example_inputs must be a tensor, a tuple or a dict of tensors, not {type(example_inputs).__name__}."
         )
+    rewritten.meta.pop(SIGNATURE, None)  # a trace calls by position, in the order of the example inputs
     _plain_outputs(rewritten)
     restore_activations(rewritten)
     return rewritten
