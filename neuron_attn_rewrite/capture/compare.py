@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -21,7 +20,7 @@ from neuron_attn_rewrite.capture.export import Captured
 from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.graph.nodes import draws, tensor
-from neuron_attn_rewrite.graph.writes import changed_in_place
+from neuron_attn_rewrite.graph.writes import buffers_restored, changed_in_place
 
 CALLS = 3
 """How often a model with state is called."""
@@ -50,7 +49,7 @@ def capture_error(model: Any, captured: Captured) -> float | None:
     limit = LARGEST_ERROR_OF_HALF if any(_is_half(node) for node in graph.nodes) else LARGEST_ERROR
     is_random = any(draws(node) for node in graph.nodes)
     worst: float | None = None
-    with _restored(captured.module), torch.random.fork_rng(devices=[]):
+    with buffers_restored(captured.module, changed_in_place(graph)), torch.random.fork_rng(devices=[]):
         for call in range(CALLS):
             counters = _counters(twin)
             old = _outputs(twin, captured.example, call)
@@ -185,18 +184,6 @@ def _advanced(value: Tensor, calls: int) -> Tensor:
     if not calls or not is_integer or value.dim() > 1 or not bool((value.reshape(-1).diff() == 1).all()):
         return value
     return value + calls * value.numel()
-
-
-@contextmanager
-def _restored(module: fx.GraphModule) -> Iterator[None]:
-    """Restore the buffers that the graph writes into."""
-    names = {str(n.target) for n in changed_in_place(module.graph) if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            module.get_buffer(name).copy_(value)
 
 
 def _is_half(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,3 +86,15 @@ def written(node: fx.Node) -> Iterator[fx.Node]:
 def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
     """Tensors that some call writes into, with everything that may share memory with them."""
     return Writes(graph).changed
+
+
+@contextmanager
+def buffers_restored(module: fx.GraphModule, changed: frozenset[fx.Node]) -> Iterator[None]:
+    """Within the block the graph may run. Afterwards each of its buffers that is among `changed` has its old value."""
+    names = {str(n.target) for n in changed if n.op == "get_attr"}
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            module.get_buffer(name).copy_(value)

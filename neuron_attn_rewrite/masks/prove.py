@@ -57,7 +57,7 @@ class Prover:
         self.writes = Writes(module.graph)
         self.writes.mark()
         self.evaluator = Evaluator(module, self.writes.changed)
-        self.ranges = Ranges(module, self.writes.changed)
+        self.ranges = Ranges(self.writes.changed)
         self.symbolic = SymbolicEvaluator(module, changed=self.writes.changed)
         self.named = SymbolicEvaluator(module, changed=self.writes.changed, names_numbers=True)
         self.grad_modes = grad_modes(module.graph)

@@ -6,8 +6,7 @@ the error of one site does not affect another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
-from neuron_attn_rewrite.graph.writes import changed_in_place
+from neuron_attn_rewrite.graph.writes import buffers_restored, changed_in_place
 from neuron_attn_rewrite.masks.proof import Padding
 from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.patterns.axes import run_layout
@@ -97,7 +96,7 @@ def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) 
         value.clone() if isinstance(value, Tensor) and node in written else value
         for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
-    with _unchanged(module, written), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with buffers_restored(module, written), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             runner.run(*given)
         except RewriteError:
@@ -146,15 +145,3 @@ def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
 def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
     rows = value.reshape(-1, value.shape[-1])[:, padding.start : padding.start + kv_len].bool()
     return ~rows if padding.inverted else rows
-
-
-@contextmanager
-def _unchanged(module: fx.GraphModule, written: frozenset[fx.Node]) -> Iterator[None]:
-    """Restore the buffers that the graph writes into."""
-    names = {str(n.target) for n in written if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            module.get_buffer(name).copy_(value)

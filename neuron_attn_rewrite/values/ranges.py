@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape, tensor
+from neuron_attn_rewrite.graph.held import read_value
+from neuron_attn_rewrite.graph.nodes import arguments, attribute, dtype, is_tensor, op_name, shape, tensor
 
 MOST_STEPS = 100
 """A tensor behind more operators than these is taken to be unbounded."""
@@ -80,7 +81,6 @@ def _times(a: float, b: float) -> float:
 class Ranges:
     """The bounds of the tensors of one graph."""
 
-    module: fx.GraphModule
     changed: frozenset[fx.Node]
     """Tensors that some node writes into: they have no bounds."""
     _known: dict[fx.Node, Range] = field(default_factory=dict)
@@ -125,8 +125,9 @@ class Ranges:
         return self.of(node.args[0], steps) if op_name(node) in names else UNBOUNDED
 
     def _stored(self, node: fx.Node) -> Range:
-        path, _, name = str(node.target).rpartition(".")
-        held = getattr(self.module.get_submodule(path), name)
+        held = attribute(node)
+        if not isinstance(held, torch.nn.Parameter):
+            held = read_value(node)  # a parameter may be trained, so no proof rests on its value
         if not isinstance(held, Tensor) or not held.numel():
             return UNBOUNDED
         is_learned = isinstance(held, torch.nn.Parameter)
@@ -296,7 +297,9 @@ RULES: dict[str, Rule] = {
     "scalar_tensor": _from("s"),
     "embedding": _from("weight"),
     "index_put": lambda r, node, given: UNBOUNDED if given.get("accumulate") else r("self") | r("values"),
-    "scatter": lambda r, node, given: r("self") | r("src" if "src" in given else "value"),
+    "scatter": lambda r, node, given: (
+        UNBOUNDED if given.get("reduce") else r("self") | r("src" if "src" in given else "value")
+    ),
     "slice_scatter": _from("self", "src"),
     "select_scatter": _from("self", "src"),
     "floor_divide": lambda r, node, given: r("self") if r("other").lowest >= 1 else UNBOUNDED,

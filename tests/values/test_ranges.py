@@ -1,0 +1,54 @@
+"""Bounds of added tensors, and that they hold as long as the result is used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from neuron_attn_rewrite import RewriteError, rewrite
+from neuron_attn_rewrite.values.ranges import UNBOUNDED, Range, Ranges
+from tests.helpers import ALWAYS, relative_error
+
+KEYS = 8
+
+
+class Biased(nn.Module):
+    """An attention with a bias made of a parameter and a buffer. It hides no key while they keep their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(KEYS, 1))
+        self.register_buffer("bias", torch.randn(KEYS, KEYS))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + self.slope * self.bias).softmax(-1) @ v
+
+
+def test_a_buffer_that_was_bounded_is_checked_at_each_call() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 2, 2, KEYS, 4).unbind(0)
+    model = Biased()
+    rewritten = rewrite(model, qkv, config=ALWAYS)
+    assert len(rewritten.report.replaced) == 1
+    assert relative_error(rewritten(*qkv), model(*qkv)) < 2e-5
+    model.bias[3] = torch.finfo(torch.float32).min
+    with pytest.raises(RewriteError, match="'bias' has changed"):
+        rewritten(*qkv)
+
+
+@pytest.mark.parametrize(("reduce", "bounds"), [(None, Range(-5000.0, -5000.0)), ("add", UNBOUNDED)])
+def test_what_is_added_to_scattered_elements_has_no_bounds(reduce: str | None, bounds: Range) -> None:
+    holder, graph = nn.Module(), fx.Graph()
+    holder.register_buffer("held", torch.full((KEYS,), -5000.0))
+    held, index = graph.get_attr("held"), graph.placeholder("index")
+    held.meta["val"], index.meta["val"] = holder.held, torch.zeros(KEYS, dtype=torch.int64)
+    scatter = torch.ops.aten.scatter
+    if reduce is None:
+        node = graph.call_function(scatter.src, (held, 0, index, held))
+    else:
+        node = graph.call_function(scatter.reduce, (held, 0, index, held), {"reduce": reduce})
+    node.meta["val"] = torch.empty(KEYS)
+    graph.output(node)
+    fx.GraphModule(holder, graph)
+    assert Ranges(frozenset()).of(node) == bounds
