@@ -46,8 +46,8 @@ def rewrite_for_trace(
 
     Returns:
         A module that is called by position. A dict or ModelOutput among its outputs is a dict of tensors, and any
-        other object, such as a cache, is a tuple of tensors. What is None is left out. silu, gelu and softmax are
-        called by name, for torch_neuronx to replace.
+        other object, such as a cache, is a tuple of tensors. An output that is None is left out. silu, gelu and
+        softmax are called by name, for torch_neuronx to replace.
 
     Raises:
         InputError, CaptureError, RewriteError: as `rewrite`.
@@ -114,7 +114,7 @@ class TraceCheck:
     """Shapes of intermediate results that hold a score for each query and key of a replaced attention. Empty for sizes
     that a dense bias, or an attention that was not replaced, also has."""
     max_error: float | None
-    """Largest difference from the module on the CPU, relative to the largest magnitude; None if it was not run."""
+    """Largest difference from the module on the CPU, relative to the largest magnitude. None if it was not run."""
     tolerance: float
     """The largest accepted `max_error`."""
 
@@ -250,7 +250,7 @@ def _input_names(module: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
 
 
 def _names_that_are_read(module: nn.Module) -> tuple[set[str] | None, set[str] | None]:
-    """The names of the inputs and of the weights that a graph computes with; None without a graph."""
+    """The names of the inputs and of the weights that a graph computes with. None if the module has no graph."""
     if not isinstance(module, fx.GraphModule):
         return None, None
     read = [node for node in module.graph.nodes if any(user.target is not getattr for user in node.users)]

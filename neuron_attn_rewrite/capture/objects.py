@@ -1,4 +1,4 @@
-"""Objects that a tracer does not know, such as transformers' caches, come out of a captured graph as what they are.
+"""Outputs that torch.export can't handle, such as the caches of transformers, keep their class in a captured graph.
 
 torch.export takes nested lists, tuples, dicts and registered classes apart into tensors, and refuses any other object
 that holds tensors. Here each such object among the outputs is taken apart by its attributes while the model is
@@ -33,7 +33,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Within:
-    """An object around this place, counted from the outermost: it holds itself."""
+    """A reference to an enclosing object, for an object that holds itself. The outermost object has depth 0."""
 
     depth: int
 
@@ -44,7 +44,7 @@ class _Parts:
 
     kind: type
     parts: Any
-    """Of an object a dict of its attributes; of a list, tuple or dict the same with parts in it."""
+    """A dict of the attributes for an object. A list or dict of the entries for a list, tuple or dict."""
 
     def __hash__(self) -> int:
         return hash(self.kind)
@@ -67,7 +67,7 @@ def holds_tensors(value: Any) -> bool:
 
 @contextlib.contextmanager
 def objects_opened(model: nn.Module) -> Iterator[None]:
-    """Within the block, each output of `model` that only its attributes can be taken out of is given opened."""
+    """Within the block, `model` returns an `_Opened` for each output that `holds_tensors`."""
     forward, had_own = model.forward, "forward" in vars(model)
 
     @functools.wraps(forward)
@@ -85,7 +85,7 @@ def objects_opened(model: nn.Module) -> Iterator[None]:
 
 
 def leaves(outputs: Any, kinds: Atoms = ATOMS) -> list[Any]:
-    """Everything that outputs consist of; of an object with atoms of these kinds in it, those."""
+    """All leaves of the outputs. An object with atoms of these kinds counts as its atoms."""
     found: list[Any] = []
     for leaf in pytree.tree_leaves(outputs):
         atoms: list[Any] = []
@@ -95,7 +95,7 @@ def leaves(outputs: Any, kinds: Atoms = ATOMS) -> list[Any]:
 
 
 def _take_apart(value: Any, atoms: list[Any], kinds: Atoms, within: tuple[int, ...] = ()) -> Any:
-    """The value with a slot for each atom, which are added to `atoms` in order; what holds none stays as it is."""
+    """The value with a slot in place of each atom. Adds the atoms to `atoms`. A value without atoms is not changed."""
     if isinstance(value, kinds):
         atoms.append(value)
         return _Slot(len(atoms) - 1)
@@ -116,7 +116,7 @@ def _has_attributes(value: Any) -> bool:
 
 
 def _put_together(value: Any, atoms: list[Any], around: tuple[Any, ...] = ()) -> Any:
-    """A new object: it shares nothing that can change with those of other calls but the atoms."""
+    """A new object from its parts. Apart from the atoms, it shares no mutable value with the objects of other calls."""
     if isinstance(value, _Slot):
         return atoms[value.index]
     if isinstance(value, _Within):

@@ -88,10 +88,10 @@ class RewriteConfig:
     training mode with parameters that require gradients, and for a graph that torch.compile compiles for training."""
     verify: bool = True
     """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
-    than the tolerance. Compare the captured graph with the model, and warn if they differ."""
+    than the tolerance. Compare the captured graph with the model, and raise a `CaptureError` if they differ."""
     require: int | Literal["all"] | None = None
-    """How many attentions must be replaced: exactly this number, or "all" that are found, at least one. Else a
-    `RewriteError`."""
+    """How many attentions must be replaced: exactly this number, or "all" that are found, at least one. Any other
+    number is a `RewriteError`."""
     strict: bool = False
     """Whether an internal error in the analysis of one attention is raised. If not, this attention is not replaced, its
     reason has the code `internal-error`, and the rest of the model is rewritten."""

@@ -1,8 +1,8 @@
 """Sizes that are symbols of torch, such as a batch or length that torch.export left open.
 
-The analysis works on numbers. Each symbol, and each expression that is not a product, stands as a prime of its own. The
-primes are larger than any size of a tensor. So two numbers are equal, or one divides the other, exactly if this is true
-of the expressions for all values of the symbols.
+The analysis works on numbers. Each symbol, and each expression that is not a product, is represented by its own prime.
+The primes are larger than any size of a tensor. So two numbers are equal, or one divides the other, exactly if this is
+true of the expressions for all values of the symbols.
 """
 
 from __future__ import annotations

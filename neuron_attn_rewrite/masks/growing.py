@@ -26,12 +26,12 @@ from neuron_attn_rewrite.masks.cases import INDICES, At, Case, Elements, Unknown
 
 
 def never_decreases(node: fx.Node, row: At, e: Elements) -> bool:
-    """Whether a row of a tensor is a running sum of zeros and ones. `row` are the indices of all dims but the last."""
+    """Whether a row of a tensor is a running sum of 0 and 1. `row` holds the indices of all dims but the last."""
     return bool(_addends(node, row, e)[1])
 
 
 def _addends(node: fx.Node, row: At, e: Elements) -> tuple[Affine, tuple[Case, ...]]:
-    """The cases of what a running sum adds at a new index, and this index. No cases if it adds other than 0 and 1."""
+    """A new index, and the cases of the number that a running sum adds at it. No cases unless it adds only 0 and 1."""
     value = tensor(node)
     if op_name(node) != "cumsum" or value is None or arguments(node)["dim"] % value.dim() != len(row):
         return Affine(), ()
@@ -65,7 +65,7 @@ def compare_indices(inequalities: Iterable[Affine], e: Elements) -> frozenset[Af
 
 
 def _axis(number: Element) -> int:
-    """The last axis along which it is read: 2 for an element of the query, 3 for one of the key."""
+    """The last axis along which the number is read: 2 for an element of the query, 3 for one of the key."""
     return max((of.axis for of in number.index[-1].variables() if isinstance(of, Index)), default=-1)
 
 

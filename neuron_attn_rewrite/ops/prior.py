@@ -2,8 +2,8 @@
 
 Query row i of batch element b is at position `prior_lengths[b] + i`. It sees the keys of the cache before
 `prior_lengths[b]`, except those that `prior_mask` hides, and the new keys up to its own. With a `window` it sees only
-the last `window` positions, including its own. The cache behind its length must be finite, and does not change the
-result. scale, softcap, sink, lnc, the dtypes and the result are those of `flash_fwd`.
+the last `window` positions, including its own. The cache entries after `prior_lengths[b]` do not change the result,
+but they must be finite. scale, softcap, sink, lnc, the dtypes and the result are those of `flash_fwd`.
 
 In token generation the few rows of all heads of a group are one query tile, so that the cache is read once.
 """
