@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
 from neuron_attn_rewrite.capture.export import capture
-from neuron_attn_rewrite.graph.nodes import op_name
+from neuron_attn_rewrite.graph.memory import memory
+from neuron_attn_rewrite.graph.nodes import fake_mode, op_name
 from neuron_attn_rewrite.graph.writes import Writes
 from tests.helpers import Function, relative_error
 
@@ -184,3 +185,18 @@ def test_what_shares_memory_is_decided_by_storages() -> None:
 def test_a_graph_without_writes_is_not_run() -> None:
     graph = capture(Function(lambda x: F.dropout(x, 0.1, training=False)), (torch.randn(4),)).module.graph
     assert not Writes(graph).memory.storages
+
+
+def test_a_run_leaves_the_symbols_open() -> None:
+    """The run on fake tensors asks for sizes, and torch would take an answer for a condition of the graph."""
+
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=64)}
+    inputs = (torch.ones(4, 5, 2, 3), torch.ones(4, 5, 3, 6))
+    model = Function(torch.matmul)
+    program = torch.export.export(model, inputs, dynamic_shapes={"args": (sizes, sizes)}, strict=False)
+    graph = program.module().graph
+    shapes = fake_mode(graph).shape_env
+    assert shapes is not None
+    before = dict(shapes.replacements), len(shapes.guards)
+    memory(graph)
+    assert (dict(shapes.replacements), len(shapes.guards)) == before
