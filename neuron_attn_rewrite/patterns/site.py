@@ -15,8 +15,9 @@ from neuron_attn_rewrite.graph.nodes import dtype
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, layout_steps
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.exact import number_in
+from neuron_attn_rewrite.values.ranges import LARGE
 
-MASKED = -9984.0
+MASKED = -LARGE
 """A score that is set to this number or less counts as hidden.
 
 In float32 exp(x) is 0 below x = -104. So the weight is exactly 0 as long as the scores that are not hidden lie above

@@ -178,13 +178,10 @@ def _alpha(given: Given) -> Range:
     return _range([float(alpha)]) if isinstance(alpha, (int, float)) else UNBOUNDED
 
 
-def _divided(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
-    by = r("other")
-    if by.is_learned:
-        return r("self") * LEARNED
-    if by.lowest <= 0 <= by.highest:
-        return UNBOUNDED
-    return r("self") * _range([1 / by.lowest, 1 / by.highest])
+def _inverse(of: Range) -> Range:
+    if of.is_learned:
+        return LEARNED
+    return UNBOUNDED if of.lowest <= 0 <= of.highest else _range([1 / of.lowest, 1 / of.highest])
 
 
 def _power(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
@@ -192,6 +189,9 @@ def _power(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
     if isinstance(exponent, int) and 0 < exponent <= 8 and of != UNBOUNDED:
         most = of.magnitude**exponent
         return Range(0.0 if exponent % 2 == 0 else -most, most, of.is_learned)
+    base, exponents = given["self"], r("exponent")
+    if isinstance(base, (int, float)) and base >= 1 and not exponents.is_learned:
+        return exponents.through(lambda x: base**x if x * math.log(base) < 700 else math.inf)
     return UNBOUNDED
 
 
@@ -276,6 +276,7 @@ RULES: dict[str, Rule] = {
     "log1p": lambda r, node, given: r("self").through(math.log1p) if r("self").lowest >= 0 else UNBOUNDED,
     "log2": lambda r, node, given: _log(r, node, given) * Range(1.4, 1.5),
     "exp": _exp,
+    "rsqrt": lambda r, node, given: _inverse(r("self")).through(math.sqrt) if r("self").lowest > 0 else UNBOUNDED,
     "sqrt": lambda r, node, given: r("self").through(math.sqrt) if r("self").lowest >= 0 else UNBOUNDED,
     "square": lambda r, node, given: Range(0.0, r("self").magnitude ** 2, r("self").is_learned),
     "abs": lambda r, node, given: Range(0.0, r("self").magnitude, r("self").is_learned),
@@ -284,7 +285,8 @@ RULES: dict[str, Rule] = {
     "sub": lambda r, node, given: r("self") + -(r("other") * _alpha(given)),
     "rsub": lambda r, node, given: r("other") + -(r("self") * _alpha(given)),
     "mul": lambda r, node, given: r("self") * r("other"),
-    "div": _divided,
+    "div": lambda r, node, given: r("self") * _inverse(r("other")),
+    "reciprocal": lambda r, node, given: _inverse(r("self")),
     "pow": _power,
     **dict.fromkeys(("maximum", "max"), _larger),
     **dict.fromkeys(("minimum", "min"), lambda r, node, given: -_larger(lambda key: -r(key), node, given)),

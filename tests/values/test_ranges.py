@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -52,3 +54,41 @@ def test_what_is_added_to_scattered_elements_has_no_bounds(reduce: str | None, b
     graph.output(node)
     fx.GraphModule(holder, graph)
     assert Ranges(frozenset()).of(node) == bounds
+
+
+def slopes(base: float, lowest: int) -> Callable[..., Tensor]:
+    """A bias that falls with the key by a slope of each head, as ALiBi's does: base ** -(head + lowest)."""
+
+    def bias(scores: Tensor) -> Tensor:
+        heads = torch.arange(lowest, lowest + scores.shape[1], device=scores.device)
+        return torch.arange(-KEYS, 0)[None, None, None] * (1 / torch.pow(base, heads.float()))[None, :, None, None]
+
+    return bias
+
+
+class Padded(nn.Module):
+    """Attention under padding, which replaces the scores and the bias that they hold."""
+
+    def __init__(self, bias: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        scores = q @ k.mT
+        hidden = attention_mask[:, None, None] == 0
+        return (scores + self.bias(scores)).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("base", "lowest", "is_bounded"),
+    [(2.0, 1, True), (2.0, -20, False), (0.5, 20, False), (-2.0, 1, False)],
+    ids=["slopes below 1", "slopes of a million", "a base below 1", "a base below 0"],
+)
+def test_a_bias_of_powers_is_bounded(base: float, lowest: int, is_bounded: bool) -> None:
+    torch.manual_seed(0)
+    qkv, model = torch.randn(3, 2, 2, KEYS, 4).mul(3).unbind(0), Padded(slopes(base, lowest))
+    mask = torch.ones(2, KEYS, dtype=torch.int64)
+    rewritten = rewrite(model, (*qkv, mask), config=ALWAYS)
+    assert len(rewritten.report.replaced) == is_bounded, str(rewritten.report)
+    mask[0, :3], mask[1] = 0, 0
+    assert relative_error(rewritten(*qkv, mask), model(*qkv, mask)) < 2e-5
