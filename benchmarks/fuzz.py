@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fuzz_memory import Memory
+from benchmarks.fuzz_memory import Memory, draw_places
 from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
 
 CONFIG = RewriteConfig(policy="always", verify=False)
@@ -54,7 +54,8 @@ class Program(nn.Module):
         self.per_head = nn.Parameter(torch.linspace(0.5, 1.5, self.h * self.group)[:, None, None])
         self.mask = self._mask(draw.choice([0, 1, 1, 2, 3]))
         self.parts = self._parts()
-        self.memory = Memory(Random(-1 - seed)) if memory and self.fill not in ROUNDING else None
+        self.places = draw_places(Random(-1 - seed)) if memory and self.fill not in ROUNDING else {}
+        self.memory = Memory({})
 
     def inputs(self, seed: int | None) -> tuple[Tensor, ...]:
         """Benign ones for None."""
@@ -84,12 +85,10 @@ class Program(nn.Module):
         bias: Tensor,
     ) -> Tensor:
         """Query [batch, heads, q_len, dim], key and value [batch, kv heads, kv_len, dim]."""
-        q, k, v = self.touch("query", q), self.touch("key", k), self.touch("value", v)
-        mask = self.touch("mask", self.seen(attention_mask, keep, order, length, ids))
-        return self.touch("output", self.parts(q, k, v, mask, bias))
-
-    def touch(self, place: str, x: Tensor) -> Tensor:
-        return self.memory.touch(place, x) if self.memory else x
+        self.memory = Memory(self.places)
+        q, k, v = (self.memory.touch(name, x, is_input=True) for name, x in (("query", q), ("key", k), ("value", v)))
+        mask = self.memory.touch("mask", self.seen(attention_mask, keep, order, length, ids))
+        return self.memory.touch("output", self.parts(q, k, v, mask, bias))
 
     def seen(self, *leaves: Tensor) -> Tensor:
         """The mask, True where a key is seen."""
@@ -238,7 +237,7 @@ class Program(nn.Module):
             if pick["softmax"] == "later":
                 e = torch.exp(x - x.amax(-1, keepdim=True))
                 return product(e, v) / e.sum(-1, keepdim=True)
-            w = self.touch("weights", weights(self.touch("scores", x), v))
+            w = self.memory.touch("weights", weights(self.memory.touch("scores", x), v))
             w = w.nan_to_num(0.0) if pick["after"] == "nan_to_num" else w
             w = w.masked_fill(~mask, 0.0) if pick["after"] == "again" else w
             w = w * self.per_head if pick["after"] == "scaled" else w
@@ -302,7 +301,7 @@ def words(seed: int, memory: bool) -> str:
     program = Program(seed, memory)
     with torch.no_grad():
         program(*program.inputs(None))
-    return "; ".join([*program.words, *(program.memory.words if program.memory else ())])
+    return "; ".join([*program.words, *program.memory.words])
 
 
 def main() -> None:

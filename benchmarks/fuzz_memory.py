@@ -1,8 +1,8 @@
-"""Copies, views and writes that `benchmarks.fuzz` puts between the mask, the scores, the operands and the output."""
+"""Copies, views, writes, casts and folds that the fuzzers put between the parts of an attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import TypeAlias
 
@@ -63,31 +63,69 @@ BOOLS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+INTEGERS: dict[str, Callable[[Tensor], object]] = {
+    "fill_": lambda x: x.fill_(1),
+    "add_": lambda x: x.add_(1),
+    "setitem": lambda x: x.__setitem__(0, 0),
+}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
+FOLDS: dict[str, Step] = {
+    "double": lambda x: x + x,
+    "half": lambda x: x / 2 if x.is_floating_point() else x,
+    "negate twice": lambda x: x.neg().neg() if x.dtype != torch.bool else x.logical_not().logical_not(),
+    "from one": lambda x: 1 - x if x.dtype != torch.bool else ~x,
+    "times": lambda x: x * 3,
+    "clamp": lambda x: x.clamp(-1, 1) if x.dtype != torch.bool else x | x,
+    "fill low": lambda x: x.masked_fill(x > 0, -30000.0) if x.is_floating_point() else x,
+    "nan_to_num": lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x,
+}
+"""Each gives other numbers of the same shape and, but for bools, of the same dtype."""
+
+
 class Memory:
-    """What happens at each place of a program, drawn from a seed."""
+    """What happens at some places of a program. Each call of the program gets a new one."""
 
-    def __init__(self, draw: Random) -> None:
-        self.draws = {place: draw.random() for place in draw.sample(PLACES, draw.choice([0, 0, 1, 1, 2]))}
+    def __init__(self, seeds: Mapping[str, float], numbers: bool = False) -> None:
+        """`seeds`: what is drawn at each place. `numbers`: tensors are also cast, folded, and read again as outputs."""
+        self.seeds, self.numbers = seeds, numbers
         self.words: list[str] = []
+        self.read_again: list[Tensor] = []
 
-    def touch(self, place: str, x: Tensor) -> Tensor:
+    def touch(self, place: str, x: Tensor, is_input: bool = False) -> Tensor:
         """Copy, view and write a tensor, and go on with it, or with a copy from before or after a write."""
-        if place not in self.draws:
+        if place not in self.seeds:
             return x
-        draw, live, said = Random(self.draws[place]), [x], [place]
+        draw, live, said = Random(self.seeds[place]), [x], [place]
         for _ in range(STEPS):
             at = draw.randrange(len(live))
-            if draw.random() < 0.45:
+            if self.numbers and draw.random() < 0.3:
+                live.append(self._other_numbers(draw, live[at], said))
+            elif draw.random() < 0.45:
                 name = draw.choice(list(COPIES))
                 live.append(COPIES[name](live[at]))
                 said.append(f"{len(live) - 1} = {name}({at})")
             else:
-                writes = FLOATS if x.is_floating_point() else BOOLS
+                writes = FLOATS if x.is_floating_point() else BOOLS if x.dtype == torch.bool else INTEGERS
                 view, write = draw.choice(list(VIEWS)), draw.choice(list(writes))
-                if place in ("query", "key", "value") and at == 0:
+                if is_input and at == 0:
                     live[0] = live[0] * 1.0  # a write into an input would be one into a leaf
                 writes[write](VIEWS[view](live[at]))
                 said.append(f"{write}({view}({at}))")
         end = draw.randrange(len(live))
-        self.words = [*self.words, f"{' '.join(said)} -> {end}"][-len(self.draws) :]
+        self.words.append(f"{' '.join(said)} -> {end}")
         return live[end]
+
+    def _other_numbers(self, draw: Random, x: Tensor, said: list[str]) -> Tensor:
+        how = draw.choice(["cast", "fold", "fold", "read"])
+        if how == "read":
+            self.read_again.append(x.to(torch.float32).nan_to_num(7.0).clamp(-9.0, 9.0))
+            said.append("read")
+            return x
+        name = draw.choice([str(kind) for kind in DTYPES] if how == "cast" else list(FOLDS))
+        said.append(name)
+        return x.to(getattr(torch, name.removeprefix("torch."))).to(x.dtype) if how == "cast" else FOLDS[name](x)
+
+
+def draw_places(draw: Random) -> dict[str, float]:
+    """The places of `benchmarks.fuzz` at which something happens, each with a seed."""
+    return {place: draw.random() for place in draw.sample(PLACES, draw.choice([0, 0, 1, 1, 2]))}

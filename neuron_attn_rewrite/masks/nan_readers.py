@@ -14,7 +14,7 @@ READERS = frozenset(
     """
     isnan nan_to_num isfinite isinf isposinf isneginf isclose allclose equal nansum nanmean nanmedian nanquantile
     fmax fmin eq ne lt le gt ge sign sgn heaviside bool logical_not logical_and logical_or logical_xor any all
-    nonzero count_nonzero
+    nonzero count_nonzero argmax argmin argsort searchsorted bucketize
     """.split()
 )
 """Operators whose result is an ordinary number or bool where an operand is NaN."""

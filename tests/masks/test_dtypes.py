@@ -211,6 +211,7 @@ NAN_READERS: dict[str, Any] = {
     "where isnan": lambda x: torch.where(x.isnan(), 3.0, x),
     "not equal to itself": lambda x: torch.where(x == x, x, 2.0),
     "nanmean": lambda x: x.nanmean(-1),
+    "argmax over the rows": lambda x: x.argmax(2).float(),
     "behind other operators": lambda x: (x.transpose(1, 2).relu() * 2).isfinite().float(),
 }
 

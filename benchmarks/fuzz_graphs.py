@@ -1,0 +1,203 @@
+"""Graphs of real models with random steps between their parts, rewritten and compared with themselves.
+
+    python -m benchmarks.fuzz_graphs --seconds 600 --seed 0
+
+A tiny model of transformers is exported. Near its attentions, a few tensors are copied, viewed, written through views,
+cast, folded and read again. The changed graph is then a model of its own: it is rewritten on inputs without padding,
+without verification, and must give what it gives itself for random padding and other random inputs. In some programs a
+buffer or a parameter changes after the rewrite: then the rewritten model must follow or refuse the call.
+`--seed N --only` shows one program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+import warnings
+from collections import Counter
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from benchmarks.fuzz_memory import Memory
+from benchmarks.zoo.examine import difference, outputs, rounding
+from benchmarks.zoo.inputs import paddings
+from benchmarks.zoo.tiny import ready
+from neuron_attn_rewrite import RewriteConfig, RewriteError, RewrittenModule, rewrite
+
+MODELS = tuple(
+    """
+    albert bart bert biogpt bloom clip_text_model codegen deberta distilbert electra esm falcon gemma2 gpt2 gpt_neo
+    gpt_neox gptj llama m2m_100 marian mistral mpnet mpt opt phi qwen2 roberta squeezebert t5 vit whisper xglm
+    """.split()
+)
+CONFIG = RewriteConfig(policy="always", verify=False)
+TOLERANCE = 1e-3
+"""Of the largest number of an output, beside what rounding the weights anew changes."""
+NEAR = 14
+"""How many operators before and behind an attention count as near."""
+ATTENTIONS = ("softmax", "_softmax", "scaled_dot_product_attention")
+
+NOT_TAKEN = ("is not the model", "itself fails")
+"""What an error says where the program is at fault: it runs without gradients only, or export gives another model."""
+
+
+class Changed(nn.Module):
+    """An exported model that touches the tensors of some nodes before they are read further."""
+
+    def __init__(self, module: fx.GraphModule, places: list[str], draw: Random) -> None:
+        super().__init__()
+        self.module, self.places = module, places
+        self.seeds = {place: draw.random() for place in places}
+        self.words: list[str] = []
+        self.inputs = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
+
+    def forward(self, **call: Tensor) -> Any:
+        steps = Memory(self.seeds, numbers=True)
+        found = _Touching(self.module, steps).run(*[call[name] for name in self.inputs])
+        self.words = steps.words
+        return found, steps.read_again
+
+
+class _Touching(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, steps: Memory) -> None:
+        super().__init__(module)
+        self.steps = steps
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        return self.steps.touch(n.name, value, is_input=n.op == "placeholder") if n.name in self.steps.seeds else value
+
+
+@functools.cache
+def exported(name: str, implementation: str) -> tuple[fx.GraphModule, dict[str, dict[str, Tensor]]]:
+    """The graph of a tiny model, and calls of it: "ones" first, then with padding."""
+    model, example = ready(name, implementation)
+    calls = paddings(model, example) or {"ones": dict(example)}
+    call = calls["ones"]
+    module = torch.export.export(model, (), dict(call), strict=False).module()
+    assert isinstance(module, fx.GraphModule)
+    return module, calls
+
+
+def near_attentions(graph: fx.Graph) -> list[str]:
+    """The floating-point, integer and bool tensors some operators before and behind a softmax."""
+    ends = [n for n in graph.nodes if any(n.name.startswith(word) for word in ATTENTIONS)]
+    found: dict[fx.Node, None] = dict.fromkeys(ends)
+    for towards in ("all_input_nodes", "users"):
+        reached = ends
+        for _ in range(NEAR if towards == "all_input_nodes" else 4):
+            reached = [m for n in reached for m in getattr(n, towards) if m.op in ("call_function", "placeholder")]
+            found |= dict.fromkeys(reached)
+            reached = list(dict.fromkeys(reached))
+    return [n.name for n in found if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
+
+
+def hostile(calls: dict[str, dict[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
+    """Each call with other random numbers in its inputs, and one with random masks."""
+    torch.manual_seed(seed)
+    found = []
+    for call in (*calls.values(), calls["ones"]):
+        found.append({name: _other(name, t) for name, t in call.items()})
+    for name, t in found[-1].items():
+        if "mask" in name and not t.is_floating_point():
+            found[-1][name] = (torch.rand(t.shape) < torch.rand(())).to(t.dtype)
+    return found
+
+
+def _other(name: str, t: Tensor) -> Tensor:
+    if "mask" in name or t.dtype == torch.bool:
+        return t
+    if t.is_floating_point():
+        return torch.randn_like(t)
+    return t.flatten()[torch.randperm(t.numel())].reshape(t.shape) if "ids" in name and "position" not in name else t
+
+
+def attack(seed: int) -> tuple[str | None, RewrittenModule | None, Changed | None]:
+    """What is wrong with the rewritten program of a seed (None if nothing is), the result, and the program."""
+    draw = Random(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module, calls = exported(draw.choice(MODELS), draw.choice(["sdpa", "eager"]))
+        except Exception:  # not of this version of transformers
+            return None, None, None
+        near = near_attentions(module.graph)
+        program = Changed(module, draw.sample(near, min(len(near), draw.choice([0, 1, 1, 2, 3]))), draw)
+        benign = calls["ones"]
+        try:
+            outputs(program, benign)
+        except Exception:  # an index that no longer fits, or a dtype that an operator does not take
+            return None, None, None
+        try:
+            rewritten = rewrite(program, (), dict(benign), config=CONFIG)
+        except RewriteError as error:
+            is_fault = not any(words in str(error) for words in NOT_TAKEN)
+            return f"{type(error).__name__}: {error}" if is_fault else None, None, program
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", None, program
+    edited = _edited(module, draw) if draw.random() < 0.2 else None
+    try:
+        for number, call in enumerate(hostile(calls, seed)):
+            try:
+                old = outputs(program, call)
+            except Exception:  # the program itself does not take these
+                continue
+            try:
+                new = outputs(rewritten, call)
+            except RewriteError:
+                if edited is None:
+                    raise
+                break
+            error = difference(new, old)
+            if error > TOLERANCE and error > TOLERANCE + 30 * rounding(program, call):
+                return f"inputs {number}: differ by {error:.1e}{edited and ', edited'}", rewritten, program
+    except Exception as error:
+        return f"inputs {number}: {type(error).__name__}: {error}", rewritten, program
+    finally:
+        if edited is not None:
+            exported.cache_clear()
+    return None, rewritten, program
+
+
+def _edited(module: fx.GraphModule, draw: Random) -> str | None:
+    """Change a tensor that the model holds, in place. Gives its name."""
+    held = [(name, t) for name, t in module.named_buffers() if t.numel()]
+    if not held:
+        return None
+    name, t = draw.choice(held)
+    with torch.no_grad():
+        t.copy_(~t if t.dtype == torch.bool else t.flip(-1) if t.dim() else t + 1)
+    return name
+
+
+def main() -> None:
+    """Run seeds until the time is up, and list those that fail."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="store_true", help="show the one program of the seed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.only:
+        wrong, rewritten, program = attack(options.seed)
+        print(rewritten and rewritten.report, program and "\n".join(program.words), wrong, sep="\n")
+        raise SystemExit(wrong is not None)
+    end, seed, seen, failed = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
+    while time.monotonic() < end:
+        wrong, rewritten, program = attack(seed)
+        replaced = rewritten is not None and bool(rewritten.report.replaced)
+        seen["replaced" if replaced else "kept" if rewritten else "refused" if program else "no program"] += 1
+        if wrong:
+            failed += 1
+            print(f"seed {seed}: {wrong[:300]}\n    {'; '.join(program.words) if program else ''}", flush=True)
+        seed += 1
+    print(f"{seed - options.seed} programs ({dict(seen)}), {failed} wrong")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
