@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.fuzz import attack
+from benchmarks.fuzz.__main__ import KINDS
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
-def test_a_random_attention_is_what_it_was(seed: int) -> None:
-    wrong, _ = attack(seed, times=1)
-    assert wrong is None
-
-
-@pytest.mark.parametrize("seed", range(8, 16))
-def test_a_random_attention_of_written_tensors_is_what_it_was(seed: int) -> None:
-    wrong, _ = attack(seed, times=1, memory=True)
-    assert wrong is None
+@pytest.mark.parametrize("seed", range(100, 106))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_program_is_what_it_was(kind: str, seed: int) -> None:
+    assert KINDS[kind](seed).wrong is None

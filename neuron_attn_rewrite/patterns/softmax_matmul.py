@@ -266,7 +266,7 @@ def _divided(output: View, division: fx.Node, exponentials: fx.Node, scores: Sco
         node = node.args[0]
     dims: Dims | None = output.dims
     for step in reversed(steps):
-        dims = None if dims is None else views.after(step, dims)
+        dims = None if dims is None else views.after(views.source(step), step, dims)
     total = division.args[1]
     if dims is None or not isinstance(total, fx.Node):
         raise blocked

@@ -88,9 +88,14 @@ def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tup
     return None if undone is None else (source(node), undone)
 
 
-def after(node: fx.Node, dims: Dims) -> Dims | None:
-    """The dims of the result, given those of the source. None if the node is no movement, or drops elements."""
+def after(moved: fx.Node, node: fx.Node, dims: Dims) -> Dims | None:
+    """The dims of the result, given those of the tensor that is moved.
+
+    None if the node drops elements, or is no movement of this tensor: `x.type_as(moved)` has the elements of `x`.
+    """
     name = op_name(node)
+    if not node.args or node.args[0] is not moved:
+        return None
     if keeps_values(node):
         return dims
     if name in RESHAPES:

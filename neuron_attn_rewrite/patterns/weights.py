@@ -53,7 +53,7 @@ def follow(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
     Raises:
         Blocked: no rule knows it.
     """
-    dims = views.after(user, weights.dims)
+    dims = views.after(weights.node, user, weights.dims)
     if dims is not None:
         return weights.to(user, dims)
     step = WEIGHTS.ask(user, walk, weights, user)

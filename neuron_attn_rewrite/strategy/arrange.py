@@ -113,7 +113,7 @@ def _last_view(site: AttentionSite, fixed: frozenset[fx.Node]) -> tuple[fx.Node,
         return node, dims  # a later call would read the changed tensor
     while len(node.users) == 1:
         (user,) = node.users
-        following = after(user, dims) if op_name(user) not in CASTS and user not in fixed else None
+        following = after(node, user, dims) if op_name(user) not in CASTS and user not in fixed else None
         if following is None or dtype(user) != dtype(node):
             break
         node, dims = user, following

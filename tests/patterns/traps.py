@@ -204,7 +204,33 @@ KEEP = {
     ),
 }
 
+
+def formed_like(form: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Another tensor takes a form from the weights, and is what meets the value."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = torch.softmax(scores(q, k), -1)
+        return form(p + 0.5, p) @ v
+
+    return attention
+
+
 RIGHT = {
+    **{
+        f"another tensor that is formed like the weights, by {name}": Right(formed_like(form))
+        for name, form in {
+            "type_as": lambda x, p: x.type_as(p),
+            "expand_as": lambda x, p: x.expand_as(p),
+            "view_as": lambda x, p: x.view_as(p),
+            "reshape_as": lambda x, p: x.reshape_as(p),
+            "to": lambda x, p: x.to(p),
+            "copy": lambda x, p: torch.ops.aten.copy(p, x),
+            "broadcast_tensors": lambda x, p: torch.broadcast_tensors(p, x)[1],
+        }.items()
+    },
+    "a tensor that is formed like the output": Right(
+        lambda q, k, v: (q * 2.0).expand_as(F.scaled_dot_product_attention(q, k, v)) + 1.0
+    ),
     "a padding mask of more than the batch": Right(
         lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m[:B, None, None]),
         lambda: (*qkv(), torch.rand(B + 1, S) < 0.7),

@@ -1,14 +1,17 @@
-"""Copies, views, writes, casts and folds that the fuzzers put between the parts of an attention."""
+"""What programs share: the steps between the parts of an attention, and how an attack ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from random import Random
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from neuron_attn_rewrite import RewrittenModule
 
 PLACES = ("mask", "query", "key", "value", "scores", "weights", "output")
 STEPS = 4
@@ -80,6 +83,17 @@ FOLDS: dict[str, Step] = {
     "nan_to_num": lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x,
 }
 """Each gives other numbers of the same shape and, but for bools, of the same dtype."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the attack of one seed ends."""
+
+    words: tuple[str, ...] = ()
+    """The program. Empty if the seed gives none: its sizes don't fit, or it does not run."""
+    rewritten: RewrittenModule | None = None
+    """None if the program was refused."""
+    wrong: str | None = None
 
 
 class Memory:

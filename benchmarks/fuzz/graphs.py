@@ -1,32 +1,25 @@
-"""Graphs of real models with random steps between their parts, rewritten and compared with themselves.
-
-    python -m benchmarks.fuzz_graphs --seconds 600 --seed 0
+"""Graphs of real models with random steps between their parts.
 
 A tiny model of transformers is exported. Near its attentions, a few tensors are copied, viewed, written through views,
-cast, folded and read again. The changed graph is then a model of its own: it is rewritten on inputs without padding,
-without verification, and must give what it gives itself for random padding and other random inputs. In some programs a
-buffer or a parameter changes after the rewrite: then the rewritten model must follow or refuse the call.
-`--seed N --only` shows one program.
+cast, folded and read again. The changed graph is then a model of its own. In some programs a buffer changes after the
+rewrite: then the rewritten model must follow or refuse the call.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import time
 import warnings
-from collections import Counter
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.fuzz_memory import Memory
+from benchmarks.fuzz.steps import Memory, Outcome
 from benchmarks.zoo.examine import difference, outputs, rounding
 from benchmarks.zoo.inputs import paddings
 from benchmarks.zoo.tiny import ready
-from neuron_attn_rewrite import RewriteConfig, RewriteError, RewrittenModule, rewrite
+from neuron_attn_rewrite import RewriteConfig, RewriteError, rewrite
 
 MODELS = tuple(
     """
@@ -116,29 +109,31 @@ def _other(name: str, t: Tensor) -> Tensor:
     return t.flatten()[torch.randperm(t.numel())].reshape(t.shape) if "ids" in name and "position" not in name else t
 
 
-def attack(seed: int) -> tuple[str | None, RewrittenModule | None, Changed | None]:
-    """What is wrong with the rewritten program of a seed (None if nothing is), the result, and the program."""
+def attack(seed: int) -> Outcome:
+    """Rewrite the program of a seed on inputs without padding, and compare it with itself on others."""
     draw = Random(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            module, calls = exported(draw.choice(MODELS), draw.choice(["sdpa", "eager"]))
+            type_name = draw.choice(MODELS)
+            module, calls = exported(type_name, draw.choice(["sdpa", "eager"]))
         except Exception:  # not of this version of transformers
-            return None, None, None
+            return Outcome()
         near = near_attentions(module.graph)
         program = Changed(module, draw.sample(near, min(len(near), draw.choice([0, 1, 1, 2, 3]))), draw)
         benign = calls["ones"]
         try:
             outputs(program, benign)
         except Exception:  # an index that no longer fits, or a dtype that an operator does not take
-            return None, None, None
+            return Outcome()
+        words = (type_name, *program.words)
         try:
             rewritten = rewrite(program, (), dict(benign), config=CONFIG)
         except RewriteError as error:
-            is_fault = not any(words in str(error) for words in NOT_TAKEN)
-            return f"{type(error).__name__}: {error}" if is_fault else None, None, program
+            is_fault = not any(text in str(error) for text in NOT_TAKEN)
+            return Outcome(words, None, f"{type(error).__name__}: {error}" if is_fault else None)
         except Exception as error:
-            return f"{type(error).__name__}: {error}", None, program
+            return Outcome(words, None, f"{type(error).__name__}: {error}")
     edited = _edited(module, draw) if draw.random() < 0.2 else None
     try:
         for number, call in enumerate(hostile(calls, seed)):
@@ -154,13 +149,14 @@ def attack(seed: int) -> tuple[str | None, RewrittenModule | None, Changed | Non
                 break
             error = difference(new, old)
             if error > TOLERANCE and error > TOLERANCE + 30 * rounding(program, call):
-                return f"inputs {number}: differ by {error:.1e}{edited and ', edited'}", rewritten, program
+                changed = f", {edited} changed" if edited else ""
+                return Outcome(words, rewritten, f"inputs {number}: differ by {error:.1e}{changed}")
     except Exception as error:
-        return f"inputs {number}: {type(error).__name__}: {error}", rewritten, program
+        return Outcome(words, rewritten, f"inputs {number}: {type(error).__name__}: {error}")
     finally:
         if edited is not None:
             exported.cache_clear()
-    return None, rewritten, program
+    return Outcome(words, rewritten)
 
 
 def _edited(module: fx.GraphModule, draw: Random) -> str | None:
@@ -172,32 +168,3 @@ def _edited(module: fx.GraphModule, draw: Random) -> str | None:
     with torch.no_grad():
         t.copy_(~t if t.dtype == torch.bool else t.flip(-1) if t.dim() else t + 1)
     return name
-
-
-def main() -> None:
-    """Run seeds until the time is up, and list those that fail."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="store_true", help="show the one program of the seed")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.only:
-        wrong, rewritten, program = attack(options.seed)
-        print(rewritten and rewritten.report, program and "\n".join(program.words), wrong, sep="\n")
-        raise SystemExit(wrong is not None)
-    end, seed, seen, failed = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
-    while time.monotonic() < end:
-        wrong, rewritten, program = attack(seed)
-        replaced = rewritten is not None and bool(rewritten.report.replaced)
-        seen["replaced" if replaced else "kept" if rewritten else "refused" if program else "no program"] += 1
-        if wrong:
-            failed += 1
-            print(f"seed {seed}: {wrong[:300]}\n    {'; '.join(program.words) if program else ''}", flush=True)
-        seed += 1
-    print(f"{seed - options.seed} programs ({dict(seen)}), {failed} wrong")
-    raise SystemExit(failed > 0)
-
-
-if __name__ == "__main__":
-    main()

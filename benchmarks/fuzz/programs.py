@@ -1,21 +1,13 @@
-"""Random attentions, rewritten on benign inputs and compared with the model on hostile ones.
+"""Attentions drawn from a grammar.
 
-    python -m benchmarks.fuzz --seconds 600 --seed 0
-    python -m benchmarks.fuzz --seconds 600 --seed 0 --memory
-
-A program is drawn from a grammar: sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over
-indices, buffers and inputs, biases, sinks, spellings of the softmax, and writes in place. It is rewritten without
-verification on inputs in which every mask is all ones and every position in order, and must then give what the model
-gives (its gradients too) for others. `--memory` puts copies, views and writes through views between the mask, the
-scores, the operands and the output (without gradients). `--seed N --only` shows one program.
+Sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over indices, buffers and inputs, biases,
+sinks, spellings of the softmax, and writes in place. Gradients are compared too, unless `memory` puts copies, views and
+writes through views between the mask, the scores, the operands and the output.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from random import Random
 
@@ -23,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fuzz_memory import Memory, draw_places
-from neuron_attn_rewrite import RewriteConfig, RewrittenModule, rewrite
+from benchmarks.fuzz.steps import Memory, Outcome, draw_places
+from neuron_attn_rewrite import RewriteConfig, rewrite
 
+TIMES = 3
+"""On how many hostile inputs a program is compared."""
 CONFIG = RewriteConfig(policy="always", verify=False)
 TOLERANCE = 1e-3
 """Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less."""
@@ -267,20 +261,21 @@ def run(module: nn.Module, inputs: tuple[Tensor, ...], with_gradients: bool) -> 
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
 
 
-def attack(seed: int, times: int = 3, memory: bool = False) -> tuple[str | None, RewrittenModule | None]:
-    """What is wrong with the rewritten program of a seed, None if nothing is."""
+def attack(seed: int, memory: bool = False) -> Outcome:
+    """Rewrite the program of a seed on benign inputs, and compare it with itself on hostile ones."""
     program = Program(seed, memory)
     try:
         run(program, program.inputs(None), False)
     except (RuntimeError, IndexError, ValueError):  # its sizes don't fit
-        return None, None
+        return Outcome()
+    words = (*program.words, *program.memory.words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             rewritten = rewrite(program, program.inputs(None), config=CONFIG)
         except Exception as error:
-            return f"{type(error).__name__}: {error}", None
-    for other in (None, *range(1, times + 1)):
+            return Outcome(words, None, f"{type(error).__name__}: {error}")
+    for other in (None, *range(1, TIMES + 1)):
         inputs = program.inputs(other)
         old = run(program, inputs, with_gradients=not memory)
         new = run(rewritten, inputs, with_gradients=not memory)
@@ -292,43 +287,7 @@ def attack(seed: int, times: int = 3, memory: bool = False) -> tuple[str | None,
             old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
         for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
             if differs(a, b):
-                return f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs", rewritten
-    return None, rewritten
-
-
-def words(seed: int, memory: bool) -> str:
-    """The program of a seed in words."""
-    program = Program(seed, memory)
-    with torch.no_grad():
-        program(*program.inputs(None))
-    return "; ".join([*program.words, *program.memory.words])
-
-
-def main() -> None:
-    """Run seeds until the time is up, and list those that fail."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true", help="put copies, views and writes between the parts")
-    parser.add_argument("--only", action="store_true", help="show the one program of the seed")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.only:
-        wrong, rewritten = attack(options.seed, memory=options.memory)
-        print(words(options.seed, options.memory), rewritten and rewritten.report, wrong, sep="\n")
-        raise SystemExit(wrong is not None)
-    end, seed, seen, failed = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
-    while time.monotonic() < end:
-        wrong, rewritten = attack(seed, memory=options.memory)
-        replaced = rewritten is not None and bool(rewritten.report.replaced)
-        seen["replaced" if replaced else "kept" if rewritten else "no program"] += 1
-        if wrong:
-            failed += 1
-            print(f"seed {seed}: {wrong[:300]}\n    {words(seed, options.memory)}", flush=True)
-        seed += 1
-    print(f"{seed - options.seed} programs ({dict(seen)}), {failed} wrong")
-    raise SystemExit(failed > 0)
-
-
-if __name__ == "__main__":
-    main()
+                return Outcome(
+                    words, rewritten, f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
+                )
+    return Outcome(words, rewritten)
