@@ -86,13 +86,15 @@ PATTERNS: Mapping[str, Pattern] = {
 def draws(graph: fx.Graph, grafts: Sequence[Graft], inputs: Sequence[Any]) -> list[Draw]:
     """One draw for each of `PATTERNS`. If no input hides a key, one draw with other numbers.
 
+    If the caller promised right padding, all draws have right padding.
+
     The same graph and inputs always give the same draws. No tensor of `inputs` is changed.
     """
     known = _Inputs(grafts)
     given = list(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     of_masks = [isinstance(v, Tensor) and known.is_of_mask(n, v) for n, v in given]
     found = []
-    for seed, (words, pattern) in enumerate(PATTERNS.items() if any(of_masks) else [("with other numbers", _anywhere)]):
+    for seed, (words, pattern) in enumerate(_kinds(grafts) if any(of_masks) else [("with other numbers", _anywhere)]):
         g = Generator().manual_seed(seed)
         every = tuple(known.draw(n, v, seed, pattern, g) if isinstance(v, Tensor) else v for n, v in given)
         # Positions and tokens may be bound to each other in ways that the graph does not show.
@@ -102,6 +104,12 @@ def draws(graph: fx.Graph, grafts: Sequence[Graft], inputs: Sequence[Any]) -> li
         )
         found.append(Draw(words, seed, (every, zero_one) if any(of_masks) else (every,)))
     return found
+
+
+def _kinds(grafts: Sequence[Graft]) -> list[tuple[str, Pattern]]:
+    if any(g.proof.promised for g in grafts):
+        return [("with padding on the right", _right)] * 3
+    return list(PATTERNS.items())
 
 
 class _Inputs:
@@ -219,6 +227,8 @@ def _use_of(node: fx.Node) -> _Use:
                 arithmetic |= is_computed
             elif name in ("eq", "ne") and isinstance(user.args[1], int) and not is_computed:
                 numbers.append(user.args[1])
+            elif (name == "logical_not" or (name in CASTS and dtype(user) == torch.bool)) and not is_computed:
+                numbers.append(0)
             elif is_tensor(user) and not dtype(user).is_floating_point and dtype(user) != torch.bool:
                 stack.append((user, is_computed or not (name in MOVEMENT or name in CASTS)))
     return _Use(tuple(sizes), arithmetic, tuple(numbers))

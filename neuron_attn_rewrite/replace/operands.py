@@ -29,7 +29,7 @@ def drawn_operands(
     """The attentions that can be compared on drawn operands, and how each operand is drawn.
 
     An attention is left out if something between its operands and its output is written in place. An operand is
-    computed and not drawn if a mask depends on it, or if it lies inside another attention.
+    computed and not drawn if a mask depends on it, unless it is an input, or if it lies inside another attention.
 
     Args:
         grafts: the kernel calls.
@@ -37,7 +37,8 @@ def drawn_operands(
         sizes: the sizes of the example inputs.
     """
     makers: dict[fx.Node, Maker] = {}
-    computed = needed([term.node for g in grafts for term in g.verdict.site.terms], ())
+    behind_masks = needed([term.node for g in grafts for term in g.verdict.site.terms], ())
+    computed = {node for node in behind_masks if node.op != "placeholder"}
     fit = []
     for g in grafts:
         own = _operands(g, sizes)
