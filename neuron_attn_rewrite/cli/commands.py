@@ -203,8 +203,8 @@ def verify(require: int | str | None, **given: Any) -> int:
 def _difference(a: Any, b: Any) -> float:
     """The largest difference of two outputs, relative to the largest finite magnitude of `a`.
 
-    Infinite if one has NaN or an infinity where the other has not, or if shapes, integers or bools differ. 0 for what is
-    no tensor.
+    Infinite if one has NaN or an infinity where the other has not, or if shapes, integers or bools differ. 0 for what
+    is no tensor.
     """
     if not isinstance(a, torch.Tensor):
         return 0.0

@@ -35,7 +35,7 @@ class Group:
         """The largest error of all sites in words, and on which inputs they were compared. Empty if they were not."""
         if self.max_error is None:
             return ""
-        draws = self.first.draws
+        draws = min(s.draws for s in self.sites)
         drawn = f" and {draws} drawn {'input' if draws == 1 else 'inputs'}" if draws else ""
         return f"at most {self.max_error:.1e} of the largest output, on the example{drawn}"
 
@@ -50,7 +50,7 @@ def groups(report: ReportData) -> list[Group]:
 
 def without_layer(site: SiteReport) -> SiteReport:
     """The site without the fields that differ between layers or between runs."""
-    return replace(site, name="", before=(), after=(), max_error=None, reasons=without_numbers(site.reasons))
+    return replace(site, name="", before=(), after=(), max_error=None, draws=0, reasons=without_numbers(site.reasons))
 
 
 def without_numbers(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
