@@ -373,9 +373,16 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         ),
         "put-back": Entry(
             "check",
-            "On the example inputs, the kernel and the original differ by more than the tolerance.",
+            "On the example inputs, or on inputs that `verify` draws, the kernel and the original differ by more than "
+            "the tolerance, or the kernel call raises an error.",
             "The original was put back. If you accept the rounding, raise tolerances. If it is no rounding, please "
             "send the script that report.reproducer(site) gives.",
+        ),
+        "example-only": Entry(
+            "check",
+            "The numbers were compared on the example inputs alone. The model raises an error on the inputs that "
+            "`verify` draws, or the attention writes into memory and the model is too large to run several times.",
+            "Compare the models on other inputs yourself: with padding on either side, and with other positions.",
         ),
     }
 )

@@ -93,7 +93,7 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     grafts, failed = graft(module, replaced, prover.writes, config.strict)
     verdicts = [failed.get(id(verdict), verdict) for verdict in verdicts]
     errors = compare(module, grafts, inputs, config) if config.verify and inputs is not None else {}
-    accepted = [g for g in grafts if errors.get(g, 0.0) <= config.tolerance(g.verdict.site.coarsest)]
+    accepted = [g for g in grafts if g not in errors or errors[g].error <= config.tolerance(g.verdict.site.coarsest)]
     module.meta[PROVEN_VALUES] = commit(module, accepted)
     report = make_report(module.graph, before, verdicts, grafts, errors, config)
     check_required(report, config)

@@ -25,7 +25,7 @@ from neuron_attn_rewrite import (
     explain,
     rewrite,
 )
-from neuron_attn_rewrite.replace.verify import measure
+from neuron_attn_rewrite.replace.verify import compare
 from tests.helpers import ALWAYS, kernel_calls, relative_error
 
 
@@ -283,15 +283,14 @@ def test_a_site_over_tolerance_is_put_back() -> None:
 
 def test_a_wrong_kernel_is_caught(model: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is one of numbers: a kernel call with a wrong scale goes back."""
-    from neuron_attn_rewrite.replace import verify
 
-    def wrong(module: Any, grafts: Any, inputs: Any) -> Any:
+    def wrong(module: Any, grafts: Any, inputs: Any, config: Any) -> Any:
         for g in grafts:
             call = next(n for n in g.added if n.target is torch.ops.neuron_attn.flash_fwd.default)
             call.kwargs = {**call.kwargs, "scale": call.kwargs["scale"] * 1.01}
-        return measure(module, grafts, inputs)
+        return compare(module, grafts, inputs, config)
 
-    monkeypatch.setattr(verify, "measure", wrong)
+    monkeypatch.setattr("neuron_attn_rewrite.rewriter.compare", wrong)
     with pytest.warns(RewriteWarning, match="put back"):
         rewritten = rewrite(model, example(), config=ALWAYS)
     assert not rewritten.report.replaced

@@ -193,7 +193,7 @@ def verify(require: int | str | None, **given: Any) -> int:
     click.echo(f"each attention   at most {layers:.1e} of its largest output (tolerance {limit:g})")
     fine = not put_back and worst <= 10 * limit
     if worst == float("inf"):
-        click.echo("whole model      NaN or infinities at other places, or other shapes")
+        click.echo("whole model      NaN or infinities at other places, or other shapes or integers")
     else:
         click.echo(f"whole model      {worst:.1e} of its largest output (tolerance {10 * limit:g})")
     click.echo("the outputs agree" if fine else "the outputs differ")
@@ -203,14 +203,18 @@ def verify(require: int | str | None, **given: Any) -> int:
 def _difference(a: Any, b: Any) -> float:
     """The largest difference of two outputs, relative to the largest finite magnitude of `a`.
 
-    Infinite if one has NaN or an infinity where the other has not, or if the shapes differ. 0 for what is no
-    floating-point tensor.
+    Infinite if one has NaN or an infinity where the other has not, or if shapes, integers or bools differ. 0 for what
+    is no tensor.
     """
-    if not isinstance(a, torch.Tensor) or not a.is_floating_point() or not a.numel():
+    if not isinstance(a, torch.Tensor):
         return 0.0
     if not isinstance(b, torch.Tensor) or a.shape != b.shape:
         return float("inf")
-    a, b = a.double(), b.double()
+    if not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
     finite = a.isfinite() & b.isfinite()
     if not ((a == b) | (a.isnan() & b.isnan()) | finite).all():
         return float("inf")

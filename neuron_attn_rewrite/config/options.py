@@ -87,8 +87,9 @@ class RewriteConfig:
     """Whether gradients will be taken. If so, the report says what computes them. None means yes for a model in
     training mode with parameters that require gradients, and for a graph that torch.compile compiles for training."""
     verify: bool = True
-    """Compare each replaced attention with the original on the example inputs, and put back those that differ by more
-    than the tolerance. Compare the captured graph with the model, and raise a `CaptureError` if they differ."""
+    """Compare each replaced attention with the original on the example and on drawn inputs, and put back those that
+    differ by more than the tolerance. Compare the captured graph with the model, and raise a `CaptureError` if they
+    differ. docs/proofs.md says what is drawn."""
     require: int | Literal["all"] | None = None
     """How many attentions must be replaced: exactly this number, or "all" that are found, at least one. Any other
     number is a `RewriteError`."""

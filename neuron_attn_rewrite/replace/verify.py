@@ -1,147 +1,188 @@
 """Compares kernel calls with the attentions that they replace.
 
-Both are in the graph while it runs once on the example inputs. So each kernel call has the inputs of its attention, and
-the error of one site does not affect another.
+Both are in the graph while it runs. So each kernel call has the inputs of its attention, and the error of one site does
+not affect another. There are three comparisons:
+
+* of each attention, on the example inputs and on inputs that are drawn (`draws.py`);
+* of each attention, with masks from the drawn inputs and with operands that are drawn too (`operands.py`);
+* of the outputs of the graph: something behind an attention may read what is not compared there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Generator, Tensor, fx
 
 from neuron_attn_rewrite.capture.export import first_line
+from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError, RewriteError
-from neuron_attn_rewrite.graph.writes import buffers_restored, changed_in_place
-from neuron_attn_rewrite.masks.proof import Padding
-from neuron_attn_rewrite.masks.spec import EmptyRows
-from neuron_attn_rewrite.patterns.axes import run_layout
-from neuron_attn_rewrite.patterns.extent import inside
-from neuron_attn_rewrite.replace.exact import in_float64
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.graph.nodes import tensor
+from neuron_attn_rewrite.graph.sizes import at, number_of
+from neuron_attn_rewrite.reasons import internal_error
+from neuron_attn_rewrite.replace.differences import Measured, output_error
+from neuron_attn_rewrite.replace.draws import Draw, draws
 from neuron_attn_rewrite.replace.graft import Graft
+from neuron_attn_rewrite.replace.operands import drawn_operands
+from neuron_attn_rewrite.replace.running import ModelError, Runs, Values, Visit
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
+
+LARGE = 2**26
+"""A graph with more elements in its tensors runs as a whole on the example inputs only."""
+LARGEST_GROWTH = 10.0
+"""How much larger the error of an output may be than the tolerance, before it is compared with what noise does."""
+LARGEST_NOISE = 4.0
+"""How much larger the error of an output may be than that of noise of the accepted size."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How one kernel call compares with its attention."""
+
+    error: float = 0.0
+    """The largest error that was found, relative to the largest magnitude. Infinite if the kernel call raises one."""
+    where: str = ""
+    """The inputs on which it was found, and the error that was raised."""
+    draws: int = 0
+    """On how many draws of the inputs the attention was compared."""
+
+
+Errors = dict[Graft, Compared]
 
 
 def compare(
     module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any], config: RewriteConfig
-) -> dict[Graft, float]:
-    """The relative error of each kernel call against the original.
+) -> dict[Graft, Compared]:
+    """The relative error of each kernel call against the original, the largest over the example and all draws.
 
-    If that is above the tolerance, against the original in float64 too, and the smaller error counts: the model may
-    round more than the kernel does.
-    """
-    errors = measure(module, grafts, inputs)
-    far = [g for g in grafts if errors[g] > config.tolerance(g.verdict.site.coarsest)]
-    exact = measure_exactly(module, far, inputs) if far else {}
-    return errors | {g: min(errors[g], error) for g, error in exact.items()}
-
-
-def measure(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
-    """The largest difference of each site's output, relative to its largest magnitude.
-
-    Rows whose output is undefined are ignored. The module's buffers, the inputs and the random state are unchanged.
+    The module's buffers, the inputs and the random state are unchanged.
 
     Raises:
-        CaptureError: the graph does not run on the inputs.
+        CaptureError: the graph does not run on the example inputs.
     """
-    errors: dict[Graft, float] = {}
-    by_result = {g.result: g for g in grafts}
-
-    class Compare(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            if node in by_result:
-                graft = by_result[node]
-                errors[graft] = _difference(self.env[graft.verdict.site.output], value, _defined(graft, self.env))
-            return value
-
-    keep_alive = [n for g in grafts for n in _vectors(g)]
-    runner = Compare(module)
-    for nodes in runner.user_to_last_uses.values():
-        nodes[:] = [n for n in nodes if n not in keep_alive]
-    _run(runner, module, inputs)
-    return errors
-
-
-def measure_exactly(module: fx.GraphModule, grafts: Sequence[Graft], inputs: Sequence[Any]) -> dict[Graft, float]:
-    """As `measure`, against the original in float64. A site that can't run in float64 is left out."""
-    errors: dict[Graft, float] = {}
-    by_result = {g.result: (g, *inside(g.verdict.site)) for g in grafts}
-    keep_alive = {n for g, _, read in by_result.values() for n in (*read, *_vectors(g))}
-
-    class Compare(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            if node in by_result:
-                graft, nodes, _ = by_result[node]
-                exact = in_float64(nodes, self.env, lambda n: self.fetch_attr(str(n.target)))
-                if exact is not None:
-                    errors[graft] = _difference(exact, value, _defined(graft, self.env))
-            return value
-
-    runner = Compare(module)
-    for nodes in runner.user_to_last_uses.values():
-        nodes[:] = [n for n in nodes if n not in keep_alive]
-    _run(runner, module, inputs)
-    return errors
+    runs, measured = Runs(module, grafts), Measured(module.graph, config)
+    try:
+        found = _compare_graph(runs, grafts, measured, inputs, "on the example inputs")
+    except ModelError as failure:
+        error = failure.error
+        raise CaptureError(
+            f"the captured graph does not run on the example inputs: {type(error).__name__}: {first_line(error)}\n"
+            "Call the model itself with them. If that fails too, pass other example inputs; if it runs, what was "
+            "captured is not what the model does, and nothing made from it would run: rewrite the part of the "
+            "model (a submodule) that holds its attention, or use torch.compile's backend: docs/backends.md."
+        ) from error
+    try:
+        for errors in _compare_draws(runs, grafts, measured, inputs) if grafts else ():
+            found = {g: _worse(found[g], errors.get(g)) for g in grafts}
+    except Exception as error:
+        internal_error(error, config.strict)
+    return found
 
 
-def _run(runner: fx.Interpreter, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Run on the inputs. Those that the graph writes into are copied: they may be weights of a compiled graph."""
-    written = changed_in_place(module.graph)
-    given = [
-        value.clone() if isinstance(value, Tensor) and node in written else value
-        for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    ]
-    with buffers_restored(module, written), torch.no_grad(), torch.random.fork_rng(devices=[]):
+def _compare_draws(
+    runs: Runs, grafts: Sequence[Graft], measured: Measured, inputs: Sequence[Any]
+) -> Iterator[Mapping[Graft, Compared]]:
+    """The errors on each draw of the inputs. An attention is left out if it can't be compared there."""
+    is_large = _elements(runs.module.graph, measured.sizes) > LARGE
+    fit, makers = drawn_operands(grafts, runs.changed, measured.sizes)
+    for draw in draws(runs.module.graph, grafts, inputs):
+        where = f"on inputs {draw.words}"
+        g = Generator().manual_seed(draw.seed)
+        given = {node: partial(make, g) for node, make in makers.items()}
+        errors = _first(draw, lambda v: _run_beside(runs, fit, measured, v, where, given)[1])  # noqa: B023
+        if not is_large:
+            whole = _first(draw, lambda v: _compare_graph(runs, grafts, measured, v, where))  # noqa: B023
+            errors = {g: _worse(errors.get(g, Compared()), whole.get(g)) for g in {**errors, **whole}}
+        yield {g: replace(error, draws=1) for g, error in errors.items()}
+
+
+def _first(draw: Draw, compare: Callable[[Sequence[Any]], Errors]) -> Errors:
+    """The errors on the first values of a draw on which the model runs. Empty if there are none."""
+    for values in draw.tries:
+        with suppress(ModelError):
+            return compare(values)
+    return {}
+
+
+def _compare_graph(
+    runs: Runs, grafts: Sequence[Graft], measured: Measured, inputs: Sequence[Any], where: str
+) -> Errors:
+    """The errors of each attention and, of those that are right, the errors that they cause in the graph's outputs."""
+    outputs, errors = _run_beside(runs, grafts, measured, inputs, where)
+    right = [g for g in grafts if errors[g].error <= measured.tolerance(g)]
+    caused = _output_errors(runs, right, measured, inputs, outputs)
+    return errors | {g: Compared(error, f"in the outputs of the model, {where}") for g, error in caused.items()}
+
+
+def _run_beside(
+    runs: Runs,
+    grafts: Sequence[Graft],
+    measured: Measured,
+    inputs: Sequence[Any],
+    where: str,
+    given: Mapping[fx.Node, Callable[[], Tensor]] | None = None,
+) -> tuple[list[Tensor], Errors]:
+    """The outputs of the graph with the original attentions, and the error of each kernel call beside them."""
+    errors: Errors = {}
+
+    def visit(graft: Graft, values: Values, result: Tensor | Exception) -> None:
+        if isinstance(result, Exception):
+            raised = f"the kernel call raises {type(result).__name__}: {first_line(result)}"
+            errors[graft] = Compared(torch.inf, f"{where}, {raised}")
+        else:
+            errors[graft] = Compared(measured.error(graft, values, result), where)
+
+    outputs = runs.run(inputs, {g: measured.reads(g) for g in grafts}, visit, given)
+    return _floating(outputs), errors
+
+
+def _output_errors(
+    runs: Runs, grafts: Sequence[Graft], measured: Measured, inputs: Sequence[Any], old: Sequence[Tensor]
+) -> dict[Graft, float]:
+    """The error of the graph's outputs for those kernel calls that make it too large. Empty if none does.
+
+    A model may make much of a little rounding. So the error is too large only if it is larger than what noise of the
+    accepted size at the same places causes.
+    """
+
+    def error(replaced: Sequence[Graft], change: Visit) -> float:
         try:
-            runner.run(*given)
-        except RewriteError:
-            raise
-        except Exception as error:  # whatever the model's own operators raise
-            raise CaptureError(
-                f"the captured graph does not run on the example inputs: {type(error).__name__}: {first_line(error)}\n"
-                "Call the model itself with them. If that fails too, pass other example inputs; if it runs, what was "
-                "captured is not what the model does, and nothing made from it would run: rewrite the part of the "
-                "model (a submodule) that holds its attention, or use torch.compile's backend: docs/backends.md."
-            ) from error
+            new = _floating(runs.run(inputs, {g: measured.reads(g) for g in replaced}, change))
+        except ModelError:
+            return torch.inf
+        return max((output_error(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
+
+    limit = LARGEST_GROWTH * max(map(measured.tolerance, grafts), default=1.0)
+    if not grafts or not old or (together := error(grafts, measured.instead)) <= limit:
+        return {}
+    limit = max(limit, LARGEST_NOISE * error(grafts, measured.noise))
+    if together <= limit:
+        return {}
+    alone = {g: error([g], measured.instead) for g in grafts}
+    return {g: error for g, error in alone.items() if error > limit} or dict.fromkeys(grafts, together)
 
 
-def _vectors(graft: Graft) -> list[fx.Node]:
-    return [p.node for p in (*graft.proof.paddings, *graft.proof.promised)]
+def _worse(a: Compared, b: Compared | None) -> Compared:
+    """The one with the larger error, with the draws of both."""
+    if b is None:
+        return a
+    return replace(b if b.error > a.error else a, draws=a.draws + b.draws)
 
 
-def _difference(old: Tensor, new: Tensor, defined: Tensor | None) -> float:
-    old, new = old.detach().double(), new.detach().double()
-    if defined is not None:
-        keep = defined.expand(old.shape) & ~old.isnan()
-        old, new = old.where(keep, 0), new.where(keep, 0)
-    scale = old.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if old.numel() else 1.0
-    difference = float((old - new).abs().max() / scale) if old.numel() else 0.0
-    return difference if difference == difference else torch.inf
+def _floating(outputs: Any) -> list[Tensor]:
+    return [t for t in leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _defined(graft: Graft, env: Mapping[fx.Node, Any]) -> Tensor | None:
-    """Bool in the shape of the output, True where a query row has a defined result; None if all have."""
-    site, proof = graft.verdict.example, graft.proof
-    if proof.empty_rows is not EmptyRows.ANY and not proof.promised:
-        return None
-    first, end = proof.mask.rows(site.q_len, site.kv_len).unbind(1)
-    paddings = [_vector(p, env[p.node], site.kv_len) for p in (*proof.paddings, *proof.promised)]
-    keys = reduce(torch.logical_and, paddings, torch.ones(1, site.kv_len, dtype=torch.bool))
-    so_far = torch.cat([torch.zeros(len(keys), 1), keys.cumsum(1)], 1)
-    rows = so_far[:, end] > so_far[:, first]
-    for padding in proof.promised:
-        rows = rows & _vector(padding, env[padding.node], site.kv_len)
-    full = rows[:, None, :, None].expand(site.batch, site.num_heads, site.q_len, site.v_head_dim)
-    moved = run_layout(site.output_layout, full, lambda op, value, arg: getattr(value, op)(arg))
-    assert isinstance(moved, Tensor)
-    return moved
-
-
-def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:
-    rows = value.reshape(-1, value.shape[-1])[:, padding.start : padding.start + kv_len].bool()
-    return ~rows if padding.inverted else rows
+def _elements(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """How many elements the tensors of a graph have, weights included."""
+    values = [value for node in graph.nodes if (value := tensor(node)) is not None]
+    return sum(math.prod(at(number_of(size), sizes) for size in value.shape) for value in values)

@@ -20,6 +20,7 @@ from neuron_attn_rewrite.patterns.products import PRODUCTS
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.replace.graft import Graft
+from neuron_attn_rewrite.replace.verify import Compared
 from neuron_attn_rewrite.report.data import NodeReport, SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE
@@ -40,7 +41,7 @@ def make_report(
     before: Mapping[str, NodeReport],
     plans: Sequence[Verdict | UnknownAttention],
     grafts: Sequence[Graft],
-    errors: Mapping[Graft, float],
+    errors: Mapping[Graft, Compared],
     config: RewriteConfig,
 ) -> RewriteReport:
     """The report, with one entry for each site in the order of the graph. Linear in the number of nodes."""
@@ -186,16 +187,22 @@ def _site_report(
     graft: Graft | None,
     before: tuple[NodeReport, ...],
     after: tuple[NodeReport, ...],
-    errors: Mapping[Graft, float],
+    errors: Mapping[Graft, Compared],
     config: RewriteConfig,
 ) -> SiteReport:
     site, proof, decision = plan.example, plan.proof, plan.decision
-    error = errors.get(graft) if graft else None
+    compared = errors.get(graft) if graft else None
+    error = compared.error if compared else None
     reasons = decision.reasons
     if graft and not after:
         limit = config.tolerance(site.coarsest)
         words = f"put back: it differs by {error:.1e} of the largest output, more than {limit:g}"
+        if compared:
+            words += f", {compared.where}"
         reasons += (Reason("put-back", words),)
+    elif compared and not compared.draws:
+        words = "compared on the example inputs alone, not on inputs that were drawn"
+        reasons += (Reason("example-only", words),)
     source, source_code = source_of(site.anchor)
     return SiteReport(
         name=site.name,
@@ -222,6 +229,7 @@ def _site_report(
         before=before,
         after=after,
         max_error=error,
+        draws=compared.draws if compared else 0,
     )
 
 

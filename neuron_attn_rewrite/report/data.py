@@ -82,7 +82,10 @@ class SiteReport:
     after: tuple[NodeReport, ...] = ()
     """What took its place, with what that reads; empty where nothing did."""
     max_error: float | None = None
-    """Largest difference on the example inputs, relative to the largest magnitude; None if there was nothing to run."""
+    """Largest difference on the example and on all drawn inputs, relative to the largest magnitude; None if there was
+    nothing to run."""
+    draws: int = 0
+    """On how many drawn inputs the kernel and the original were compared, besides the example inputs."""
     traceback: str = ""
     """Where the analysis failed, if the reason is `internal-error`. Empty otherwise."""
 

@@ -25,7 +25,7 @@ class ReportDiff:
         return "\n".join(self.lines) or "no change"
 
 
-IGNORED = {"name", "before", "after", "max_error", "source", "source_code"}
+IGNORED = {"name", "before", "after", "max_error", "draws", "source", "source_code"}
 """Fields that may differ between two runs, or after any edit of the model's file."""
 
 

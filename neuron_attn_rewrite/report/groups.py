@@ -30,6 +30,15 @@ class Group:
     def max_error(self) -> float | None:
         return max((s.max_error for s in self.sites if s.max_error is not None), default=None)
 
+    @property
+    def error(self) -> str:
+        """The largest error of all sites in words, and on which inputs they were compared. Empty if they were not."""
+        if self.max_error is None:
+            return ""
+        draws = min(s.draws for s in self.sites)
+        drawn = f" and {draws} drawn {'input' if draws == 1 else 'inputs'}" if draws else ""
+        return f"at most {self.max_error:.1e} of the largest output, on the example{drawn}"
+
 
 def groups(report: ReportData) -> list[Group]:
     """The groups of a report, in the order of their first sites."""
@@ -41,7 +50,7 @@ def groups(report: ReportData) -> list[Group]:
 
 def without_layer(site: SiteReport) -> SiteReport:
     """The site without the fields that differ between layers or between runs."""
-    return replace(site, name="", before=(), after=(), max_error=None, reasons=without_numbers(site.reasons))
+    return replace(site, name="", before=(), after=(), max_error=None, draws=0, reasons=without_numbers(site.reasons))
 
 
 def without_numbers(reasons: Sequence[Reason]) -> tuple[Reason, ...]:

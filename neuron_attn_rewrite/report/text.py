@@ -66,8 +66,8 @@ def _lines(group: Group) -> Iterator[Line]:
         saved = sum(s.transposes_saved for s in group.sites)
         fewer = f", {saved} transposes fewer" if saved > 0 else ""
         yield _entry("nodes", f"{removed} removed, {added} added{fewer}")
-    if group.max_error is not None:
-        yield _entry("error", f"{group.max_error:.1e} of the largest output, at most")
+    if group.error:
+        yield _entry("error", group.error)
 
 
 def _entry(label: str, text: str, style: str = "") -> Line:

@@ -134,6 +134,13 @@ X = torch.randn(1, 2, 64, 16)
 def fixed():
     return Same(), X
 
+class Picks(nn.Module):
+    def forward(self, q):
+        return nn.functional.scaled_dot_product_attention(q, q, q), torch.randint(2**30, (8,))
+
+def picks():
+    return Picks(), torch.randn(1, 2, 64, 16)
+
 class Same(nn.Module):
     def forward(self, q):
         return nn.functional.scaled_dot_product_attention(q, q, q) / torch.tensor([0.0, 1.0]).repeat(8)
@@ -143,8 +150,9 @@ class Same(nn.Module):
 def test_verify_looks_beside_a_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "other.py"
     file.write_text(OTHER_OUTPUTS, encoding="utf-8")
-    assert run(["verify", f"{file}:make", "--policy", "always"]) == 1
-    assert "the outputs differ" in capsys.readouterr().out
+    for function in ("make", "picks"):
+        assert run(["verify", f"{file}:{function}", "--policy", "always"]) == 1
+        assert "the outputs differ" in capsys.readouterr().out
     file.write_text(OTHER_OUTPUTS.replace("X = ", "torch.manual_seed(0); X = "), encoding="utf-8")
     assert run(["verify", f"{file}:fixed", "--policy", "always"]) == 0
     printed = capsys.readouterr()
