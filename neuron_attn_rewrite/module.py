@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -24,6 +24,20 @@ PROVEN_VALUES = "neuron_attn_rewrite.proven_values"
 SIGNATURE = "neuron_attn_rewrite.signature"
 """The key of `module.meta` for the signature of the model's `forward`. A graph that was captured before has none."""
 
+MODEL_CONFIG = "neuron_attn_rewrite.model_config"
+"""The key of `module.meta` for the `config` of the model, if it has one."""
+
+BEFORE = "A rewritten model is one graph: it has no layers that can be exchanged. {} the original model, then rewrite it."
+"""Where to quantise or adapt, with the verb."""
+
+
+class Weights(nn.Module):
+    """The weights of one module of the model. What the module computes is in the graph."""
+
+    def extra_repr(self) -> str:
+        """Names the weights, and says what can't be done with them: libraries quote this text in their errors."""
+        return f"{', '.join(self._parameters)}: no layer. {BEFORE.format('Quantise or adapt')}"
+
 
 class RewrittenModule(fx.GraphModule):
     """A rewritten model: same weights, same arguments by position or name, same output structure, and a `report`.
@@ -32,6 +46,8 @@ class RewrittenModule(fx.GraphModule):
     A dynamic size takes every value in its range.
     """
 
+    _held: list[tuple[dict[str, Any], str, torch.dtype]] | None = None
+    """Each tensor that the graph reads: where it is kept, under which name, and the dtype of the capture."""
     _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] | None = None
     """Each tensor that a proof depends on, as it was when it was compared last: where it is kept, under which name, the
     tensor and its version counter."""
@@ -43,8 +59,10 @@ class RewrittenModule(fx.GraphModule):
         _adopt(module, wrapped)
         for part in wrapped.modules():
             part.training = module.training
+        wrapped._hide_layers()
         proven = {name: _attribute(wrapped, name).detach().clone() for name in module.meta.get(PROVEN_VALUES, ())}
         wrapped.meta = {**module.meta, "neuron_attn_rewrite": report, PROVEN_VALUES: proven}
+        wrapped._sign()
         return wrapped
 
     @property
@@ -53,11 +71,101 @@ class RewrittenModule(fx.GraphModule):
         report: RewriteReport = self.meta["neuron_attn_rewrite"]
         return report
 
+    @property
+    def config(self) -> Any:
+        """The `config` of the model, such as that of a model of transformers.
+
+        Raises:
+            AttributeError: the model has none.
+        """
+        if self.meta.get(MODEL_CONFIG) is None:
+            raise AttributeError("config")
+        return self.meta[MODEL_CONFIG]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point weight; torch's default dtype if there is none."""
+        found = (t.dtype for t in self._tensors() if t.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first weight; the CPU if there is none."""
+        return next((t.device for t in self._tensors()), torch.device("cpu"))
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
+    def can_generate(self) -> bool:
+        """False: a pipeline of transformers asks for this. One graph does not generate token by token."""
+        return False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
             args, kwargs = (), self._bind(args, kwargs)
+            self._check_dtypes()
             self._check_proven_values()
         return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        copied: Any = super().__deepcopy__(memo)
+        copied._hide_layers()
+        copied._sign()
+        return cast(RewrittenModule, copied)
+
+    def _hide_layers(self) -> None:
+        """Make each module that only holds weights a `Weights`."""
+        for part in self.modules():
+            if type(part) is nn.Module:
+                part.__class__ = Weights
+
+    def _sign(self) -> None:
+        """Give `forward` the signature of the model's, for `inspect.signature`."""
+        signature = self.meta.get(SIGNATURE)
+        if signature is not None:
+            first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
+            forward: Any = type(self).forward
+            forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
+        """As of nn.Module, for example for `.to(device)`, but dtypes stay.
+
+        Raises:
+            RewriteError: `fn` changes the dtype of the weights, as `.half()` does.
+        """
+        for dtype in {t.dtype for t in self._tensors()}:
+            new = fn(torch.empty(0, dtype=dtype)).dtype
+            if new != dtype:
+                words = str(new).removeprefix("torch.")
+                raise RewriteError(
+                    f"the graph was captured with weights in {str(dtype).removeprefix('torch.')}, and its proofs hold "
+                    f"for that dtype. Convert the original to {words} and rewrite it anew, with inputs in {words}."
+                )
+        return cast(RewrittenModule, super()._apply(fn, recurse))
+
+    def _refuse_quantisation(self, config: Any) -> None:
+        raise RewriteError(BEFORE.format("Quantise"))
+
+    qconfig = property(None, _refuse_quantisation)
+    """torch.ao.quantization sets it on each module that it is to quantise."""
+
+    def _check_dtypes(self) -> None:
+        """Check that the weights have the dtypes that they were captured with.
+
+        Raises:
+            RewriteError: a dtype has changed, for example by `model.half()` of the original, which shares the weights.
+        """
+        if self._held is None:
+            nodes = [n for n in self.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)]
+            self._held = [(*_place(self, str(n.target)), n.meta["val"].dtype) for n in nodes]
+        for tensors, key, dtype in self._held:
+            tensor = tensors.get(key)
+            if tensor is not None and tensor.dtype != dtype:
+                raise RewriteError(
+                    f"the weight {key!r} is {tensor.dtype} now, and was captured as {dtype}. The model and the rewritten "
+                    "one share their weights. Rewrite the model anew after such a change."
+                )
 
     def train(self, mode: bool = True) -> RewrittenModule:
         """As of nn.Module, but only the mode of the capture is possible.
@@ -107,8 +215,7 @@ class RewrittenModule(fx.GraphModule):
         self._seen = None
         seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
         for name, value in self.meta.get(PROVEN_VALUES, {}).items():
-            owner, key = _owner(self, name)
-            tensors = owner._buffers if key in owner._buffers else owner._parameters
+            tensors, key = _place(self, name)
             tensor: Any = tensors[key]
             if not _is_equal(tensor, value):
                 raise RewriteError(
@@ -234,6 +341,12 @@ def _describe(values: list[Any]) -> str:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, key = name.rpartition(".")
     return module.get_submodule(path), key
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a parameter or buffer is kept, and its name there."""
+    owner, key = _owner(module, name)
+    return (owner._buffers if key in owner._buffers else owner._parameters), key
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -32,6 +32,7 @@ SLOW = (
     "test_imports.py",
     "test_memory.py",
     "test_models.py",
+    "test_module.py",
     "test_rewriter.py",
     "values/test_regions.py",
 )
