@@ -29,6 +29,7 @@ SLOW = (
     "strategy/test_training.py",
     "test_docs.py",
     "test_fuzz.py",
+    "storage",
     "test_imports.py",
     "test_memory.py",
     "test_models.py",
