@@ -291,7 +291,7 @@ class RewrittenModule(fx.GraphModule):
             report = RewriteReport.from_json(document["report"])
             signature = interface.decode_signature(document["signature"])
             config = interface.decode_config(document["config"])
-            root = _with_tensors({**saved.tensors, **given}, document["parameters"], set(document["persistent"]))
+            root = _with_tensors({**saved.tensors, **given}, dict(document["parameters"]), set(document["persistent"]))
             module = fx.GraphModule(root, graph)
             _adopt(root, module)
             module.train(bool(document["training"]))

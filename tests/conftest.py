@@ -27,6 +27,7 @@ SLOW = (
     "strategy/test_forms.py",
     "strategy/test_orders.py",
     "strategy/test_training.py",
+    "test_bad_input.py",
     "test_docs.py",
     "test_fuzz.py",
     "storage",

@@ -27,7 +27,7 @@ def arguments_of(
     Raises:
         InputError: they do not fit what was captured.
     """
-    expected = _expected(graph)
+    expected, specs = _expected(graph)
     defaults = {} if signature is None else _defaults(signature)
     names = list(expected) if signature is None else _positions(signature, len(args))
     if len(args) > len(names):
@@ -52,6 +52,11 @@ def arguments_of(
                 raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
             given[name] = defaults[name] if name in defaults else values[0] if values else ()
         found = pytree.tree_leaves(given[name])
+        if name in specs and len(found) == len(values) and not _has_structure(given[name], specs[name]):
+            raise InputError(
+                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure of "
+                "lists, tuples and dicts."
+            )
         wrong = _mismatch(found, values, symbols)
         if wrong is not None:
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
@@ -59,17 +64,18 @@ def arguments_of(
     return {name: given[name] for name in expected}
 
 
-def _expected(graph: fx.Graph) -> dict[str, list[Any]]:
-    """The captured value of each leaf of each argument."""
+def _expected(graph: fx.Graph) -> tuple[dict[str, list[Any]], dict[str, pytree.TreeSpec]]:
+    """For each argument the captured value of each leaf, and the structure."""
     inputs = graph.find_nodes(op="placeholder")
     values = [node.meta.get("val", node.args[0] if node.args else None) for node in inputs]
     info = getattr(graph._codegen, "pytree_info", None)
     if info is None:  # each input of the graph is one argument
-        return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}
+        return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}, {}
     expected: dict[str, list[Any]] = {}
-    for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
+    specs = dict(zip(info.orig_args, _per_argument(info.in_spec), strict=True))
+    for name, spec in specs.items():
         expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]
-    return expected
+    return expected, specs
 
 
 def _positions(signature: inspect.Signature, count: int) -> list[str]:
@@ -101,6 +107,15 @@ def _per_argument(in_spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
 def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
     return list(children)
+
+
+def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
+    """Whether a value consists of the same lists, tuples and dicts. A list and a tuple count as the same."""
+    found = pytree.tree_structure(value)
+    if found == spec or spec.type not in (list, tuple) or found.type not in (list, tuple):
+        return bool(found == spec)
+    children = pytree_children(spec)
+    return len(value) == len(children) and all(map(_has_structure, value, children))
 
 
 def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:

@@ -83,8 +83,8 @@ def read(path: str | Path) -> Saved:
     """
     _library()
     library: Any = importlib.import_module("safetensors")
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {str(path)!r}.")
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        raise InputError(f"there is no file {path!r:.200} to load.")
     try:
         with library.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
