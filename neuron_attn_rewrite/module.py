@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.errors import InputError, RewriteError
-from neuron_attn_rewrite.graph.sizes import bind
-
-if TYPE_CHECKING:
-    from neuron_attn_rewrite.report.report import RewriteReport
-
+from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
+from neuron_attn_rewrite.graph.calls import arguments_of
+from neuron_attn_rewrite.report.report import RewriteReport
+from neuron_attn_rewrite.storage import file, interface
+from neuron_attn_rewrite.storage import graph as graphs
+from neuron_attn_rewrite.storage import literals as paths
 
 PROVEN_VALUES = "neuron_attn_rewrite.proven_values"
 """The key of `module.meta` for the buffers and parameters whose values a proof depends on: their names, and in a
@@ -23,6 +24,22 @@ PROVEN_VALUES = "neuron_attn_rewrite.proven_values"
 
 SIGNATURE = "neuron_attn_rewrite.signature"
 """The key of `module.meta` for the signature of the model's `forward`. A graph that was captured before has none."""
+
+MODEL_CONFIG = "neuron_attn_rewrite.model_config"
+"""The key of `module.meta` for the `config` of the model, if it has one."""
+
+BEFORE = (
+    "A rewritten model is one graph: it has no layers that can be exchanged. {} the original model, then rewrite it."
+)
+"""Where to quantise or adapt, with the verb."""
+
+
+class Weights(nn.Module):
+    """The weights of one module of the model. What the module computes is in the graph."""
+
+    def extra_repr(self) -> str:
+        """Names the weights, and says what can't be done with them: libraries quote this text in their errors."""
+        return f"{', '.join(self._parameters)}: no layer. {BEFORE.format('Quantise or adapt')}"
 
 
 class RewrittenModule(fx.GraphModule):
@@ -32,6 +49,8 @@ class RewrittenModule(fx.GraphModule):
     A dynamic size takes every value in its range.
     """
 
+    _held: list[tuple[dict[str, Any], str, torch.dtype]] | None = None
+    """Each tensor that the graph reads: where it is kept, under which name, and the dtype of the capture."""
     _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] | None = None
     """Each tensor that a proof depends on, as it was when it was compared last: where it is kept, under which name, the
     tensor and its version counter."""
@@ -43,8 +62,10 @@ class RewrittenModule(fx.GraphModule):
         _adopt(module, wrapped)
         for part in wrapped.modules():
             part.training = module.training
+        wrapped._hide_layers()
         proven = {name: _attribute(wrapped, name).detach().clone() for name in module.meta.get(PROVEN_VALUES, ())}
         wrapped.meta = {**module.meta, "neuron_attn_rewrite": report, PROVEN_VALUES: proven}
+        wrapped._sign()
         return wrapped
 
     @property
@@ -53,11 +74,102 @@ class RewrittenModule(fx.GraphModule):
         report: RewriteReport = self.meta["neuron_attn_rewrite"]
         return report
 
+    @property
+    def config(self) -> Any:
+        """The `config` of the model, such as that of a model of transformers.
+
+        Raises:
+            AttributeError: the model has none.
+        """
+        if self.meta.get(MODEL_CONFIG) is None:
+            raise AttributeError("config")
+        return self.meta[MODEL_CONFIG]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point weight; torch's default dtype if there is none."""
+        found = (t.dtype for t in self._tensors() if t.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first weight; the CPU if there is none."""
+        return next((t.device for t in self._tensors()), torch.device("cpu"))
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
+    def can_generate(self) -> bool:
+        """False: a pipeline of transformers asks for this. One graph does not generate token by token."""
+        return False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
-            args, kwargs = (), self._bind(args, kwargs)
+            args, kwargs = (), arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
+            self._check_dtypes()
             self._check_proven_values()
         return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        copied: Any = super().__deepcopy__(memo)
+        copied._hide_layers()
+        copied._sign()
+        return cast(RewrittenModule, copied)
+
+    def _hide_layers(self) -> None:
+        """Make each module that only holds weights a `Weights`."""
+        for part in self.modules():
+            if type(part) is nn.Module:
+                part.__class__ = Weights
+
+    def _sign(self) -> None:
+        """Give `forward` the signature of the model's, for `inspect.signature`."""
+        signature = self.meta.get(SIGNATURE)
+        if signature is not None:
+            first = inspect.Parameter("_self", inspect.Parameter.POSITIONAL_ONLY)
+            forward: Any = type(self).forward
+            forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RewrittenModule:
+        """As of nn.Module, for example for `.to(device)`, but dtypes stay.
+
+        Raises:
+            RewriteError: `fn` changes the dtype of the weights, as `.half()` does.
+        """
+        for dtype in {t.dtype for t in self._tensors()}:
+            new = fn(torch.empty(0, dtype=dtype)).dtype
+            if new != dtype:
+                words = str(new).removeprefix("torch.")
+                raise RewriteError(
+                    f"the graph was captured with weights in {str(dtype).removeprefix('torch.')}, and its proofs hold "
+                    f"for that dtype. Convert the original to {words} and rewrite it anew, with inputs in {words}."
+                )
+        apply: Any = super()._apply
+        return cast(RewrittenModule, apply(fn, recurse))
+
+    def _refuse_quantisation(self, config: Any) -> None:
+        raise RewriteError(BEFORE.format("Quantise"))
+
+    qconfig = property(None, _refuse_quantisation)
+    """torch.ao.quantization sets it on each module that it is to quantise."""
+
+    def _check_dtypes(self) -> None:
+        """Check that the weights have the dtypes that they were captured with.
+
+        Raises:
+            RewriteError: a dtype has changed, for example by `model.half()` of the original, which shares the weights.
+        """
+        if self._held is None:
+            nodes = [n for n in self.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)]
+            self._held = [(*_place(self, str(n.target)), n.meta["val"].dtype) for n in nodes]
+        for tensors, key, dtype in self._held:
+            tensor = tensors.get(key)
+            if tensor is not None and tensor.dtype != dtype:
+                raise RewriteError(
+                    f"the weight {key!r} is {tensor.dtype} now, and was captured as {dtype}. The model and the "
+                    "rewritten one share their weights. Rewrite the model anew after such a change."
+                )
 
     def train(self, mode: bool = True) -> RewrittenModule:
         """As of nn.Module, but only the mode of the capture is possible.
@@ -107,8 +219,7 @@ class RewrittenModule(fx.GraphModule):
         self._seen = None
         seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
         for name, value in self.meta.get(PROVEN_VALUES, {}).items():
-            owner, key = _owner(self, name)
-            tensors = owner._buffers if key in owner._buffers else owner._parameters
+            tensors, key = _place(self, name)
             tensor: Any = tensors[key]
             if not _is_equal(tensor, value):
                 raise RewriteError(
@@ -119,121 +230,133 @@ class RewrittenModule(fx.GraphModule):
             seen.append((tensors, key, tensor if counted else None, tensor._version if counted else 0))
         self._seen = seen
 
+    def save(self, path: str | Path, *, weights: bool = True) -> None:
+        """Write the graph, the weights, the configuration and the report into one file, which needs safetensors.
+
+        Args:
+            path: the file. It is replaced if it exists.
+            weights: whether parameters and persistent buffers are written. Tensors that are not in a state_dict, and
+                those that a proof depends on, always are.
+
+        Raises:
+            RewriteError: the graph or a weight can't be saved, or a value that a proof depends on has changed.
+        """
+        self._check_dtypes()
+        self._check_proven_values()
+        graph, unknown = graphs.encode(self.graph)
+        if unknown:
+            words = f"{', '.join(dict.fromkeys(unknown))} among the outputs will be plain dicts or tuples after a load."
+            warnings.warn(words, RewriteWarning, stacklevel=2)
+        proven, persistent = list(self.meta.get(PROVEN_VALUES, {})), set(self.state_dict(keep_vars=True))
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        tensors = {**parameters, **dict(self.named_buffers(remove_duplicate=False))}
+        left_out = [] if weights else [name for name in tensors if name in persistent and name not in proven]
+        document = {
+            "graph": graph,
+            "training": self.training,
+            "signature": interface.encode_signature(self.meta.get(SIGNATURE)),
+            "config": interface.encode_config(self.meta.get(MODEL_CONFIG)),
+            "report": self.report.to_json(),
+            "proven": proven,
+            "left_out": {name: [list(tensors[name].shape), str(tensors[name].dtype)] for name in left_out},
+            "parameters": {name: parameter.requires_grad for name, parameter in parameters.items()},
+            "persistent": sorted(persistent),
+        }
+        kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        file.write(path, file.Saved(document, kept))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, weights: nn.Module | Mapping[str, torch.Tensor] | None = None
+    ) -> RewrittenModule:
+        """The module that `save` wrote. The original model is not needed, and no code of the file is run.
+
+        Args:
+            path: the file.
+            weights: the model, or its state_dict, for a file without weights. They are shared.
+
+        Raises:
+            InputError: the file is damaged, of another format, or asks for something that it may not. Or `weights` are
+                missing or do not fit.
+            RewriteError: safetensors is not installed, or a value in `weights` is not the one that a proof depends on.
+        """
+        saved = file.read(path)
+        with file.damaged(path, saved):
+            document = saved.document
+            left_out, proven = document["left_out"], list(document["proven"])
+            if left_out and weights is None:
+                raise InputError("the file has no weights: give the model or its state_dict as weights.")
+            graph, missing = graphs.decode(document["graph"])
+            given = {} if weights is None else file.given_weights(left_out, weights, proven)
+            report = RewriteReport.from_json(document["report"])
+            signature = interface.decode_signature(document["signature"])
+            config = interface.decode_config(document["config"])
+            root = _with_tensors({**saved.tensors, **given}, dict(document["parameters"]), set(document["persistent"]))
+            module = fx.GraphModule(root, graph)
+            _adopt(root, module)
+            module.train(bool(document["training"]))
+            module.meta = {PROVEN_VALUES: proven, MODEL_CONFIG: config}
+            module.meta |= {} if signature is None else {SIGNATURE: signature}
+            for node in graph.find_nodes(op="get_attr"):
+                node.meta["val"] = _attribute(root, str(node.target)).detach().to("meta")
+            loaded = cls.wrap(module, report)
+            for name in proven:
+                if name in given and not _is_equal(given[name], saved.tensors[name]):
+                    raise RewriteError(
+                        f"a proof depends on the value of {name!r}, and these weights have another value. Rewrite the "
+                        "model that has them."
+                    )
+        if saved.made_with:
+            words = f"this file was written by {saved.made_with}, and is read by {file.versions()}."
+            warnings.warn(words, RewriteWarning, stacklevel=2)
+        if missing:
+            words = f"{', '.join(dict.fromkeys(missing))} is not installed: such outputs are plain dicts or tuples now."
+            warnings.warn(words, RewriteWarning, stacklevel=2)
+        return loaded
+
     def __reduce__(self) -> Any:
         """A pickle of a graph has no shapes, and a rewritten model checks its arguments with them."""
-        raise RewriteError(
-            "a rewritten model can't be pickled: save its state_dict() and rewrite the model again, or save "
-            "torch.export.export(rewritten, ...) with torch.export.save. To load that, import neuron_attn_rewrite.ops "
-            "first: it registers the operators."
-        )
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, after a check against the captured ones."""
-        expected, signature = self._expected(), self.meta.get(SIGNATURE)
-        defaults = {} if signature is None else _defaults(signature)
-        names = list(expected) if signature is None else _positions(signature, len(args))
-        if len(args) > len(names):
-            raise InputError(f"{len(args)} positional arguments given, but there are only {', '.join(names)}.")
-        given: dict[str, Any] = {}
-        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-            if name in given:
-                raise InputError(f"argument {name!r} is given twice, by position and by name.")
-            if name in expected:
-                given[name] = value
-            elif not _is_same(value, defaults.get(name)):
-                raise InputError(
-                    f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
-                    "Pass it as an example input and rewrite again."
-                )
-        symbols: dict[Any, int] = {}
-        for name, values in expected.items():
-            was, is_left_out = _describe(values), name not in given
-            if is_left_out:
-                is_fixed = signature is None and not any(isinstance(v, torch.Tensor) for v in values)
-                if name not in defaults and not is_fixed:
-                    raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
-                given[name] = defaults[name] if name in defaults else values[0] if values else ()
-            found = pytree.tree_leaves(given[name])
-            wrong = _mismatch(found, values, symbols)
-            if wrong is not None:
-                now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
-                raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
-        return {name: given[name] for name in expected}
-
-    def _expected(self) -> dict[str, list[Any]]:
-        """The captured value of each leaf of each argument."""
-        inputs = self.graph.find_nodes(op="placeholder")
-        values = [node.meta.get("val", node.args[0] if node.args else None) for node in inputs]
-        info = getattr(self.graph._codegen, "pytree_info", None)
-        if info is None:  # each input of the graph is one argument
-            return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}
-        expected: dict[str, list[Any]] = {}
-        for name, spec in zip(info.orig_args, _per_argument(info.in_spec), strict=True):
-            expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]
-        return expected
+        raise RewriteError("a rewritten model can't be pickled: use its save(path), and RewrittenModule.load(path).")
 
 
-def _positions(signature: inspect.Signature, count: int) -> list[str]:
-    """The names of the positional arguments; those of `*args` are `args_0`, `args_1` and so on, as in a graph."""
-    names: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(parameter.name)
-        elif parameter.kind == parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
-    return names
+def _with_tensors(
+    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, bool], persistent: set[str]
+) -> nn.Module:
+    """A module with these tensors under their names. A tensor that comes under several names stays one.
 
-
-def _defaults(signature: inspect.Signature) -> dict[str, Any]:
-    return {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
-
-
-def _is_same(value: Any, default: Any) -> bool:
-    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
-        return value is default
-    return value is default or (type(value) is type(default) and bool(value == default))
-
-
-def _per_argument(in_spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    positional, by_name = (pytree_children(child) for child in pytree_children(in_spec))
-    return [*positional, *by_name]
-
-
-def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    return list(children)
-
-
-def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
-    """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
-
-    A symbolic size fits if it has the same value in all arguments and this value is in its range.
+    Args:
+        tensors: by name.
+        parameters: which of them are parameters, and whether these require gradients.
+        persistent: which of them are part of a state_dict.
     """
-    if len(found) != len(expected):
-        return ""
-    for value, wanted in zip(found, expected, strict=True):
-        if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
-            if isinstance(value, torch.Tensor) or isinstance(wanted, torch.Tensor) or value != wanted:
-                return ""
-        elif value.dtype != wanted.dtype or value.dim() != wanted.dim():
-            return ""
-        elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
-            return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
-    return None
-
-
-def _describe(values: list[Any]) -> str:
-    def one(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
-        return repr(value)
-
-    return ", ".join(map(one, values)) or "nothing"
+    root, made = nn.Module(), dict[int, nn.Parameter]()
+    for name, tensor in tensors.items():
+        owner = root
+        *path, key = paths.path(name).split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if name not in parameters:
+            owner.register_buffer(key, tensor, persistent=name in persistent)
+            continue
+        if isinstance(tensor, nn.Parameter):
+            made[id(tensor)] = tensor
+        elif id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(tensor, requires_grad=bool(parameters[name]))
+        owner.register_parameter(key, made[id(tensor)])
+    return root
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, key = name.rpartition(".")
     return module.get_submodule(path), key
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a parameter or buffer is kept, and its name there."""
+    owner, key = _owner(module, name)
+    return (owner._buffers if key in owner._buffers else owner._parameters), key
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -16,7 +16,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
-from neuron_attn_rewrite.module import PROVEN_VALUES, SIGNATURE, RewrittenModule
+from neuron_attn_rewrite.module import MODEL_CONFIG, PROVEN_VALUES, SIGNATURE, RewrittenModule
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.replace.commit import commit
@@ -66,7 +66,8 @@ def rewrite(
     LOG.info("%s", report)
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
-    captured.module.meta[SIGNATURE] = captured.signature
+    if captured.signature is not None:  # a graph that is rewritten again keeps what it has
+        captured.module.meta |= {SIGNATURE: captured.signature, MODEL_CONFIG: getattr(model, "config", None)}
     return RewrittenModule.wrap(captured.module, report)
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.capture.failures import refuse_inputs
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteError
 from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
@@ -30,6 +31,7 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
 
     Raises:
         InputError: the example inputs are missing or don't fit the model.
+        CaptureError: torch.compile can't take the model either.
     """
     config = replace(RewriteConfig.of(config), require=None)
     if not isinstance(model, nn.Module):
@@ -38,7 +40,13 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
     try:
         captured = capture(model, args, kwargs)
         report = rewrite_graph(captured.module, captured.inputs, config)
-    except CaptureError:
-        report = explain_graphs(model, args, kwargs, config)
+    except CaptureError as failed:
+        try:
+            report = explain_graphs(model, args, kwargs, config)
+        except RewriteError:
+            raise
+        except Exception as error:  # whatever the model or the compiler raises
+            refuse_inputs(model, args, kwargs, None)
+            raise failed from error
     LOG.info("%s", report)
     return report

@@ -183,6 +183,10 @@ def _export(
 ) -> torch.export.ExportedProgram:
     """torch.export without Dynamo, and if that fails with it."""
     check_dynamic_shapes(args, kwargs, dynamic_shapes)
+    if dynamic_shapes is not None:  # torch.export marks the tensors whose sizes are open, and the marks stay
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs)
+        )
     causes: list[str] = []
     first: Exception | None = None
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):

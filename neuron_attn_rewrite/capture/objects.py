@@ -50,7 +50,7 @@ class _Parts:
         return hash(self.kind)
 
 
-class _Opened:
+class Opened:
     """An object that is to be taken apart by `_flatten`."""
 
     def __init__(self, whole: Any) -> None:
@@ -67,12 +67,12 @@ def holds_tensors(value: Any) -> bool:
 
 @contextlib.contextmanager
 def objects_opened(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` returns an `_Opened` for each output that `holds_tensors`."""
+    """Within the block, `model` returns an `Opened` for each output that `holds_tensors`."""
     forward, had_own = model.forward, "forward" in vars(model)
 
     @functools.wraps(forward)
     def opening(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_map(lambda leaf: _Opened(leaf) if holds_tensors(leaf) else leaf, forward(*args, **kwargs))
+        return pytree.tree_map(lambda leaf: Opened(leaf) if holds_tensors(leaf) else leaf, forward(*args, **kwargs))
 
     model.forward = opening
     try:
@@ -132,7 +132,7 @@ def _put_together(value: Any, atoms: list[Any], around: tuple[Any, ...] = ()) ->
     return whole
 
 
-def _flatten(opened: _Opened) -> tuple[list[Any], Any]:
+def _flatten(opened: Opened) -> tuple[list[Any], Any]:
     atoms: list[Any] = []
     parts = _take_apart(opened.whole, atoms, ATOMS)
     return atoms, parts
@@ -142,4 +142,4 @@ def _unflatten(atoms: Any, parts: Any) -> Any:
     return _put_together(parts, list(atoms))
 
 
-pytree.register_pytree_node(_Opened, _flatten, _unflatten, serialized_type_name=f"{__name__}._Opened")
+pytree.register_pytree_node(Opened, _flatten, _unflatten, serialized_type_name=f"{__name__}.Opened")

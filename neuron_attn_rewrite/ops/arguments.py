@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -16,7 +15,7 @@ from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, Orders
-from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.reference import Terms, work_dtype
 from neuron_attn_rewrite.kernels.vendor.adapter import How
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +99,8 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         InputError: an argument does not fit; the message names it.
     """
     terms, choice = split(options)
+    others = {name: getattr(terms, name) for name in ("key_padding", "bounds", "bias", "sink")}
+    check_plain(op, query=query, key=key, value=value, **{n: t for n, t in others.items() if t is not None})
     for name, tensor, dims in (
         ("query", query, "[batch, num_heads, q_len, head_dim]"),
         ("key", key, "[batch, num_kv_heads, kv_len, head_dim]"),
@@ -137,12 +138,12 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         ):
             dims = ", ".join(f"{n} | 1" if one else f"{n}" for n, one in zip(full, broadcast, strict=True))
             raise _error(op, name, f"must be [{dims}]", operand)
-    others = {name: getattr(terms, name) for name in ("key_padding", "bounds", "bias", "sink")}
     check_devices(op, query, {"key": key, "value": value, **others})
-    if not math.isfinite(terms.scale):
-        raise InputError(f"{op}: scale must be finite, not {terms.scale}.")
-    if terms.softcap is not None and not 0 < terms.softcap < math.inf:
-        raise InputError(f"{op}: softcap must be positive and finite, not {terms.softcap}.")
+    limits = torch.finfo(work_dtype(query.dtype))
+    if not abs(terms.scale) <= limits.max:
+        raise InputError(f"{op}: scale must be finite in {limits.dtype}, not {terms.scale}.")
+    if terms.softcap is not None and not limits.tiny <= terms.softcap <= limits.max:
+        raise InputError(f"{op}: softcap must be positive and finite in {limits.dtype}, not {terms.softcap}.")
     if terms.empty_rows not in ("zero", "mean"):
         raise InputError(f'{op}: empty_rows must be "zero" or "mean", not {terms.empty_rows!r}.')
     if choice.strategy not in FlashAttentionStrategy.__members__ or choice.strategy == FlashAttentionStrategy.NONE.name:
@@ -153,6 +154,19 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
     if choice.kernel_name not in KERNELS:
         raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {choice.kernel_name!r}.")
     return replace(terms, band_lower=_near(terms.band_lower), band_upper=_near(terms.band_upper))
+
+
+def check_plain(op: str, **operands: Any) -> None:
+    """Check that every operand is a tensor with strides.
+
+    Raises:
+        InputError: one is None, or has another layout; the message names it.
+    """
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor):
+            raise InputError(f"{op}: {name} must be a tensor, not {operand!r:.80}.")
+        if operand.layout is not torch.strided:
+            raise InputError(f"{op}: {name} must be a dense tensor, but its layout is {operand.layout}.")
 
 
 def _near(limit: int | None) -> int | None:
@@ -177,6 +191,7 @@ def check_grad(grad: Tensor, query: Tensor, value: Tensor) -> None:
     Raises:
         InputError: it has another shape, dtype or device than the result.
     """
+    check_plain("flash_bwd", grad=grad)
     shape = (*query.shape[:3], value.shape[3])
     if grad.shape != shape or grad.dtype != query.dtype:
         raise _error("flash_bwd", "grad", f"must be {list(shape)}, {query.dtype}", grad)

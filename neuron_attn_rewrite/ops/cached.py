@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.ops import launch, simulated
-from neuron_attn_rewrite.ops.arguments import check_devices, checked_terms, readable
+from neuron_attn_rewrite.ops.arguments import check_devices, check_plain, checked_terms, readable
 from neuron_attn_rewrite.ops.paged import FlashPaged
 from neuron_attn_rewrite.ops.prior import FlashPrior
 
@@ -67,9 +67,13 @@ class CachedOp:
 
     def _checked(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> FlashPrior | FlashPaged:
         call = self.arguments(*tensors, **options)
+        needed = [f.name for f in fields(call) if f.default is MISSING and f.name not in SHARED]
+        check_plain(self.name, **{name: getattr(call, name) for name in needed})
         checked_terms(call.query, call.key, call.value, op=self.name, **{name: getattr(call, name) for name in SHARED})
         others = {field.name: getattr(call, field.name) for field in fields(call)}
-        check_devices(self.name, call.query, {name: t for name, t in others.items() if isinstance(t, Tensor)})
+        operands = {name: t for name, t in others.items() if isinstance(t, Tensor)}
+        check_plain(self.name, **operands)
+        check_devices(self.name, call.query, operands)
         call.check()
         return call
 

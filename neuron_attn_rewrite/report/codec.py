@@ -37,7 +37,7 @@ def from_json(text: str | bytes, kind: type[Report]) -> Report:
     """The report that `to_json` wrote, as an object of `kind`."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"this is not JSON: {error}.") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != VERSION:

@@ -1,0 +1,145 @@
+"""The arguments of a call of a captured graph: by position or name, checked against the captured ones."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.graph.sizes import bind
+
+
+def arguments_of(
+    graph: fx.Graph, signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name.
+
+    Args:
+        graph: the captured graph.
+        signature: of the model; None if there was none, then the graph's inputs are the arguments.
+        args: the positional arguments.
+        kwargs: the arguments by name.
+
+    Raises:
+        InputError: they do not fit what was captured.
+    """
+    expected, specs = _expected(graph)
+    defaults = {} if signature is None else _defaults(signature)
+    names = list(expected) if signature is None else _positions(signature, len(args))
+    if len(args) > len(names):
+        raise InputError(f"{len(args)} positional arguments given, but there are only {', '.join(names)}.")
+    given: dict[str, Any] = {}
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        if name in given:
+            raise InputError(f"argument {name!r} is given twice, by position and by name.")
+        if name in expected:
+            given[name] = value
+        elif not _is_same(value, defaults.get(name)):
+            raise InputError(
+                f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
+                "Pass it as an example input and rewrite again."
+            )
+    symbols: dict[Any, int] = {}
+    for name, values in expected.items():
+        was, is_left_out = _describe(values), name not in given
+        if is_left_out:
+            is_fixed = signature is None and not any(isinstance(v, torch.Tensor) for v in values)
+            if name not in defaults and not is_fixed:
+                raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
+            given[name] = defaults[name] if name in defaults else values[0] if values else ()
+        found = pytree.tree_leaves(given[name])
+        if name in specs and len(found) == len(values) and not _has_structure(given[name], specs[name]):
+            raise InputError(
+                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure of "
+                "lists, tuples and dicts."
+            )
+        wrong = _mismatch(found, values, symbols)
+        if wrong is not None:
+            now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
+            raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
+    return {name: given[name] for name in expected}
+
+
+def _expected(graph: fx.Graph) -> tuple[dict[str, list[Any]], dict[str, pytree.TreeSpec]]:
+    """For each argument the captured value of each leaf, and the structure."""
+    inputs = graph.find_nodes(op="placeholder")
+    values = [node.meta.get("val", node.args[0] if node.args else None) for node in inputs]
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None:  # each input of the graph is one argument
+        return {str(node.target): [value] for node, value in zip(inputs, values, strict=True)}, {}
+    expected: dict[str, list[Any]] = {}
+    specs = dict(zip(info.orig_args, _per_argument(info.in_spec), strict=True))
+    for name, spec in specs.items():
+        expected[name], values = values[: spec.num_leaves], values[spec.num_leaves :]
+    return expected, specs
+
+
+def _positions(signature: inspect.Signature, count: int) -> list[str]:
+    """The names of the positional arguments; those of `*args` are `args_0`, `args_1` and so on, as in a graph."""
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+        elif parameter.kind == parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
+    return names
+
+
+def _defaults(signature: inspect.Signature) -> dict[str, Any]:
+    return {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
+        return value is default
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def _per_argument(in_spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    positional, by_name = (pytree_children(child) for child in pytree_children(in_spec))
+    return [*positional, *by_name]
+
+
+def pytree_children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    return list(children)
+
+
+def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
+    """Whether a value consists of the same lists, tuples and dicts. A list and a tuple count as the same."""
+    found = pytree.tree_structure(value)
+    if found == spec or spec.type not in (list, tuple) or found.type not in (list, tuple):
+        return bool(found == spec)
+    children = pytree_children(spec)
+    return len(value) == len(children) and all(map(_has_structure, value, children))
+
+
+def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
+    """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
+
+    A symbolic size fits if it has the same value in all arguments and this value is in its range.
+    """
+    if len(found) != len(expected):
+        return ""
+    for value, wanted in zip(found, expected, strict=True):
+        if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+            if isinstance(value, torch.Tensor) or isinstance(wanted, torch.Tensor) or value != wanted:
+                return ""
+        elif value.dtype != wanted.dtype or value.dim() != wanted.dim():
+            return ""
+        elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
+            return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
+    return None
+
+
+def _describe(values: list[Any]) -> str:
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+        return repr(value)
+
+    return ", ".join(map(one, values)) or "nothing"
