@@ -151,7 +151,7 @@ KEEP = {
     ),
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
-    "one softmax over two blocks of keys": Keep(two_blocks, "several products side by side"),
+    "one softmax over two blocks of keys": Keep(two_blocks, "no rule knows it"),
     "scores written together from two products": Keep(
         lambda q, k, v: torch.softmax(torch.slice_scatter(scores(q, k), scores(q, k[:, :, :6]) * 2, 3, 0, 6), -1) @ v,
         "piece by piece",
