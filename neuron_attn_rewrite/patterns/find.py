@@ -8,6 +8,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import module_path, op_name
 from neuron_attn_rewrite.patterns.peel import Walk
+from neuron_attn_rewrite.patterns.pieces import find_pieces
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.sdpa import find_sdpa, is_sdpa
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
@@ -27,7 +28,12 @@ def find(module: fx.GraphModule, evaluator: Evaluator, strict: bool = True) -> l
     """
     found: list[AttentionSite | UnknownAttention] = []
     covered: set[fx.Node] = set()
+    in_pieces: dict[fx.Node, list[AttentionSite | UnknownAttention]] = {}
+    for site, inside in find_pieces(Walk(evaluator), module.graph):
+        in_pieces.setdefault(site.anchor, []).append(site)
+        covered |= inside
     for node in reversed(list(module.graph.nodes)):
+        found += reversed(in_pieces.get(node, []))
         try:
             found += reversed(_found_at(node, evaluator, covered))
         except Exception as error:

@@ -101,28 +101,41 @@ def _operands(walk: Walk, outer: Scores, parts: Sequence[Part], at: fx.Node) -> 
         if features is None:
             raise Blocked(at, Reason("key-blocks", "the parts of the scores are products with several queries"))
         stages.append([_renamed(stage, features) for stage in chain(other, walk.evaluator) if stage.scale == 1.0])
-    lead = whole[0]
-    for stage in reversed(stages[parts.index(lead)]):
+    joined = joined_operand([(of, part.keys) for of, part in zip(stages, parts, strict=True)], key_axis, at)
+    if joined is None:
+        raise Blocked(at, Reason("key-blocks", "the keys of its parts have different layouts"))
+    return query, joined
+
+
+def joined_operand(parts: Sequence[tuple[list[Stage], Dim]], whole: Dim, at: fx.Node) -> View | None:
+    """The keys or values of all parts, as one tensor.
+
+    Args:
+        parts: the tensors that the operand of each part is made of, the deepest last, and what its keys run over.
+        whole: what the joined keys run over.
+        at: the node before which drafts are added.
+
+    Returns:
+        The deepest tensors of the same layout and dtype, joined along the keys; None if there are none.
+    """
+    lead, lead_keys = next((stages, keys) for stages, keys in parts if keys)
+    for stage in reversed(lead):
         dims = stage.view.dims
-        if dims.count(lead.keys) != 1:
+        if dims.count(lead_keys) != 1:
             continue
-        at_dim = dims.index(lead.keys)
-        found = [
-            next((s for s in reversed(of) if _order(s.view.dims, dims, at_dim, part.keys) is not None), None)
-            for of, part in zip(stages, parts, strict=True)
+        at_dim = dims.index(lead_keys)
+        found = []
+        for stages, keys in parts:
+            orders = ((s.view.node, _order(s.view.dims, dims, at_dim, keys)) for s in reversed(stages))
+            found.append(next(((node, order) for node, order in orders if order is not None), None))
+        kept = [pair for pair in found if pair is not None]
+        if len(kept) < len(found) or len({dtype(node) for node, _ in kept}) > 1:
+            continue
+        pieces = [
+            node if order == sorted(order) else draft(at, aten.permute.default, node, order) for node, order in kept
         ]
-        if None in found or len({dtype(s.view.node) for s in found if s}) > 1:
-            continue
-        pieces = []
-        for s, part in zip(found, parts, strict=True):
-            assert s is not None
-            order = _order(s.view.dims, dims, at_dim, part.keys)
-            assert order is not None
-            steady = order == list(range(len(order)))
-            pieces.append(s.view.node if steady else draft(at, aten.permute.default, s.view.node, order))
-        node = draft(at, aten.cat.default, pieces, at_dim)
-        return query, View(node, (*dims[:at_dim], key_axis, *dims[at_dim + 1 :]))
-    raise Blocked(at, Reason("key-blocks", "the keys of its parts have different layouts"))
+        return View(draft(at, aten.cat.default, pieces, at_dim), (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
+    return None
 
 
 def _same_query(walk: Walk, one: list[Stage], other: list[Stage], frame: set[int]) -> dict[int, int] | None:

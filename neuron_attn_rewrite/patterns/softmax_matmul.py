@@ -5,7 +5,7 @@ Backwards from the softmax `peel` finds the product of query and key; forwards `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -41,8 +41,9 @@ def find_softmax_matmul(softmax: fx.Node, start: Scores, walk: Walk) -> list[Att
         ends = _products(walk, weights)
         last = [start.division or product.node for _, product in ends]
         inside = between(first.nodes, last)
-        made = _made_of(first.nodes, inside) - set(last)
-        readers = (*_readers(inside, set(last), softmax), *_operands_made(made, ends, softmax))
+        made = made_of(first.nodes, inside) - set(last)
+        given = [node for end in ends for node in _operands_of(*end)]
+        readers = (*readers_of(inside, set(last), softmax), *operands_made(made, given, softmax))
         return [_build(walk, softmax, start, first, *end, readers) for end in ends]
     except Blocked as blocked:
         if not ends and (_is_router(blocked.node) or not _meets_product(softmax)):
@@ -168,7 +169,7 @@ def between(firsts: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
     return _closure(ends, lambda node: (n for n in node.all_input_nodes if n in after))
 
 
-def _made_of(firsts: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+def made_of(firsts: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
     """The nodes that depend on values of the first nodes, and not on their shapes alone."""
     return _closure(firsts, lambda node: (u for u in node.users if u in inside and node in values_read(u)))
 
@@ -183,27 +184,39 @@ def _closure(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Nod
     return reached
 
 
-def _readers(inside: set[fx.Node], ends: set[fx.Node], softmax: fx.Node) -> Iterable[Reader]:
+def readers_of(inside: set[fx.Node], ends: set[fx.Node], softmax: fx.Node) -> Iterable[Reader]:
     """The nodes that read a tensor which a kernel would not compute."""
-    sums = {"sum", "amax", "max", "logsumexp", "getitem"}
+    sums = {"sum", "amax", "max", "logsumexp"}
     for node in sorted(inside - ends):
         for user in node.users:
             if user in inside or DRAFT in user.meta:
                 continue
-            of_sums = op_name(node) in sums or op_name(user) in ("logsumexp", "log_softmax", "special_logsumexp")
+            made = node.args[0] if op_name(node) == "getitem" else node
+            of_sums = (isinstance(made, fx.Node) and op_name(made) in sums) or op_name(user) in (
+                "logsumexp",
+                "log_softmax",
+                "special_logsumexp",
+            )
             what = "log-sum-exp" if of_sums else "weights" if not node < softmax else "scores"
             yield Reader(what, user)
 
 
-def _operands_made(inside: set[fx.Node], ends: list[tuple[Weights, Product]], softmax: fx.Node) -> Iterable[Reader]:
-    """Masks, scales, sinks and values that depend on the scores or weights themselves."""
-    operands: dict[fx.Node, None] = {}
-    for weights, product in ends:
-        scores = weights.scores
-        given = [term.node for term in scores.terms]
-        given += [scale.node for scale in (*scores.tensor_scales, *weights.tensor_scales)]
-        given += [scores.sink[0]] if scores.sink else []
-        operands |= dict.fromkeys([*given, *({product.left, product.right} - {weights.node})])
+def _operands_of(weights: Weights, product: Product) -> Iterator[fx.Node]:
+    """The masks, scales, sinks and values of an attention."""
+    yield from operands_of(weights.scores)
+    yield from (scale.node for scale in weights.tensor_scales)
+    yield from {product.left, product.right} - {weights.node}
+
+
+def operands_of(scores: Scores) -> Iterator[fx.Node]:
+    """What else than query and key the scores are made of."""
+    yield from (term.node for term in scores.terms)
+    yield from (scale.node for scale in scores.tensor_scales)
+    yield from [scores.sink[0]] if scores.sink else []
+
+
+def operands_made(inside: set[fx.Node], operands: Iterable[fx.Node], softmax: fx.Node) -> Iterable[Reader]:
+    """Operands that depend on the scores or weights themselves."""
     for node in sorted(without_drafts(operands)):
         if node in inside:
-            yield Reader("weights" if not node < softmax else "scores", node)
+            yield Reader("scores" if node < softmax else "weights", node)
