@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import module_path, op_name
+from neuron_attn_rewrite.patterns.leftovers import leftover
 from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.pieces import find_pieces
 from neuron_attn_rewrite.patterns.rules import Blocked
@@ -39,6 +40,7 @@ def find(module: fx.GraphModule, evaluator: Evaluator, strict: bool = True) -> l
         except Exception as error:
             reason = internal_error(error, strict)
             found.append(UnknownAttention(module_path(node), op_name(node), node, reason))
+        found += leftover(node, covered)
     return found[::-1]
 
 

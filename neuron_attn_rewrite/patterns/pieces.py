@@ -52,6 +52,9 @@ def find_pieces(walk: Walk, graph: fx.Graph) -> Iterator[tuple[AttentionSite | U
             site = _site(walk, reader, found)
         except Blocked as blocked:
             site = UnknownAttention(module_path(found.anchor), PATTERN, found.anchor, blocked.reason)
+        if isinstance(site, UnknownAttention):
+            starts = (summand.exponentials.start for summand in found.output.summands)
+            site = replace(site, others=tuple(start for start in starts if start is not found.anchor))
         yield site, inside
 
 

@@ -28,7 +28,7 @@ MOST_FOLLOWED = 24
 def unknown_softmax(softmax: fx.Node, reason: Reason) -> list[UnknownAttention]:
     """A softmax that can't be followed back to its scores, if its weights end in a product."""
     return (
-        [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if _meets_product(softmax) else []
+        [UnknownAttention(module_path(softmax), "softmax > matmul", softmax, reason)] if meets_product(softmax) else []
     )
 
 
@@ -46,7 +46,7 @@ def find_softmax_matmul(softmax: fx.Node, start: Scores, walk: Walk) -> list[Att
         readers = (*readers_of(inside, set(last), softmax), *operands_made(made, given, softmax))
         return [_build(walk, softmax, start, first, *end, readers) for end in ends]
     except Blocked as blocked:
-        if not ends and (_is_router(blocked.node) or not _meets_product(softmax)):
+        if not ends and (is_router(blocked.node) or not meets_product(softmax)):
             return []
         return [UnknownAttention(module_path(softmax), _pattern(scores), softmax, blocked.reason)]
 
@@ -99,7 +99,7 @@ keys.
 """
 
 
-def _is_router(node: fx.Node) -> bool:
+def is_router(node: fx.Node) -> bool:
     """Whether scores from this node are made without a product, as by the gate of a router or of a pooling."""
     seen, stack = {node}, [node]
     if is_product(node):
@@ -116,7 +116,7 @@ def _is_router(node: fx.Node) -> bool:
     return not stack
 
 
-def _meets_product(softmax: fx.Node) -> bool:
+def meets_product(softmax: fx.Node) -> bool:
     """Whether the weights, or something made of them element by element, end in a product with something else."""
     open_ends, seen = [softmax], {softmax}
     while open_ends and len(seen) < MOST_FOLLOWED:
