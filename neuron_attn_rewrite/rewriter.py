@@ -88,8 +88,8 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     if inputs is not None:
         note_examples(module.graph, inputs)
     prover = Prover(module, config)
-    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator, config.strict)]
     before = snapshot(module.graph)
+    verdicts = [decide(site, prover, config) for site in find(module, prover.evaluator, config.strict)]
     replaced = [verdict for verdict in verdicts if isinstance(verdict, Verdict) and verdict.is_replaced]
     grafts, failed = graft(module, replaced, prover.writes, config.strict)
     verdicts = [failed.get(id(verdict), verdict) for verdict in verdicts]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.softmaxes import softmaxes, unexplained
 from benchmarks.zoo import tiny
 from benchmarks.zoo.count import count, count_in_graphs
 from neuron_attn_rewrite import CaptureError, RewriteConfig, RewrittenModule
@@ -110,6 +111,7 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
     native = {padding: outputs(captured.module, call) for padding, call in ordered.items()}
     # Attentions whose result nobody reads are gone from the graph before anything is looked for.
     result["unused"] = result["counted"] - count(captured.module, example)
+    names = [node.name for node in softmaxes(captured.module.graph)]
 
     start = time.process_time()
     # Not verified: a wrong kernel is to show, and not to be put back.
@@ -120,6 +122,8 @@ def examine_capture(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, An
         "nodes": report.nodes_before,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "sites": [site_line(site) for site in report.sites],
+        "softmaxes": len(names),
+        "unexplained": unexplained(names, report),
         "capture error": {p: difference(native[p], old[p]) for p in calls},
     }
     if not repeats:

@@ -52,6 +52,7 @@ def verdict(capture: Line) -> str:
     said += [f"torch.compile leaves {capture['outside']} to Python"] if capture.get("outside") else []
     if len(capture["sites"]) != used(capture):
         said.append(f"{used(capture)} counted, {len(capture['sites'])} found")
+    said += [f"{len(names)} softmaxes not in the report" for names in [capture.get("unexplained")] if names]
     kept = Counter(re.sub(r"\b([a-z_]+?)_\d+\b", r"\1", s["reason"]) for s in capture["sites"] if not s["replaced"])
     return "; ".join([*said, *(f"{times} kept: {reason}" for reason, times in kept.items())])
 
@@ -67,7 +68,7 @@ def shares(lines: Iterable[Line]) -> dict[str, float]:
     surplus = [max(0, len(c["sites"]) - used(c)) for c in worked]  # look-alikes, kept and explained
     return {
         "counted": counted,
-        "explained": counted - missing,
+        "explained": counted - missing - sum(len(c.get("unexplained", ())) for c in worked),
         "found": counted - missing - sum(max(0, n - more) for n, more in zip(puzzling, surplus, strict=True)),
         "apart": listed,
         "replaced": sum(s["replaced"] for s in sites),
@@ -100,6 +101,7 @@ def summary(lines: list[Line]) -> str:
         "... that failed": unseen,
         "attentions that torch.compile leaves to Python": sum(c.get("outside", 0) for c in worked),
         "attentions counted while the models run": n["counted"],
+        "softmaxes counted in the graphs": sum(c.get("softmaxes", 0) for c in worked),
         "explained in the report": share(n["explained"], n["counted"]),
         "found and understood": share(n["found"], n["counted"]),
         "listed apart": f"{n['apart']} ({', '.join(f'{k} {v}' for k, v in listed.items())})",

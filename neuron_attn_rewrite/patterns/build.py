@@ -12,7 +12,8 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, layout_steps, merged
-from neuron_attn_rewrite.patterns.peel import TensorScale, scaled_by_number
+from neuron_attn_rewrite.patterns.operands import Stage, View, chain
+from neuron_attn_rewrite.patterns.peel import TensorScale
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import (
     AttentionSite,
@@ -28,14 +29,6 @@ from neuron_attn_rewrite.values.evaluator import Evaluator
 from neuron_attn_rewrite.values.exact import product, sums_are_fine
 
 NO_ELEMENTS = Reason("empty", "an operand has no elements")
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor of the graph and what its dims run over."""
-
-    node: fx.Node
-    dims: Dims
 
 
 @dataclass(frozen=True)
@@ -62,42 +55,15 @@ class Found(SoftmaxFacts):
     readers: tuple[Reader, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """One tensor from which an operand is made. The operand is `scale` times this tensor."""
-
-    view: View
-    scale: float
-
-
-def _chain(view: View, evaluator: Evaluator) -> list[_Stage]:
-    """The operand, and the tensors that it is made from by views, widening casts and scales that are numbers.
-
-    The last one is the deepest.
-    """
-    chain = [_Stage(view, 1.0)]
-    while True:
-        node, dims, scale = chain[-1].view.node, chain[-1].view.dims, chain[-1].scale
-        scaled = scaled_by_number(evaluator, node)
-        moved = views.before(node, dims, evaluator)
-        joined = None if scaled is None else product(scale, scaled[1])
-        if scaled is not None and joined is not None:
-            chain.append(_Stage(View(scaled[0], dims), joined))
-        elif moved is not None and (op_name(node) not in views.CASTS or views.widens(node)):
-            chain.append(_Stage(View(*moved), scale))
-        else:
-            return chain
-
-
-def _operand(chain: list[_Stage], target: Dims, fixed: Collection[fx.Node]) -> Operand | None:
+def _operand(stages: list[Stage], target: Dims, fixed: Collection[fx.Node]) -> Operand | None:
     """The deepest tensor of the chain that already has the target's layout.
 
     If there is none: the deepest tensor of all, with the steps to that layout. None if there are no such steps. The
     tensors in `fixed` change in place, so a kernel call must not read them at another time than the model does.
     """
-    last = chain[-1]
+    last = stages[-1]
     possible = layout_steps(last.view.dims, target, full=True) is not None
-    for stage in reversed(chain):
+    for stage in reversed(stages):
         if stage.scale == last.scale and stage.view.dims == target:
             origin = (last.view.node, last.view.dims) if possible and last.view.node not in fixed else None
             return Operand(stage.view.node, target, target, origin=origin)
@@ -120,7 +86,7 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
 
     if any(0 in shape(view.node) for view in (found.query, found.key, found.value)):
         return unknown(NO_ELEMENTS)
-    query, key, value = (_chain(view, evaluator) for view in (found.query, found.key, found.value))
+    query, key, value = (chain(view, evaluator) for view in (found.query, found.key, found.value))
     roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
     if isinstance(roles, Reason):
         return unknown(roles)
@@ -186,15 +152,15 @@ def _placed(scale: TensorScale, places: tuple[tuple[str, Dims], ...]) -> Operand
 def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None:
     if view is None:
         return None
-    chain = _chain(view, evaluator)
-    return _operand(chain, (heads,), evaluator.changed) if chain[-1].scale == 1.0 else None
+    stages = chain(view, evaluator)
+    return _operand(stages, (heads,), evaluator.changed) if stages[-1].scale == 1.0 else None
 
 
 def _narrowed(term: Term, evaluator: Evaluator) -> Term:
     """The term before it was expanded: the smallest tensor that says the same."""
     if term.kind == "add":
-        last = _Stage(View(term.node, term.dims), 1.0)
-        for stage in _chain(last.view, evaluator):
+        last = Stage(View(term.node, term.dims), 1.0)
+        for stage in chain(last.view, evaluator):
             is_rounded = stage.scale != last.scale and not sums_are_fine(dtype(last.view.node))
             if is_rounded or product(term.multiplier, stage.scale) is None:
                 break

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import fx
 
+from neuron_attn_rewrite.graph.drafts import without_drafts
 from neuron_attn_rewrite.patterns.site import AttentionSite
 
 
 def borders(site: AttentionSite) -> set[fx.Node]:
     """The tensors that the attention starts from. Its output is a function of them and of constants."""
-    return {o.node for o in site.operands} | {term.node for term in site.terms}
+    return without_drafts({o.node for o in site.operands} | {term.node for term in site.terms})
 
 
 def inside(site: AttentionSite) -> tuple[list[fx.Node], set[fx.Node]]:

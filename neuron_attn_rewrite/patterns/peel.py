@@ -66,6 +66,8 @@ class Scores(SoftmaxFacts):
     sink: tuple[fx.Node, Dims] | None = None
     division: fx.Node | None = None
     """The node that divides by the sum of the exponentials behind the second product; None for normalised weights."""
+    is_part: bool = False
+    """Whether the softmax runs over other scores as well, so that a number added to all of these changes it."""
     trail: tuple[str, ...] = ()
     """The steps so far, in words, from the product to the softmax."""
 

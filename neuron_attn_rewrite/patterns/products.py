@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, op_name, plain_name, shape, tensor
+from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.rules import Rules
 
 
@@ -28,6 +29,15 @@ class Product:
     alpha: float = 1.0
     addend: fx.Node | None = None
     beta: float = 1.0
+    operands: tuple[tuple[fx.Node, Dims], tuple[fx.Node, Dims]] | None = None
+    """The query and the key, with what their dims run over, if they are joined of those of several products."""
+    joins: tuple[fx.Node, ...] = ()
+    """The products that it takes the place of. Empty for a product of the graph."""
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The products of the graph."""
+        return self.joins or (self.node,)
 
     @property
     def summed(self) -> set[int]:

@@ -10,6 +10,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.join import Part, join
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked
@@ -94,7 +95,7 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
         if not is_tensor(inner) or shape(inner) != shape(node):
             continue
         shift = walk.constant(other)
-        vanishes = scores.softcap is None and scores.sink is None
+        vanishes = scores.softcap is None and scores.sink is None and not scores.is_part
         if vanishes and shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
             return scores.to(inner, trail="shift").scaled(inner_weight)
         if not is_tensor(other):
@@ -194,32 +195,48 @@ def _tanh(walk: Walk, scores: Scores) -> Scores:
 
 
 @SCORES("cat")
-def _concatenated_sink(walk: Walk, scores: Scores) -> Scores | None:
-    """One more column beside the keys: a learned sink."""
+def _concatenated(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product] | None:
+    """Scores of several products beside each other, or one more column beside the keys: a learned sink."""
     node = scores.node
-    parts, dim = node.args[0], arguments(node)["dim"]
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not isinstance(dim, int):
+    given, dim = node.args[0], arguments(node)["dim"]
+    if not isinstance(given, (list, tuple)) or len(given) < 2 or not isinstance(dim, int):
         return None
-    inner, sink = parts
-    assert isinstance(inner, fx.Node) and isinstance(sink, fx.Node)
-    rank = len(scores.dims)
-    on_keys = scores.dims[dim % rank] == scores.axes[scores.key_dim]
+    parts = [part for part in given if is_tensor(part)]
+    on_keys = scores.dims[dim % len(scores.dims)] == scores.axes[scores.key_dim]
+    if not on_keys:
+        raise Blocked(node, NO_SINK)
+    *before, last = parts
+    if not _ends_in_product(walk, scores, last):
+        scores = _without_sink(walk, scores, last, dim, shape(node)[dim] - 1)
+        if len(before) == 1:
+            return scores.to(before[0])
+        parts = before
+    elif not all(_ends_in_product(walk, scores, part) for part in before):
+        raise Blocked(node, NO_SINK)
+    at, keys, axes = dim % len(scores.dims), scores.key_dim, scores.axes
+    found = []
+    for part in parts:
+        own = axis_dim(next(walk.fresh_axes), shape(part)[dim])
+        dims = (*scores.dims[:at], own, *scores.dims[at + 1 :])
+        start = replace(scores, axes=(*axes[:keys], own, *axes[keys + 1 :]), terms=(), is_part=True)
+        found.append(Part(*walk.peel(start.to(part, dims))))
+    return join(walk, scores, found, node)
+
+
+NO_SINK = Reason("sink-shape", "not one column of sinks beside the keys")
+
+
+def _without_sink(walk: Walk, scores: Scores, sink: fx.Node, dim: int, keys: int) -> Scores:
+    """The scores without the last column, which is a sink. They have `keys` keys."""
     first = scores.sink is None and not scores.terms and scores.multiplier == 1.0 and not scores.tensor_scales
-    if (
-        on_keys
-        and shape(sink)[dim] != 1
-        and all(isinstance(p, fx.Node) and _ends_in_product(walk, scores, p) for p in parts)
-    ):
-        words = "one softmax over several products side by side, such as one with global and one with local keys"
-        raise Blocked(node, Reason("key-blocks", words))
-    if not on_keys or not first or shape(sink)[dim] != 1 or scores.softcap is not None:
-        raise Blocked(node, Reason("sink-shape", "not one column of sinks beside the keys"))
+    if not first or scores.is_part or shape(sink)[dim] != 1 or scores.softcap is not None:
+        raise Blocked(scores.node, NO_SINK)
     dims = list(scores.dims)
-    dims[dim % rank] = axis_dim(next(walk.fresh_axes), shape(inner)[dim])
+    dims[dim % len(dims)] = axis_dim(next(walk.fresh_axes), keys)
     sink_dims = views.broadcast(sink, tuple(dims))
     axes = list(scores.axes)
-    axes[scores.key_dim] = dims[dim % rank]
-    return replace(scores.to(inner, tuple(dims), trail="sink"), axes=tuple(axes), sink=(sink, sink_dims))
+    axes[scores.key_dim] = dims[dim % len(dims)]
+    return replace(scores, dims=tuple(dims), axes=tuple(axes), sink=(sink, sink_dims), trail=("sink", *scores.trail))
 
 
 @SCORES("detach")

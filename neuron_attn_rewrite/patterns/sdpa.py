@@ -12,7 +12,8 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, dtype, module_path, plain_name, shape
 from neuron_attn_rewrite.graph.sizes import expression_of, is_number
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, split
-from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, View, build
+from neuron_attn_rewrite.patterns.build import NO_ELEMENTS, Found, build
+from neuron_attn_rewrite.patterns.operands import View
 from neuron_attn_rewrite.patterns.rules import CHANGED
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.views import broadcast

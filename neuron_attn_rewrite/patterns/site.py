@@ -190,3 +190,5 @@ class UnknownAttention:
     pattern: str
     anchor: fx.Node
     reason: Reason
+    others: tuple[fx.Node, ...] = ()
+    """The other softmaxes and exponentials that are parts of it."""

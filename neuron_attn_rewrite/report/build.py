@@ -56,7 +56,8 @@ def make_report(
     sites = []
     for plan in plans:
         if isinstance(plan, UnknownAttention):
-            nodes = _around_softmax(plan.anchor.name, before, users)
+            anchors = (plan.anchor, *plan.others)
+            nodes = {name for node in anchors for name in _around_softmax(node.name, before, users)}
             sites.append(
                 SiteReport(
                     plan.name,

@@ -79,13 +79,18 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         for node in self.module.graph.nodes:
+            self._kind_of(node)
+
+    def _kind_of(self, node: fx.Node) -> Kind:
+        if node not in self._kinds:
             self._kinds[node] = Kind.OPAQUE if node in self.changed else self._kind(node)
+        return self._kinds[node]
 
     def constant(self, value: Any) -> float | None:
         """A number: a literal, or the single element of a tensor that depends on constants alone."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        if isinstance(value, fx.Node) and self._kinds[value] is Kind.CONSTANT:
+        if isinstance(value, fx.Node) and self._kind_of(value) is Kind.CONSTANT:
             like = tensor(value)
             if like is not None and like.numel() == 1 and like.dtype != torch.bool:
                 return float(self.value(value))
@@ -103,7 +108,7 @@ class Evaluator:
     def cause(self, node: fx.Node) -> fx.Node:
         """Follow the unknown inputs of an opaque node back to the first node whose inputs are all known."""
         while True:
-            opaque = [n for n in node.all_input_nodes if self._kinds[n] is Kind.OPAQUE]
+            opaque = [n for n in node.all_input_nodes if self._kind_of(n) is Kind.OPAQUE]
             if not opaque:
                 return node
             node = opaque[0]
@@ -128,7 +133,7 @@ class Evaluator:
 
     def _compute_part(self, node: fx.Node, region: Region) -> Any:
         """Compute only what the region needs. If that is not known, compute the whole value and cut the region out."""
-        inner = None if node in self._values or self._kinds[node] is Kind.OPAQUE else restrict(node, region)
+        inner = None if node in self._values or self._kind_of(node) is Kind.OPAQUE else restrict(node, region)
         if inner is None:
             return _narrowed(self.value(node), region)
         values = {n: self.value(n, inner.regions.get(n)) for n in node.all_input_nodes if n not in inner.stand_ins}
@@ -150,11 +155,11 @@ class Evaluator:
             return Kind.OPAQUE if no_value or isinstance(kept, torch.nn.Parameter) else Kind.CONSTANT
         if node.op != "call_function" or draws(node):
             return Kind.OPAQUE
-        kind = max((self._kinds[n] for n in values_read(node)), default=Kind.CONSTANT)
+        kind = max((self._kind_of(n) for n in values_read(node)), default=Kind.CONSTANT)
         return Kind.CELLS if kind is Kind.OPAQUE and _is_bool(node) and _is_small(node) else kind
 
     def _compute(self, node: fx.Node) -> Any:
-        kind = self._kinds[node]
+        kind = self._kind_of(node)
         if kind is Kind.OPAQUE:
             return Opaque(node)
         if node.op == "placeholder":

@@ -105,6 +105,7 @@ def guarded(dim: int | tuple[int, ...], alpha: int = 1, limit: float = 1.0) -> C
 
 
 MATCH = {
+    "one softmax over two blocks of keys": Match(two_blocks, scale=0.25),
     "a guarded sum": Match(guarded(-1)),
     "a mask whose live value is 2": distilbert(2),
     "a look-ahead of three": Match(
@@ -151,7 +152,6 @@ KEEP = {
     ),
     "softmax over the queries": Keep(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "sum over the keys"),
     "softmax over the queries, then divided by the sum over the keys": Keep(slots, "sum over the keys"),
-    "one softmax over two blocks of keys": Keep(two_blocks, "several products side by side"),
     "scores written together from two products": Keep(
         lambda q, k, v: torch.softmax(torch.slice_scatter(scores(q, k), scores(q, k[:, :, :6]) * 2, 3, 0, 6), -1) @ v,
         "piece by piece",
