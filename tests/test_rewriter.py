@@ -166,7 +166,7 @@ def test_another_value_of_what_was_proven_is_not_loaded() -> None:
 
 
 def test_a_pickle_is_one_clear_error(model: Attention) -> None:
-    with pytest.raises(RewriteError, match=r"can't be pickled: save its state_dict"):
+    with pytest.raises(RewriteError, match=r"can't be pickled: use its save"):
         pickle.dumps(rewrite(model, example(), config=ALWAYS))
 
 
