@@ -36,8 +36,8 @@ from neuron_attn_rewrite.replace.running import ModelError, Runs, Values, Visit
 if TYPE_CHECKING:
     import sympy  # type: ignore[import-untyped]
 
-LARGE = 2**26
-"""A graph with more elements in its tensors runs as a whole on the example inputs only."""
+MOST_ELEMENTS = 2**26
+"""The graph runs as a whole on as many draws as have this many elements together, counted in all of its tensors."""
 LARGEST_GROWTH = 10.0
 """How much larger the error of an output may be than the tolerance, before it is compared with what noise does."""
 LARGEST_NOISE = 4.0
@@ -92,14 +92,15 @@ def _compare_draws(
     runs: Runs, grafts: Sequence[Graft], measured: Measured, inputs: Sequence[Any]
 ) -> Iterator[Mapping[Graft, Compared]]:
     """The errors on each draw of the inputs. An attention is left out if it can't be compared there."""
-    is_large = _elements(runs.module.graph, measured.sizes) > LARGE
+    drawn = draws(runs.module.graph, grafts, inputs)
+    graph_runs = drawn[::-1][: MOST_ELEMENTS // _elements(runs.module.graph, measured.sizes)]
     fit, makers = drawn_operands(grafts, runs.changed, measured.sizes)
-    for draw in draws(runs.module.graph, grafts, inputs):
+    for draw in drawn:
         where = f"on inputs {draw.words}"
         g = Generator().manual_seed(draw.seed)
         given = {node: partial(make, g) for node, make in makers.items()}
         errors = _first(draw, lambda v: _run_beside(runs, fit, measured, v, where, given)[1])  # noqa: B023
-        if not is_large:
+        if draw in graph_runs:
             whole = _first(draw, lambda v: _compare_graph(runs, grafts, measured, v, where))  # noqa: B023
             errors = {g: _worse(errors.get(g, Compared()), whole.get(g)) for g in {**errors, **whole}}
         yield {g: replace(error, draws=1) for g, error in errors.items()}

@@ -316,6 +316,19 @@ def test_the_report_says_where_no_input_could_be_drawn() -> None:
     assert site.draws == 0 and "example-only" in {r.code for r in site.reasons}
 
 
+def test_a_large_graph_runs_as_a_whole_on_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention is compared with drawn operands on all of them."""
+    seen: list[str] = []
+    whole = verify._compare_graph
+    monkeypatch.setattr(verify, "_compare_graph", lambda *args: (seen.append(args[-1]), whole(*args))[1])
+    for elements, runs in ((2**26, 5), (2**13, 2), (1, 1)):
+        seen.clear()
+        monkeypatch.setattr(verify, "MOST_ELEMENTS", elements)
+        (site,) = rewritten(causal_and_padded, (*qkv(), ones())).replaced
+        assert site.draws == 4 and len(seen) == runs, seen
+        assert "on inputs with a row that sees no key" in seen or runs == 1
+
+
 def test_inputs_buffers_and_random_state_stay() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
