@@ -43,7 +43,7 @@ Pieces: TypeAlias = frozenset[Piece]
 Bases: TypeAlias = frozenset[Pieces]
 """The keys of the maxima and sums in all exponents so far. One that lacks a key of the whole softmax may be -inf."""
 ZERO = Piece(None)
-MAXIMUM, SUM = "maximum", "log-sum-exp"
+MAXIMUM, DETACHED, SUM = "maximum", "detached maximum", "log-sum-exp"
 
 
 def union(one: Pieces, other: Pieces) -> Pieces | None:

@@ -13,9 +13,19 @@ import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.drafts import draft
-from neuron_attn_rewrite.graph.nodes import dtype, shape
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, op_name, shape
 from neuron_attn_rewrite.graph.sizes import is_number
-from neuron_attn_rewrite.patterns.axes import Atom, Dim, Dims, Layout, atoms, dim_size, layout_steps, run_layout
+from neuron_attn_rewrite.patterns.axes import (
+    Atom,
+    Dim,
+    Dims,
+    Layout,
+    atoms,
+    axis_dim,
+    dim_size,
+    layout_steps,
+    run_layout,
+)
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product
@@ -136,6 +146,26 @@ def joined_operand(parts: Sequence[tuple[list[Stage], Dim]], whole: Dim, at: fx.
         ]
         return View(draft(at, aten.cat.default, pieces, at_dim), (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
     return None
+
+
+def joined_deeper(walk: Walk, value: View, keys: Dim) -> View:
+    """A value that is joined along the keys, from deeper tensors: heads are repeated in each part, not once for all."""
+    node = value.node
+    if op_name(node) != "cat" or value.dims.count(keys) != 1:
+        return value
+    parts, dim = node.args[0], arguments(node)["dim"] % len(value.dims)
+    if value.dims[dim] != keys or not isinstance(parts, (list, tuple)):
+        return value
+    stages = []
+    for part in parts:
+        assert isinstance(part, fx.Node)
+        own = axis_dim(next(walk.fresh_axes), shape(part)[dim])
+        view = View(part, (*value.dims[:dim], own, *value.dims[dim + 1 :]))
+        stages.append(([s for s in chain(view, walk.evaluator) if s.scale == 1.0], own))
+    if not any(own for _, own in stages):
+        return value
+    deeper = joined_operand(stages, keys, node)
+    return value if deeper is None or dim_size(atoms(deeper.dims)) == dim_size(atoms(value.dims)) else deeper
 
 
 def _same_query(walk: Walk, one: list[Stage], other: list[Stage], frame: set[int]) -> dict[int, int] | None:

@@ -10,10 +10,11 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.drafts import draft
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, shape
+from neuron_attn_rewrite.patterns import meaning_rules as _rules  # noqa: F401  fills a table
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, axis_dim
 from neuron_attn_rewrite.patterns.build import Found, build
 from neuron_attn_rewrite.patterns.exponentials import SUM, Meaning, Output, Piece, holds
-from neuron_attn_rewrite.patterns.join import Part, join, joined_operand
+from neuron_attn_rewrite.patterns.join import Part, join, joined_deeper, joined_operand
 from neuron_attn_rewrite.patterns.meanings import Reader
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
@@ -162,7 +163,7 @@ def _value(walk: Walk, reader: Reader, found: Candidate, tensors: Sequence[Piece
         (chain(View(*summand.value), walk.evaluator), summand.exponentials.keys) for summand in summands
     ]
     if len(stages) == 1:
-        return View(*summands[0].value)
+        return joined_deeper(walk, View(*summands[0].value), summands[0].exponentials.keys)
     view = joined_operand([([s for s in of if s.scale == 1.0], keys) for of, keys in stages], all_keys, at)
     if view is None:
         raise Blocked(at, Reason("key-blocks", "the values of its parts have different layouts"))

@@ -13,6 +13,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.drafts import DRAFT, without_drafts
 from neuron_attn_rewrite.graph.nodes import is_tensor, module_path, op_name, tensor, values_read
 from neuron_attn_rewrite.patterns.build import Found, build
+from neuron_attn_rewrite.patterns.join import joined_deeper
 from neuron_attn_rewrite.patterns.operands import View, divided, query_and_key, value_and_output
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product, as_product, is_product
@@ -63,6 +64,7 @@ def _build(
     scores = weights.scores
     query, key = query_and_key(walk, scores, first)
     value, output = value_and_output(walk, weights, second)
+    value = joined_deeper(walk, value, scores.axes[start.key_dim])
     if scores.division is not None:
         output = divided(output, scores.division, softmax, scores)
     zero_filled = weights.zero_filled_terms

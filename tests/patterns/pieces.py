@@ -78,6 +78,11 @@ def grouped_pieces(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, le
     return joined(q, kc, kn, vc, vn, length)
 
 
+def grouped_split(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> Tensor:
+    kc, kn, vc, vn = map(repeat_kv, (kc, kn, vc, vn))
+    return shared(old_scores(q, kc, length), new_scores(q, kn), vc, vn)
+
+
 def divided_at_the_end(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> Tensor:
     s = torch.cat([old_scores(q, kc, length), new_scores(q, kn)], -1)
     w = (s - s.amax(-1, keepdim=True)).exp()
@@ -204,6 +209,19 @@ def plus_one(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     return w @ vc / (1 + w.sum(-1, True))
 
 
+def detached(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+    """No gradient flows through the second exponentials."""
+    a, b = old.exp(), new.detach().exp()
+    return (a @ vc + b @ vn) / (a.sum(-1, True) + b.sum(-1, True))
+
+
+def detached_once(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+    """A maximum that is detached in one place alone: in the gradients it does not cancel."""
+    largest = torch.maximum(old.amax(-1, True), new.amax(-1, True))
+    a, b = (old - largest).exp(), (new - largest.detach()).exp()
+    return (a @ vc + b @ vn) / (a.sum(-1, True) + b.sum(-1, True))
+
+
 def maximum_of_one(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     """The second exponentials may overflow."""
     largest = old.amax(-1, True)
@@ -281,6 +299,7 @@ MATCH = {
     "one maximum and one sum, hidden by -inf": Match(of(shared, -torch.inf), cached(), scale=0.25, bias=BIAS),
     "one new key with one maximum and one sum": Match(of(shared), cached(1, rows=1), bias=(B, 1, 1, S + 1)),
     "one maximum and one sum, divided at the end": Match(of(shared_at_the_end), cached(), scale=0.25, bias=BIAS),
+    "one maximum and one sum, grouped heads": Match(grouped_split, cached(heads=2), heads=(H, 2), bias=BIAS),
     "no maximum": Match(of(no_maximum), cached(), scale=0.25, bias=BIAS),
     "merged by log-sum-exp": Match(of(merged), cached(), scale=0.25, bias=BIAS),
     "merged by log-sum-exp, by hand": Match(of(merged_by_hand), cached(), scale=0.25, bias=BIAS),
@@ -294,13 +313,15 @@ MATCH = {
     "a mask in each": Match(masks_in_both, cached(), scale=0.25, bias=(B, 1, NEW, S + NEW)),
     "causal together": Match(constant_masks, cached(), f"causal(offset={S})", scale=1.0),
     "beside a sink": Match(with_sink, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
-    "grouped heads": Match(grouped_pieces, cached(heads=2), bias=(B, 1, 1, S + NEW)),
+    "grouped heads": Match(grouped_pieces, cached(heads=2), heads=(H, 2), bias=(B, 1, 1, S + NEW)),
     "divided at the end": Match(divided_at_the_end, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
     "keys of other layouts": Match(other_layout, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
 }
 
 KEEP = {
     "merged by log-sum-exp, hidden by -inf": Keep(of(merged, -torch.inf), "may be hidden by -inf", cached()),
+    "a part without gradients": Keep(of(detached), "no gradient flows", cached()),
+    "a maximum that is detached once": Keep(of(detached_once), "no rule knows", cached()),
     "weights of a part read": Keep(of(with_weights_read), "weights are also read", cached()),
     "another scale in one part": Keep(
         joined_unless(lambda old, new: (old, new * 2)), "differ in their multiplier", cached()
