@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, fx
 
+from neuron_attn_rewrite.graph.drafts import without_drafts
 from neuron_attn_rewrite.graph.held import VALUE_READ
 from neuron_attn_rewrite.graph.nodes import shape, tensor
 from neuron_attn_rewrite.graph.sizes import at, number_of
@@ -60,7 +61,7 @@ def _operands(graft: Graft, sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, 
     found += [(scale.operand.node, positive, 1.0) for scale in site.operand_scales]
     found += [(site.sink.node, normal, 1.0)] if site.sink else []
     makers: dict[fx.Node, Maker] = {}
-    for node, draw, factor in found:
+    for node, draw, factor in ((n, *how) for operand, *how in found for n in without_drafts([operand])):
         value = tensor(node)
         if VALUE_READ not in node.meta and value is not None and value.is_floating_point():
             makers.setdefault(node, _maker(node, draw, factor, sizes))

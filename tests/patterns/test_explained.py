@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.softmaxes import softmaxes, unexplained
-from neuron_attn_rewrite import CaptureError, RewriteReport
+from neuron_attn_rewrite import CaptureError, RewriteReport, rewrite
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.rewriter import rewrite_graph
 from tests.helpers import ALWAYS
@@ -76,3 +76,11 @@ def test_attentions_in_branches_are_in_the_report() -> None:
     counted, report = report_of(Branches(), inputs)
     assert len(counted) == len(report.sites) == 2 and not unexplained(counted, report)
     assert all("torch.cond" in site.reasons[-1] for site in report.sites)
+
+
+def test_joined_operands_are_verified_on_drawn_values() -> None:
+    """What the joined keys are made of is drawn, so that the model and the kernel read the same keys."""
+    torch.manual_seed(0)
+    case = pieces.MATCH["one maximum and one sum"]
+    rewritten = rewrite(as_module(case.attention).eval(), case.inputs(), config=ALWAYS)
+    assert len(rewritten.report.replaced) == 1, str(rewritten.report)
