@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -111,6 +111,9 @@ USES: dict[str, Any] = {
     "NaN is read": lambda s, mask: s.masked_fill(mask != 0, -torch.inf).softmax(-1).nan_to_num(0.25),
 }
 
+REFUSED = ("without overflow", "not implemented for")
+"""What torch says of a literal or a dtype that it takes on fake tensors only. The program is none then."""
+
 
 @settings(max_examples=int(os.environ.get("MASK_PROGRAMS", "6")), deadline=None)
 @given(
@@ -125,7 +128,11 @@ def test_every_claim_holds_in_every_dtype(program: Any, use: str, dtype: torch.d
         return result
 
     cells = all_values(BATCH * LENGTH).reshape(-1, BATCH, LENGTH)
-    assert_same_everywhere(model, (cells.to(dtype), cells[torch.randperm(len(cells))].to(dtype)))
+    try:
+        assert_same_everywhere(model, (cells.to(dtype), cells[torch.randperm(len(cells))].to(dtype)))
+    except RuntimeError as error:
+        assume(not any(words in str(error) for words in REFUSED))
+        raise
 
 
 class Attention(nn.Module):

@@ -205,6 +205,8 @@ def model_of(attention: str, programs: Any, addend: str, fill: float) -> Any:
 def graph_of(model: Any, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """The ATen graph of a function; much faster than torch.export."""
     traced: fx.GraphModule = make_fx(model, tracing_mode="fake", pre_dispatch=True)(*inputs)
+    traced.graph.eliminate_dead_code()  # an operator that torch refused is in the graph, with no result
+    traced.recompile()
     return traced
 
 
