@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.autocast import Autocast, current, insert_casts
+from neuron_attn_rewrite.capture.dialects import EXPANSIONS
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.capture.normalise import PASSES, follow_input_device, normalise
 from neuron_attn_rewrite.graph.nodes import op_name
@@ -142,6 +144,13 @@ class _Run(fx.Interpreter):
         self._mark(current(self.devices))
         return result
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function. An operator of higher order that holds an attention becomes what it computes."""
+        expand = EXPANSIONS.get(target.__name__) if isinstance(target, torch._ops.HigherOrderOperator) else None
+        if expand is not None:
+            return _expanded(expand, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
     def _mark(self, autocast: Autocast) -> None:
         mode = get_proxy_mode()
         traced = None if mode is None else next(iter(reversed(mode.tracer.graph.nodes)), None)
@@ -163,6 +172,21 @@ class _Run(fx.Interpreter):
             torch.set_autocast_cache_enabled(cache)
             for switch in self._before.values():
                 _switch_autocast(*switch)
+
+
+def _expanded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Trace a function apart, and call its operators. A tracer before dispatch does not see those inside torch.vmap."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(*values: Tensor) -> Any:
+        given = iter(values)
+        some, named = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
+        return function(*some, **named)
+
+    with disable_proxy_modes_tracing(), torch.no_grad():
+        plain = make_fx(run, _allow_non_fake_inputs=True)(*tensors)
+    return fx.Interpreter(plain).run(*tensors)
 
 
 def _switch_autocast(device: Any, to: Any, is_on: Any, *_: Any) -> tuple[Any, Any, Any]:

@@ -149,11 +149,11 @@ def _transformer_encoder_layer_fwd(
     return norm(x + feed_forward(x), norm_weight_2, norm_bias_2)
 
 
-def _flex_attention(*args: Any) -> Any:
+def _flex_attention(*args: Any, **kwargs: Any) -> Any:
     """torch's own definition: the score_mod and mask_mod are evaluated for all indices."""
     from torch._higher_order_ops.flex_attention import math_attention
 
-    return math_attention(*args)
+    return math_attention(*args, **kwargs)
 
 
 EXPANSIONS: Mapping[str, Callable[..., Any]] = {

@@ -125,7 +125,8 @@ def meets_product(softmax: fx.Node) -> bool:
         for user in open_ends.pop(0).users:
             if is_product(user):
                 return True
-            if user not in seen and op_name(user) not in MIXES and tensor(user) is not None:
+            holds_tensors = tensor(user) is not None or isinstance(user.meta.get("val"), (list, tuple))
+            if user not in seen and op_name(user) not in MIXES and holds_tensors:
                 seen.add(user)
                 open_ends.append(user)
     return False

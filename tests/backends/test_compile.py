@@ -522,3 +522,35 @@ def test_a_region_without_gradients(attention: Any, replaced: int) -> None:
         assert (old.grad is None) == (new.grad is None)
         if old.grad is not None and new.grad is not None:
             assert torch.allclose(old.grad, new.grad, rtol=1e-3, atol=1e-4)
+
+
+MODS: dict[str, tuple[Any, Any, str]] = {
+    "causal": (lambda b, h, q, k: q >= k, None, "causal(offset=0)"),
+    "a window": (lambda b, h, q, k: (q >= k) & (q - k < 16), None, "sliding_window(16)"),
+    "a bias": (lambda b, h, q, k: q >= k, lambda s, b, h, q, k: s + (q - k) * 0.125, "causal(offset=0)"),
+    "every second key": (lambda b, h, q, k: (q - k) % 2 == 0, None, "none"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", MODS)
+def test_flex_attention_with_a_block_mask(name: str) -> None:
+    """torch.vmap evaluates the mask for all indices, and block masks are inputs of the graph."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask_mod, score_mod, mask = MODS[name]
+    block = create_block_mask(mask_mod, None, None, 128, 128, device="cpu")
+
+    class Flex(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result = flex_attention(q, k, v, score_mod=score_mod, block_mask=block)
+            assert isinstance(result, Tensor)
+            return result
+
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 1, 4, 128, 16).mul(2).unbind(0)
+    function = compiled(Flex(), "eager")
+    with collect_reports() as reports:
+        new = function(*qkv)
+    assert relative_error(new, Flex()(*qkv)) < 2e-5
+    assert [str(site.mask) for site in reports.report.replaced] == [mask], str(reports)
