@@ -54,8 +54,8 @@ def arguments_of(
         found = pytree.tree_leaves(given[name])
         if name in specs and len(found) == len(values) and not _has_structure(given[name], specs[name]):
             raise InputError(
-                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure of "
-                "lists, tuples and dicts."
+                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure "
+                "of lists, tuples and dicts."
             )
         wrong = _mismatch(found, values, symbols)
         if wrong is not None:
