@@ -216,7 +216,8 @@ def verify(require: int | str | None, **given: Any) -> int:
 def _difference(a: Any, b: Any) -> float:
     """The largest difference of two outputs, relative to the largest finite magnitude of `a`.
 
-    Infinite if one has NaN or an infinity where the other has not, or if shapes, dtypes, integers or plain values differ.
+    Infinite if one has NaN or an infinity where the other has not, or if shapes, dtypes, integers or plain
+    values differ.
     """
     if not isinstance(a, torch.Tensor):
         is_plain = isinstance(a, (bool, int, float, str))

@@ -40,21 +40,19 @@ def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
         step = int(line[1] - line[0])
         if bool((line.diff() == step).all()):
             return (Case(frozenset(), at[wide[0]] * step + int(line[0])),)
-    if len(wide) == 2 and bool(((held == first) | (held == held.max()) | (held == held.min())).all()):
+    if len(wide) == 2:
         return _banded(held.reshape([held.shape[d] for d in wide]), at[wide[0]], at[wide[1]])
     raise Unknown(f"there is no formula for the values of {node.name}")
 
 
 def _banded(held: Tensor, i: Affine, j: Affine) -> Cases:
     """Element [i, j] of a matrix with one value inside of a band and one value outside."""
-    for inside in (held[0, 0], held[-1, 0], held[0, -1]):
-        inner = held == inside
-        rows = row_intervals(inner)
+    first = held[0, 0]
+    others = held[held != first]
+    for inside, outside in ((first, others[0]), (others[0], first)) if bool((others == others[0]).all()) else ():
+        rows = row_intervals(held == inside)
         claims = () if rows is None else fit_rows(rows, held.shape[1])
         if len(claims) == 1 and isinstance(claims[0], Band):
-            outside = held[~inner][0]
-            if not bool((held[~inner] == outside).all()):
-                continue
             within = _within(claims[0], i, j)
             out = [Case(frozenset([negated(g), *within[:n]]), exact(outside)) for n, g in enumerate(within)]
             return (Case(frozenset(within), exact(inside)), *out)

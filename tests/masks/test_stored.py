@@ -32,6 +32,9 @@ KNOWN: dict[str, Tensor] = {
     "a window": ONES.tril(1).triu(-1),
     "outside of a window": (ONES.tril(1).triu(-1) == 0).float(),
     "not square": torch.ones(3, 7).tril(2).bool(),
+    "a window behind": ONES.tril(-1).triu(-2),
+    "outside of a window ahead": (ONES.tril(2).triu(1) == 0).long(),
+    "outside of a wide window": ONES.tril().index_put((torch.tensor(0), torch.tensor(4)), torch.tensor(1.0)),
     "a diagonal": torch.eye(N, dtype=torch.int32),
     "two rows": torch.tensor([[1, 0, 0], [1, 1, 0]]),
     "two keys": torch.ones(4, 2).tril(),
@@ -41,14 +44,21 @@ UNKNOWN: dict[str, Tensor] = {
     "a progression of floats": torch.arange(N).float(),
     "three numbers in bands": ONES.tril() + ONES.tril(-1),
     "no band": torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]),
-    "a band with one other element": ONES.tril().index_put((torch.tensor(0), torch.tensor(4)), torch.tensor(1.0)),
+    "a band with one other element": ONES.tril().index_put((torch.tensor(2), torch.tensor(0)), torch.tensor(0.0)),
+    "bands around NaN": torch.where(ONES.tril().bool(), torch.nan, 1.0),
+    "bands of NaN": torch.where(ONES.tril().bool(), 1.0, torch.nan),
+    "a parameter": nn.Parameter(torch.zeros(N)),
+    "a tensor without values": torch.zeros(N, device="meta"),
     "three dims": torch.ones(2, N, N).tril().mul(torch.tensor([1.0, 2.0])[:, None, None]),
 }
 
 
 def cases(held: Tensor) -> tuple[list[Index], list[tuple[list[Affine], object]]]:
     module, graph = nn.Module(), fx.Graph()
-    module.register_buffer("held", held)
+    if isinstance(held, nn.Parameter):
+        module.register_parameter("held", held)
+    else:
+        module.register_buffer("held", held)
     node = graph.get_attr("held")
     graph.output(node)
     indices = [Index(axis, Affine(size)) for axis, size in enumerate(held.shape)]
