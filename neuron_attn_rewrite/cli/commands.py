@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ from torch.utils import _pytree as pytree
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.cli import doctor as diagnosis
 from neuron_attn_rewrite.cli.models import Loaded, is_function, load, memory_note
-from neuron_attn_rewrite.cli.options import CONFIG, FILE, MODEL, OUTPUT, REQUIRE, SDK, STDOUT, asked_of, config_of
+from neuron_attn_rewrite.cli.options import (
+    CONFIG,
+    FILE,
+    MODEL,
+    OUTPUT,
+    REQUIRE,
+    SDK,
+    STDOUT,
+    asked_of,
+    config_of,
+    refuse_given,
+)
+from neuron_attn_rewrite.cli.parts import not_run
 from neuron_attn_rewrite.cli.progress import note, quiet, working
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.rules import SDKS
@@ -203,12 +216,12 @@ def verify(require: int | str | None, **given: Any) -> int:
 def _difference(a: Any, b: Any) -> float:
     """The largest difference of two outputs, relative to the largest finite magnitude of `a`.
 
-    Infinite if one has NaN or an infinity where the other has not, or if shapes, integers or bools differ. 0 for what
-    is no tensor.
+    Infinite if one has NaN or an infinity where the other has not, or if shapes, dtypes, integers or bools differ.
+    0 for what is no tensor.
     """
     if not isinstance(a, torch.Tensor):
         return 0.0
-    if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
@@ -301,6 +314,7 @@ def profile(out: Path, repeats: int, **given: Any) -> None:
     from neuron_attn_rewrite.cli.profiling import calls
     from neuron_attn_rewrite.strategy.profile import device, measure
 
+    refuse_given("policy", "does not apply to profile: it times every attention that a kernel can compute.")
     device()
     report = _report({**given, "policy": "always"})
     config = config_of(given, False)
@@ -333,6 +347,12 @@ def _loaded(given: dict[str, Any], numbers: bool) -> Loaded:
         loaded = load(asked)
     for text in loaded.notes:
         note(text)
+    if not is_function(asked.model):
+        kind = type(loaded.model).__name__
+        if not {"input_ids", "decoder_input_ids"} & loaded.kwargs.keys():
+            refuse_given("seq_len", f"does not apply to {kind}, whose input is no text.")
+        if not ("input_ids" in loaded.kwargs and "attention_mask" in signature(loaded.model.forward).parameters):
+            refuse_given("mask", f"does not apply to {kind}, which is called without an attention_mask.")
     return loaded
 
 
@@ -342,11 +362,14 @@ def _report(given: dict[str, Any]) -> RewriteReport:
     kind = type(loaded.model).__name__
     with working(f"rewriting {kind}"), quiet():
         try:
-            report = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config).report
+            rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
+            report, left_out = rewritten.report, not_run(loaded.model, rewritten)
         except CaptureError:
             if not loaded.is_small:
                 raise
-            report = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config)
+            report, left_out = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config), ()
+    if left_out:
+        note(f"these inputs do not run {', '.join(left_out)}: the report does not cover it.")
     if not report.sites:
         note(f"no attention was found in {kind}.")
     return report

@@ -136,6 +136,19 @@ def config_of(given: Mapping[str, Any], verify: bool) -> RewriteConfig:
     )
 
 
+def refuse_given(name: str, why: str) -> None:
+    """Refuse an option that the command line gives although it does not apply.
+
+    Raises:
+        click.UsageError: it is given.
+    """
+    context = click.get_current_context()
+    if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+        option = next(p for p in context.command.params if p.name == name)
+        used = option.secondary_opts[0] if option.secondary_opts and not context.params[name] else option.opts[0]
+        raise click.UsageError(f"{used} {why}", context)
+
+
 def asked_of(given: Mapping[str, Any], numbers: bool) -> Asked:
     """The model that the options `MODEL` ask for.
 
@@ -146,10 +159,7 @@ def asked_of(given: Mapping[str, Any], numbers: bool) -> Asked:
     context = click.get_current_context()
     if is_function(given["model"]):
         for parameter in context.command.params:
-            chosen = parameter.name and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
-            if parameter.name in names[1:] and chosen:
-                raise click.UsageError(
-                    f"{parameter.opts[0]} does not apply to a function in a file: it makes the model and its inputs.",
-                    context,
-                )
+            if parameter.name in names[1:]:
+                why = "does not apply to a function in a file: it makes the model and its inputs."
+                refuse_given(str(parameter.name), why)
     return Asked(**{name: given[name] for name in names}, numbers=numbers)

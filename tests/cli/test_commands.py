@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
-from neuron_attn_rewrite.cli import doctor, progress
+from neuron_attn_rewrite.cli import commands, doctor, progress
 from neuron_attn_rewrite.cli.build import Weightless, give_stand_ins
 from neuron_attn_rewrite.cli.commands import run
 from neuron_attn_rewrite.cli.models import Asked, load
+from neuron_attn_rewrite.cli.parts import not_run
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.strategy import profile
@@ -355,7 +356,7 @@ def test_a_tower_that_sees_no_input_is_a_part(name: str, tower: str, capsys: pyt
     assert load(Asked(name, seq_len=32)).notes == (
         f"{tower} is not run, because the inputs are text: --part {tower} explains it.",
     )
-    assert run(["explain", name, *SHORT, "--part", tower]) == 0
+    assert run(["explain", name, "--policy", "always", "--part", tower]) == 0
     printed = capsys.readouterr()
     assert re.match(r"([12]) of \1 attentions replaced", printed.out) and not printed.err, printed
 
@@ -500,3 +501,45 @@ def test_doctor_knows_empty_placeholders(
     out = capsys.readouterr().out
     assert ("empty placeholder" in out) == placeholder
     assert "the Neuron package repository" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("explain vit --seq-len 64", "--seq-len does not apply to ViTModel"),
+        ("explain vit --no-mask", "--no-mask does not apply to ViTModel"),
+        ("profile bert --policy sdk --out times.json", "--policy does not apply to profile"),
+    ],
+)
+def test_options_for_text_are_refused_without_text(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_integer_outputs_are_compared() -> None:
+    a = torch.arange(3)
+    assert commands._difference(a, a.clone()) == 0 and commands._difference(a, a + 1) == float("inf")
+    assert commands._difference(a, a.int()) == float("inf")
+    assert commands._difference(None, None) == 0
+
+
+def test_parts_that_are_not_run_are_named() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.cross_attn = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(Layer() for _ in range(2)), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer.attn(x)
+            return x
+
+    model = Model()
+    assert not_run(model, rewrite(model, (torch.randn(2, 4),))) == ("layers.[0, 1].cross_attn",)
