@@ -12,12 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.errors import InputError, RewriteError
@@ -143,6 +140,8 @@ def decode(data: Any) -> tuple[fx.Graph, list[str]]:
     Raises:
         InputError: the data has something that `encode` never writes.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, which takes 0.2 s
+
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
@@ -189,7 +188,11 @@ def _set_codegen(graph: fx.Graph, data: Any) -> list[str]:
     return [*unknown, *missing]
 
 
-def _symbol(environment: ShapeEnv, name: str, low: int, high: int | None, hint: int) -> Any:
+def _symbol(environment: Any, name: str, low: int, high: int | None, hint: int) -> Any:
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+
     literals.name(name)
     symbol = environment.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, None)
     environment.constrain_symbol_range(symbol, low, int_oo if high is None else high)
