@@ -18,13 +18,15 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
 from neuron_attn_rewrite.values.evaluator import Evaluator
-from neuron_attn_rewrite.values.exact import number_in
+from neuron_attn_rewrite.values.exact import number_in, sums_are_fine
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
 
 A shift does not change a softmax, but adding a larger number than this rounds the scores.
 """
+LARGEST_COARSE_SHIFT = 1.0
+"""The same in 16 bits."""
 
 
 @SCORES("mul", "div", "neg")
@@ -96,12 +98,20 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
             continue
         shift = walk.constant(other)
         vanishes = scores.softcap is None and scores.sink is None and not scores.is_part
-        if vanishes and shift is not None and abs(shift * other_weight) <= LARGEST_SHIFT:
+        if vanishes and shift is not None and _is_small(shift * other_weight, scores):
             return scores.to(inner, trail="shift").scaled(inner_weight)
         if not is_tensor(other):
             continue
-        if vanishes and inner_weight == 1.0 and _is_row_statistic(other, inner, scores):
-            return scores.to(inner, trail="row maximum")
+        statistic = _row_statistic(other, inner, scores) if vanishes else ""
+        if statistic and (inner_weight, other_weight) == (1.0, -1.0):
+            found = scores.to(inner, trail="row maximum")
+            if statistic != "mean":
+                return found
+            peeled = walk.peel(found)
+            if peeled[0].terms == scores.terms:
+                return peeled
+            blocked = Blocked(node, Reason("order", "it subtracts the mean of scores that a mask may have lowered"))
+            continue
         try:
             return walk.peel(scores.added(other, other_weight).to(inner, trail="add").scaled(inner_weight))
         except Blocked as error:
@@ -109,8 +119,17 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
     raise blocked
 
 
-def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
-    """Whether the node is a maximum, mean or log-sum-exp of each row of `of`. Subtracting it changes no softmax."""
+def _is_small(shift: float, scores: Scores) -> bool:
+    """Whether adding a number to the scores rounds them little, also after what multiplies them later."""
+    most = LARGEST_SHIFT if sums_are_fine(dtype(scores.node)) else LARGEST_COARSE_SHIFT
+    return abs(shift) * scores.growth <= most
+
+
+def _row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> str:
+    """The operator if the node is a maximum, mean or log-sum-exp of each row of `of`; "" if it is none.
+
+    Subtracting it changes no softmax. The mean of a row with a very low score is very low, and rounds the others.
+    """
     dims = views.broadcast(node, scores.dims)
     while (moved := views.before(views.value_source(node, through_detach=True), dims)) is not None:
         node, dims = moved
@@ -118,7 +137,7 @@ def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
     if op_name(node) == "getitem" and node.args[1] == 0:
         node = views.source(node)
     if op_name(node) not in ("amax", "max", "logsumexp", "mean") or len(node.args) < 2:
-        return False
+        return ""
     given = node.args[1]
     reduced = [d for d in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(d, int)]
     rank = len(scores.dims)
@@ -127,9 +146,10 @@ def _is_row_statistic(node: fx.Node, of: fx.Node, scores: Scores) -> bool:
         views.value_source(views.source(node), through_detach=True) is not views.value_source(of, through_detach=True)
         or [i % rank for i in reduced] != keys
     ):
-        return False
+        return ""
     kept = len(dims) == rank
-    return dims == tuple(() if i in keys else dim for i, dim in enumerate(scores.dims) if kept or i not in keys)
+    wanted = tuple(() if i in keys else dim for i, dim in enumerate(scores.dims) if kept or i not in keys)
+    return op_name(node) if dims == wanted else ""
 
 
 @SCORES("masked_fill")

@@ -137,7 +137,10 @@ def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     return again
 
 
-def _safe(weights: Weights, user: fx.Node) -> Weights:
+def _safe(weights: Weights, user: fx.Node) -> Weights | None:
+    """Rows without a key become zeros. A tensor scale could make other NaN, which would be set to zero as well."""
+    if weights.tensor_scales:
+        return None
     return replace(weights.to(user), scores=replace(weights.scores, safe=True))
 
 

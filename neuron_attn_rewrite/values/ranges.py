@@ -116,13 +116,14 @@ class Ranges:
                 for piece in pieces[1:]:
                     found = found | self.of(piece, steps)
         elif op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
-            found = self._of_piece(node.args[0], steps)
+            found = self._of_piece(node.args[0], node.args[1], steps)
         return _in_dtype(found, kind)
 
-    def _of_piece(self, node: fx.Node, steps: int) -> Range:
-        """One of the tensors that a split, or a maximum with its index, gives."""
-        names = {"split", "split_with_sizes", "chunk", "unbind", "max", "min", "topk", "sort"}
-        return self.of(node.args[0], steps) if op_name(node) in names else UNBOUNDED
+    def _of_piece(self, node: fx.Node, place: object, steps: int) -> Range:
+        """One of the tensors that a split gives, or the values, not the indices, of a maximum or a sort."""
+        is_split = op_name(node) in ("split", "split_with_sizes", "chunk", "unbind")
+        is_value = op_name(node) in ("max", "min", "topk", "sort") and place == 0
+        return self.of(node.args[0], steps) if is_split or is_value else UNBOUNDED
 
     def _stored(self, node: fx.Node) -> Range:
         held = attribute(node)
@@ -139,7 +140,13 @@ class Ranges:
     def _product(self, node: fx.Node, steps: int) -> Range:
         """A matrix product, a convolution or the like: learned, unless it only combines constants or 0/1 tensors."""
         steps += STEPS_OF_PRODUCT
-        operands = [self.of(n, steps) for n in node.all_input_nodes if is_tensor(n) and dtype(n).is_floating_point]
+        given = [n for n in node.all_input_nodes if is_tensor(n) and dtype(n).is_floating_point]
+        if op_name(node) == "einsum" and len(given) == 1:
+            return UNBOUNDED  # a movement or a sum of one tensor, which may be a mask
+        addend = node.args[0] if op_name(node) in ("addmm", "baddbmm") else None
+        if addend is not None and self.of(addend, steps) == UNBOUNDED and arguments(node)["beta"] != 0:
+            return UNBOUNDED  # the addend may be a mask
+        operands = [self.of(n, steps) for n in given]
         known = [r for r in operands if r != UNBOUNDED]
         if any(r.lowest <= -LARGE or LARGE <= r.highest < math.inf for r in known):
             return UNBOUNDED
@@ -234,6 +241,22 @@ def _exp(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
     return r("self").through(lambda x: math.exp(x) if x < 700 else math.inf)
 
 
+def _rounded(of: Range, given: Given) -> Range:
+    """A number rounded to an integer, in either direction."""
+    if of.is_learned or of == UNBOUNDED:
+        return of
+    return UNBOUNDED if given.get("decimals") else Range(_whole(of.lowest, math.floor), _whole(of.highest, math.ceil))
+
+
+def _whole(end: float, rounding: Callable[[float], int]) -> float:
+    return float(rounding(end)) if math.isfinite(end) else end
+
+
+def _positive(given: Given) -> Range:
+    """A softplus of an unknown number. A negative `beta` turns its sign."""
+    return Range(0.0, math.inf) if given["beta"] > 0 else UNBOUNDED
+
+
 def _constant(lowest: float, highest: float) -> Rule:
     return lambda r, node, given: Range(lowest, highest)
 
@@ -256,7 +279,7 @@ RULES: dict[str, Rule] = {
         view reshape _unsafe_view flatten unflatten unsqueeze squeeze expand expand_as broadcast_to permute transpose t
         mT numpy_T movedim swapaxes slice select narrow index index_select gather clone contiguous alias detach
         lift_fresh_copy lift_fresh flip roll repeat repeat_interleave diagonal tile to _to_copy type_as as_strided
-        amax amin mean floor ceil round unfold _reshape_alias
+        amax amin mean unfold _reshape_alias
         """.split(),
         _from("self"),
     ),
@@ -268,11 +291,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("tanh", "sin", "cos", "sign", "erf"), _constant(-1.0, 1.0)),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), _clamped),
     **dict.fromkeys(("sum", "cumsum"), _summed),
+    **dict.fromkeys(("floor", "ceil", "round"), lambda r, node, given: _rounded(r("self"), given)),
     "log": _log,
     "relu": lambda r, node, given: Range(max(0.0, r("self").lowest), max(0.0, r("self").highest), r("self").is_learned),
     "gelu": lambda r, node, given: Range(-1.0, max(0.0, r("self").highest), r("self").is_learned),
     "silu": lambda r, node, given: Range(-1.0, max(0.0, r("self").highest), r("self").is_learned),
-    "softplus": lambda r, node, given: Range(0.0, math.inf if r("self") == UNBOUNDED else r("self").magnitude + 1.0),
+    "softplus": lambda r, node, given: (
+        Range(0.0, r("self").magnitude + 1.0) if r("self") != UNBOUNDED and given["beta"] == 1 else _positive(given)
+    ),
     "log1p": lambda r, node, given: r("self").through(math.log1p) if r("self").lowest >= 0 else UNBOUNDED,
     "log2": lambda r, node, given: _log(r, node, given) * Range(1.4, 1.5),
     "exp": _exp,

@@ -205,6 +205,17 @@ KEEP = {
 }
 
 
+def masked(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+    return scores(q, k).masked_fill(m[:, None, None] == 0, -1e9)
+
+
+def low_bias() -> tuple[Tensor, ...]:
+    """Query, key, value and a float mask [B, S, S] that hides some keys by a very low number."""
+    seen = torch.rand(B, 1, S) < 0.6
+    seen[0] = False
+    return (*qkv(), torch.where(seen, 0.0, -1e10).expand(B, S, S))
+
+
 def formed_like(form: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """Another tensor takes a form from the weights, and is what meets the value."""
 
@@ -216,6 +227,38 @@ def formed_like(form: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tenso
 
 
 RIGHT = {
+    **{
+        f"{name} of masked scores": Right(
+            lambda q, k, v, m, change=change: torch.softmax(change(masked(q, k, m)), -1) @ v, with_padding
+        )
+        for name, change in {
+            "less the mean": lambda x: x - x.mean(-1, keepdim=True),
+            "less a multiple of the maximum": lambda x: torch.sub(x, x.amax(-1, keepdim=True), alpha=1e6),
+        }.items()
+    },
+    "a shift that rounds bfloat16": Right(
+        lambda q, k, v: torch.softmax(scores(q, k) + 100, -1) @ v, lambda: tuple(x.bfloat16() for x in qkv())
+    ),
+    "a shift that is multiplied later": Right(lambda q, k, v: torch.softmax((scores(q, k) / 100 + 1000) * 100, -1) @ v),
+    "weights divided by zero, without NaN": Right(
+        lambda q, k, v, g: (torch.softmax(scores(q, k), -1) / (g > 0).float()).nan_to_num(0.0, 0.0, 0.0) @ v,
+        with_bias(B, 1, S, 1),
+    ),
+    "a mask as the addend of a product, then a causal one": Right(
+        lambda q, k, v, m: (
+            torch.softmax(
+                (scores(q, k) + torch.baddbmm(m, q[:, 0], k[:, 0].mT)[:, None]).masked_fill(~CAUSAL, -1e9), -1
+            )
+            @ v
+        ),
+        low_bias,
+    ),
+    "a mask in an einsum alone, then a causal one": Right(
+        lambda q, k, v, m: (
+            torch.softmax((scores(q, k) + torch.einsum("bqk->bqk", m)[:, None]).masked_fill(~CAUSAL, -1e9), -1) @ v
+        ),
+        low_bias,
+    ),
     **{
         f"another tensor that is formed like the weights, by {name}": Right(formed_like(form))
         for name, form in {
