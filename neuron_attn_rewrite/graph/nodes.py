@@ -68,7 +68,9 @@ def values_read(node: fx.Node) -> tuple[fx.Node, ...]:
     """The inputs of which an operator reads more than the shape, the dtype or the device."""
     inputs = tuple(node.all_input_nodes)
     name = op_name(node)
-    return () if name in SHAPE_ONLY else inputs[:1] if name in SHAPE_OF_SECOND else inputs
+    if name in SHAPE_ONLY:  # a fill is a value
+        return tuple(n for n in inputs if n is not node.args[0])
+    return inputs[:1] if name in SHAPE_OF_SECOND else inputs
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
