@@ -159,6 +159,8 @@ def joined_deeper(walk: Walk, value: View, keys: Dim) -> View:
     stages = []
     for part in parts:
         assert isinstance(part, fx.Node)
+        if len(shape(part)) != len(value.dims):  # cat takes an empty vector too, such as a cache before its first keys
+            return value
         own = axis_dim(next(walk.fresh_axes), shape(part)[dim])
         view = View(part, (*value.dims[:dim], own, *value.dims[dim + 1 :]))
         stages.append(([s for s in chain(view, walk.evaluator) if s.scale == 1.0], own))
