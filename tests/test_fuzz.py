@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.fuzz.__main__ import KINDS
+from benchmarks.fuzz.kinds import KINDS
 
 
 @pytest.mark.parametrize("seed", range(100, 106))
