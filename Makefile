@@ -6,7 +6,7 @@
 #   make check        lint and the fast tests, in under a minute
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
 #   make fuzz         300 random programs, rewritten and compared with themselves
-#   make mutations    a sample of broken passes: the tests must notice each
+#   make mutations    broken passes: the tests must notice each
 #   make examples     the examples with random weights
 #   make docs         the generated pages of docs/
 #   make docs-site    the documentation as a site, in site/; fails on every warning
@@ -68,7 +68,7 @@ fuzz: .venv/stamp
 
 mutations: export OMP_NUM_THREADS = 1
 mutations: .venv/stamp
-	.venv/bin/python -m benchmarks.pass_mutations --part 0/200 $(ARGS)
+	.venv/bin/python -m benchmarks.pass_mutations $(ARGS)
 
 docs: .venv/stamp
 	.venv/bin/python -m docs.generate

@@ -1,12 +1,13 @@
-"""Break the pass at random places, one at a time, and see whether the tests notice.
+"""Break the pass, one place at a time, and see whether the tests notice.
 
-    python -m benchmarks.pass_mutations masks/stored.py             every mutant of a module or folder
-    python -m benchmarks.pass_mutations masks patterns --part 0/40  one fortieth of them, always the same ones
-    python -m benchmarks.pass_mutations --list                      the mutants, without running a test
+    python -m benchmarks.pass_mutations                        every mutant of the modules of which none survives
+    python -m benchmarks.pass_mutations masks/read.py          every mutant of another module, or of a folder
+    python -m benchmarks.pass_mutations masks --part 0/40      one fortieth of them, always the same ones
+    python -m benchmarks.pass_mutations masks --list           the mutants, without running a test
 
 Cosmic Ray makes the mutants: it turns one operator, comparison, number or condition of the source into another. Each
-one runs the tests of its folder in a process of its own, in which that module has the broken source: no file changes.
-A mutant is noticed if a test fails or takes too long, and survives if all pass. The command fails if one survives that
+one runs its tests in a process of its own, in which that module has the broken source: no file changes. A mutant is
+noticed if a test fails or takes too long, and survives if all pass. The command fails if one survives that
 `equivalent_mutants` does not list, and if a listed one is noticed.
 """
 
@@ -29,6 +30,8 @@ from benchmarks.equivalent_mutants import EQUIVALENT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "neuron_attn_rewrite"
+CLEAN = {"masks/stored.py": ("masks/test_stored.py",)}
+"""Modules of which no mutant survives but those that are listed, with the tests that notice all others."""
 TESTS = {
     "values": ("masks/test_fit.py", "values", "masks/test_prove.py", "masks/test_dtypes.py", "masks"),
     "masks": (
@@ -45,6 +48,12 @@ TESTS = {
     "graph": ("graph", "test_memory.py", "capture/test_functionalise.py", "test_state.py"),
 }
 """The tests of each folder of the package, quick ones first: the first that fails ends the run."""
+
+
+def tests_of(path: str) -> tuple[str, ...]:
+    return CLEAN.get(path) or TESTS[path.split("/")[0]]
+
+
 SECONDS = 900
 OPERATORS = (
     *(f"ReplaceBinaryOperator_{pair}" for pair in "Add_Sub Sub_Add Mul_Add FloorDiv_Mul Mod_Add Div_Mul".split()),
@@ -182,7 +191,7 @@ def outcomes(wanted: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            running[run(mutant, TESTS[mutant.path.split("/")[0]])] = mutant, time.monotonic()
+            running[run(mutant, tests_of(mutant.path))] = mutant, time.monotonic()
         process, status = os.waitpid(-1, os.WNOHANG)
         if process:
             mutant, _ = running.pop(process)
@@ -199,7 +208,7 @@ def outcomes(wanted: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("places", nargs="*", default=list(TESTS), help="modules or folders inside the package")
+    parser.add_argument("places", nargs="*", default=list(CLEAN), help="modules or folders inside the package")
     parser.add_argument("--part", default="0/1", help="I/N: those whose key is I modulo N")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
@@ -211,7 +220,7 @@ def main() -> int:
         print(*wanted, sep="\n")
         return 0
     _preload()
-    for tests in {TESTS[m.path.split("/")[0]] for m in wanted}:
+    for tests in {tests_of(m.path) for m in wanted}:
         process = run(None, tests)
         if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
             print(f"The tests fail without a mutant: {' '.join(tests)}")
