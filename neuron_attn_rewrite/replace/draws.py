@@ -134,17 +134,17 @@ class _Inputs:
 
     def is_of_mask(self, node: fx.Node, value: Tensor) -> bool:
         """Whether other values of this input may hide other keys."""
-        if isinstance(value, nn.Parameter) or value.numel() == 0:
+        if isinstance(value, nn.Parameter) or value.numel() == 0 or WEIGHTS.search(node.name):
             return False
         if value.is_floating_point():
-            return node in self.added and not WEIGHTS.search(node.name)
+            return node in self.added
         return node in self.of_masks or (_is_zero_one(node, value) and value.dim() > 0)
 
     def draw(self, node: fx.Node, value: Tensor, seed: int, pattern: Pattern, g: Generator) -> Tensor:
         """Other values for one input."""
         if isinstance(value, nn.Parameter) or value.numel() == 0 or value.is_complex() or value.is_meta:
             return value
-        if value.is_floating_point() and (WEIGHTS.search(node.name) or (value.requires_grad and value.is_leaf)):
+        if WEIGHTS.search(node.name) or (value.is_floating_point() and value.requires_grad and value.is_leaf):
             return value
         keys = value.shape[-1] if value.dim() else 1
         known = value.detach().cpu()
