@@ -30,7 +30,7 @@ MODELS = tuple(
 CONFIG = RewriteConfig(policy="always", verify=False)
 TOLERANCE = 1e-3
 """Of the largest number of an output, beside what rounding the weights anew changes."""
-NEAR = 14
+STEPS_NEAR = {"all_input_nodes": 14, "users": 4}
 """How many operators before and behind an attention count as near."""
 ATTENTIONS = ("softmax", "_softmax", "scaled_dot_product_attention")
 
@@ -43,7 +43,7 @@ class Changed(nn.Module):
 
     def __init__(self, module: fx.GraphModule, places: list[str], draw: Random) -> None:
         super().__init__()
-        self.module, self.places = module, places
+        self.module = module
         self.seeds = {place: draw.random() for place in places}
         self.words: list[str] = []
         self.inputs = [str(n.target) for n in module.graph.find_nodes(op="placeholder")]
@@ -80,12 +80,12 @@ def near_attentions(graph: fx.Graph) -> list[str]:
     """The floating-point, integer and bool tensors some operators before and behind a softmax."""
     ends = [n for n in graph.nodes if any(n.name.startswith(word) for word in ATTENTIONS)]
     found: dict[fx.Node, None] = dict.fromkeys(ends)
-    for towards in ("all_input_nodes", "users"):
-        reached = ends
-        for _ in range(NEAR if towards == "all_input_nodes" else 4):
-            reached = [m for n in reached for m in getattr(n, towards) if m.op in ("call_function", "placeholder")]
-            found |= dict.fromkeys(reached)
-            reached = list(dict.fromkeys(reached))
+    for towards, steps in STEPS_NEAR.items():
+        reached = dict.fromkeys(ends)
+        for _ in range(steps):
+            following = (m for n in reached for m in getattr(n, towards) if m.op in ("call_function", "placeholder"))
+            reached = dict.fromkeys(following)
+            found |= reached
     return [n.name for n in found if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()]
 
 

@@ -143,9 +143,10 @@ class Ranges:
         given = [n for n in node.all_input_nodes if is_tensor(n) and dtype(n).is_floating_point]
         if op_name(node) == "einsum" and len(given) == 1:
             return UNBOUNDED  # a movement or a sum of one tensor, which may be a mask
-        addend = node.args[0] if op_name(node) in ("addmm", "baddbmm") else None
-        if addend is not None and self.of(addend, steps) == UNBOUNDED and arguments(node)["beta"] != 0:
-            return UNBOUNDED  # the addend may be a mask
+        if op_name(node) in ("addmm", "baddbmm"):
+            values = arguments(node)
+            if values["beta"] != 0 and self.of(values["self"], steps) == UNBOUNDED:
+                return UNBOUNDED  # the addend may be a mask
         operands = [self.of(n, steps) for n in given]
         known = [r for r in operands if r != UNBOUNDED]
         if any(r.lowest <= -LARGE or LARGE <= r.highest < math.inf for r in known):
@@ -252,9 +253,11 @@ def _whole(end: float, rounding: Callable[[float], int]) -> float:
     return float(rounding(end)) if math.isfinite(end) else end
 
 
-def _positive(given: Given) -> Range:
-    """A softplus of an unknown number. A negative `beta` turns its sign."""
-    return Range(0.0, math.inf) if given["beta"] > 0 else UNBOUNDED
+def _softplus(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
+    of, beta = r("self"), given["beta"]
+    if beta <= 0:
+        return UNBOUNDED  # a negative beta turns the sign
+    return Range(0.0, of.magnitude + 1.0 if beta == 1 and of != UNBOUNDED else math.inf)
 
 
 def _constant(lowest: float, highest: float) -> Rule:
@@ -296,9 +299,7 @@ RULES: dict[str, Rule] = {
     "relu": lambda r, node, given: Range(max(0.0, r("self").lowest), max(0.0, r("self").highest), r("self").is_learned),
     "gelu": lambda r, node, given: Range(-1.0, max(0.0, r("self").highest), r("self").is_learned),
     "silu": lambda r, node, given: Range(-1.0, max(0.0, r("self").highest), r("self").is_learned),
-    "softplus": lambda r, node, given: (
-        Range(0.0, r("self").magnitude + 1.0) if r("self") != UNBOUNDED and given["beta"] == 1 else _positive(given)
-    ),
+    "softplus": _softplus,
     "log1p": lambda r, node, given: r("self").through(math.log1p) if r("self").lowest >= 0 else UNBOUNDED,
     "log2": lambda r, node, given: _log(r, node, given) * Range(1.4, 1.5),
     "exp": _exp,
