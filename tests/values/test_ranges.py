@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from neuron_attn_rewrite import RewriteError, rewrite
+from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.values.ranges import UNBOUNDED, Range, Ranges
-from tests.helpers import ALWAYS, relative_error
+from tests.helpers import ALWAYS, Function, relative_error
 
 KEYS = 8
 
@@ -92,3 +95,29 @@ def test_a_bias_of_powers_is_bounded(base: float, lowest: int, is_bounded: bool)
     assert len(rewritten.report.replaced) == is_bounded, str(rewritten.report)
     mask[0, :3], mask[1] = 0, 0
     assert relative_error(rewritten(*qkv, mask), model(*qkv, mask)) < 2e-5
+
+
+ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Range | None]] = {
+    "floor": (lambda x: (x * -2.5).floor(), Range(-3.0, 0.0)),
+    "ceil": (lambda x: (x * 2.5).ceil(), Range(0.0, 3.0)),
+    "round": (lambda x: (x * 2.5).round(), Range(0.0, 3.0)),
+    "round to decimals": (lambda x: (x * 2.5).round(decimals=-1), UNBOUNDED),
+    "softplus": (lambda x: F.softplus(x * 2.5), Range(0.0, 3.5)),
+    "a small beta": (lambda x: F.softplus(x, beta=1e-4), Range(0.0, math.inf)),
+    "a negative beta": (lambda x: F.softplus(x, beta=-1.0), UNBOUNDED),
+    "sorted": (lambda x: (x * 2.5).sort().values, Range(0.0, 2.5)),
+    "places after a sort": (lambda x: (x * 2.5).sort().indices.float() * -1e4, None),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_bounds_behind_an_operator(name: str) -> None:
+    """Of a tensor that holds numbers from 0 to 1."""
+    function, bounds = ROUNDED[name]
+    graph = capture(Function(lambda bits: function(bits.float())), (torch.ones(KEYS, dtype=torch.bool),)).module.graph
+    (result,) = graph.output_node().all_input_nodes
+    found = Ranges(frozenset()).of(result)
+    if bounds is None:  # places are as large as the integers of their dtype
+        assert found.lowest < -1e9
+    else:
+        assert found == bounds
