@@ -58,7 +58,7 @@ def capture_error(model: Any, captured: Captured) -> float | None:
             if old is None or new is None or [t.shape for t in old] != [t.shape for t in new]:
                 return worst
             _check_writes(writes, captured.module, torch.inf if is_random else limit)
-            error = max((_difference(a, b) for a, b in zip(old, new, strict=True)), default=None)
+            error = max((relative_difference(a, b) for a, b in zip(old, new, strict=True)), default=None)
             if error is not None and error > limit:
                 if is_random:
                     return None
@@ -157,7 +157,7 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for path, (was, now) in writes.items():
         written = buffers.get(path)
-        if written is None or _is_equal(was, written) or _difference(now, written) > limit:
+        if written is None or _is_equal(was, written) or relative_difference(now, written) > limit:
             what = "a tensor that is no buffer" if written is None else "a buffer"
             raise CaptureError(
                 f"the model writes into {path}, {what}, and the captured graph does not write the same: a second call "
@@ -192,10 +192,10 @@ def _is_half(node: fx.Node) -> bool:
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and _difference(a, b) == 0
+    return a.shape == b.shape and relative_difference(a, b) == 0
 
 
-def _difference(old: Tensor, new: Tensor) -> float:
+def relative_difference(old: Tensor, new: Tensor) -> float:
     """The largest difference relative to the largest magnitude. Elements that are NaN in `old` don't count."""
     if not old.numel():
         return 0.0

@@ -7,6 +7,7 @@ from functools import cache, reduce
 import torch
 from torch import Tensor, fx
 
+from neuron_attn_rewrite.capture.compare import relative_difference
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.graph.nodes import attribute
 from neuron_attn_rewrite.graph.sizes import at, examples
@@ -133,9 +134,7 @@ def output_error(old: Tensor, new: Tensor) -> float:
     """The largest difference of an output of a model, relative to its largest magnitude. NaN in `old` is ignored."""
     if old.shape != new.shape:
         return torch.inf
-    old, new = old.detach().double(), new.detach().double()
-    counts = ~old.isnan()
-    return float(_largest(_distance(old, new, counts)) / _scale(old, counts))
+    return relative_difference(old, new)
 
 
 def _distance(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
