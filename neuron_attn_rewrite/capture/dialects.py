@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.graph.nodes import arguments, attribute, op_name
 
 
@@ -35,6 +36,26 @@ def plain_transformers() -> Iterator[None]:
     finally:
         layers._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def data_detached() -> Iterator[None]:
+    """Trace `x.data` as `x.detach()`, which it is but for checks of autograd. torch.export makes a constant of it."""
+    plain: Any = Tensor.data
+
+    def read(x: Tensor) -> Any:
+        return x.detach() if isinstance(x, FakeTensor) else plain.__get__(x)
+
+    def assign(x: Tensor, value: Tensor) -> None:
+        if isinstance(x, FakeTensor):
+            raise CaptureError("the model assigns to .data of a tensor, and no graph can hold that: use copy_()")
+        plain.__set__(x, value)
+
+    Tensor.data = property(read, assign)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del Tensor.data
 
 
 @contextlib.contextmanager

@@ -6,22 +6,21 @@ import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.dialects import open_masks, plain_transformers, refresh_shapes
+from neuron_attn_rewrite.capture.dialects import data_detached, open_masks, plain_transformers, refresh_shapes
 from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
 from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
+from neuron_attn_rewrite.capture.state import state_kept
 from neuron_attn_rewrite.errors import CaptureError, InputError
-
-COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
-"""The dtypes and the most elements of a buffer that may hold the length of a cache."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ def capture(
     program: torch.export.ExportedProgram | fx.GraphModule
     if isinstance(model, torch.export.ExportedProgram):
         program, training = model, False
+        _refuse_fake_constants(program)
         if not given and model.example_inputs:
             (args, kwargs), given = model.example_inputs, True
             example = args, kwargs
@@ -192,8 +192,13 @@ def _export(
     for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
         try:
             masks = contextlib.nullcontext() if dynamic_shapes is None else open_masks()
-            with quiet(), plain_transformers(), masks, _counters_kept(model), objects_opened(model):
-                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            data = contextlib.nullcontext() if strict else data_detached()
+            with quiet(), plain_transformers(), masks, data, state_kept(model), objects_opened(model):
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            _refuse_fake_constants(program)
+            return program
+        except CaptureError as error:  # what one tracer refuses, the other one may leave out
+            raise CaptureError(f"{type(model).__name__} could not be captured as one graph: {error}.") from None
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
@@ -213,17 +218,18 @@ def _export(
     ) from first
 
 
-@contextlib.contextmanager
-def _counters_kept(model: nn.Module) -> Iterator[None]:
-    """Restore small integer buffers: export runs a write into a buffer if an object outside the model holds it too."""
-    small = [b for b in model.buffers() if b.dtype in COUNTERS and b.numel() <= MOST_COUNTERS and not b.is_meta]
-    saved = [(buffer, buffer.clone(), buffer._version) for buffer in small]
-    try:
-        yield
-    finally:
-        for buffer, value, version in saved:
-            if buffer._version != version:
-                buffer.copy_(value)
+def _refuse_fake_constants(program: torch.export.ExportedProgram) -> None:
+    """torch.export makes a constant without values of what it can't trace, and the graph would ignore the real tensor.
+
+    Raises:
+        CaptureError: there is such a constant.
+    """
+    fake = [name for name, value in program.constants.items() if is_fake(value)]
+    if fake:
+        raise CaptureError(
+            f"a tensor that the model computes became a constant without values ({fake[0]}), as torch.func.grad makes "
+            "them in torch.export"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -230,3 +230,46 @@ def test_wrong_example_inputs(args: Any, kwargs: Any, message: str) -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(InputError, match=r"model must be an nn\.Module"):
         capture(lambda x: x, (torch.ones(1),))  # type: ignore[arg-type]
+
+
+def test_data_is_read_as_a_detached_tensor() -> None:
+    model = nn.Linear(4, 4)
+    model.forward = lambda x: F.linear(x.data, model.weight.data * 2.0)  # type: ignore[method-assign]
+    captured, x = capture(model, (torch.randn(3, 4),)).module, torch.randn(3, 4)
+    assert torch.equal(captured(x), model(x)) and not captured(x).requires_grad
+    assert isinstance(torch.Tensor.data, type(torch.Tensor.grad_fn))
+
+
+def assigned_data(x: Tensor) -> Tensor:
+    y = x * 1.0
+    y.data = x * 2.0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(assigned_data, "assigns to .data"), (torch.func.grad(lambda x: (x * x).sum()), "constant without values")],
+)
+def test_what_torch_export_would_leave_out(function: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(Function(function), (torch.randn(4),))
+
+
+class Held(nn.Module):
+    """Writes into tensors that are no buffers, or that it holds twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.plain, self.listed = torch.zeros(3), [self.count]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.listed[0].add_(1.0)
+        return x + self.plain.add_(1.0) * self.count
+
+
+def test_a_capture_writes_nothing() -> None:
+    model, x = Held(), torch.ones(3)
+    captured = capture(model, (x,)).module
+    assert model.count == 0 and bool((model.plain == 0).all())
+    assert torch.equal(captured(x), Held()(x))
