@@ -87,9 +87,9 @@ def _drop_idle_copies(graph: fx.Graph, where: Memory, gradients: set[int]) -> No
     Autograd would take such a copy for a change of a tensor that it has saved.
     """
 
-    def place(node: fx.Node) -> Any:
+    def place(node: Any) -> Any:
         if mutates(node) and list(written(node)) == [node.args[0]]:
-            return place(node.args[0])  # type: ignore[arg-type]
+            return place(node.args[0])
         is_idle = node.target is aten.detach.default and where.of(node).isdisjoint(gradients)
         if is_idle or not where.is_view(node):
             return place(node.args[0]) if is_idle else node.target if node.op == "get_attr" else node
