@@ -11,8 +11,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, layout_steps, merged
-from neuron_attn_rewrite.patterns.operands import Stage, View, chain
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, dim_size, layout_steps
+from neuron_attn_rewrite.patterns.operands import Stage, View, chain, features
 from neuron_attn_rewrite.patterns.peel import TensorScale
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import (
@@ -70,13 +70,6 @@ def _operand(stages: list[Stage], target: Dims, fixed: Collection[fx.Node]) -> O
     return Operand(last.view.node, last.view.dims, target) if possible else None
 
 
-def _features(a: Dims, b: Dims, scores: Dims) -> Dim:
-    """The axes that both tensors run over and the scores do not: the features."""
-    known = {atom.axis for atom in atoms(scores)}
-    common = {atom.axis for atom in atoms(b)} - known
-    return merged(atom for atom in atoms(a) if atom.axis in common)
-
-
 def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
     """Name the axes and lay out the operands; `UnknownAttention` if that can't be done exactly."""
     name = module_path(found.anchor)
@@ -90,8 +83,8 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
     if isinstance(roles, Reason):
         return unknown(roles)
-    feature = _features(found.query.dims, found.key.dims, found.scores)
-    v_feature = _features(found.output.dims, found.value.dims, found.scores)
+    feature = features(found.query.dims, found.key.dims, found.scores)
+    v_feature = features(found.output.dims, found.value.dims, found.scores)
     dims = roles.scores
     operands = (
         _operand(query, (roles.batch, roles.heads, roles.rows, feature), evaluator.changed),
