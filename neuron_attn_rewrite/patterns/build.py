@@ -80,7 +80,11 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     if any(0 in shape(view.node) for view in (found.query, found.key, found.value)):
         return unknown(NO_ELEMENTS)
     query, key, value = (chain(view, evaluator) for view in (found.query, found.key, found.value))
-    roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
+    terms = tuple(_narrowed(term, evaluator) for term in found.terms)
+    of_query, of_key, of_value = (stages[-1].view.dims for stages in (query, key, value))
+    masks = [term.dims for term in terms if _may_be_mask(term, evaluator)]
+    of_sink = found.sink.dims if found.sink else ()
+    roles = assign_roles(found.scores, found.key_dim, of_query, of_key, of_value, masks, of_sink)
     if isinstance(roles, Reason):
         return unknown(roles)
     feature = features(found.query.dims, found.key.dims, found.scores)
@@ -130,7 +134,7 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         operand_scales=tuple(s for s in scales if s),
         sink=sink,
         readers=found.readers,
-        **found.facts() | {"terms": tuple(_narrowed(term, evaluator) for term in found.terms)},
+        **found.facts() | {"terms": terms},
     )
 
 
@@ -147,6 +151,11 @@ def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None
         return None
     stages = chain(view, evaluator)
     return _operand(stages, (heads,), evaluator.changed) if stages[-1].scale == 1.0 else None
+
+
+def _may_be_mask(term: Term, evaluator: Evaluator) -> bool:
+    """Whether the term hides scores, or is made of constants and 0/1 tensors alone."""
+    return term.kind != "add" or not evaluator.is_opaque(term.node)
 
 
 def _narrowed(term: Term, evaluator: Evaluator) -> Term:

@@ -28,7 +28,6 @@ from neuron_attn_rewrite.patterns.peel import Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product, as_product
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.site import Term
-from neuron_attn_rewrite.values.evaluator import Opaque
 from neuron_attn_rewrite.values.exact import product as product_of
 from neuron_attn_rewrite.values.exact import sums_are_fine
 from neuron_attn_rewrite.values.ranges import LARGE, Ranges
@@ -166,7 +165,7 @@ def _agrees(walk: Walk, one: Summand, first: Summand, scores: Scores) -> bool:
         and keys <= of_one
         and keys <= of_first
         and rows(of_one) == rows(of_first) >= 0
-        and any(isinstance(walk.evaluator.value(view.node), Opaque) for view in (one.query, one.key))
+        and any(walk.evaluator.is_opaque(view.node) for view in (one.query, one.key))
         and abs(one.factor) * dim_size(one.features) * prod(known) < LARGE
     )
 

@@ -168,7 +168,7 @@ DENSE = (B, H, S, S)
 
 MATCH = {
     "latent": Match(of(latent), parts(), scale=0.2, heads=ONE),
-    "latent, with einsum": Match(by_einsum, parts(), bias=(1, S, 1, S)),
+    "latent, with einsum": Match(by_einsum, parts(), "causal(offset=0)", heads=ONE),
     "latent, with baddbmm": Match(by_baddbmm, parts(), scale=0.2),
     "keys of one cache": Match(of_one_cache, parts(), scale=0.2, heads=ONE),
     "two scales": Match(of(lambda q, k, r, s: q @ k.mT * 0.2 + r @ s.mT / 3), parts(), scale=1 / 3, heads=ONE),
