@@ -238,7 +238,7 @@ def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at
         layout = layout_steps(given.dims, axes)
         if layout is None:
             raise Blocked(at, Reason("mask-axes", f"{given.node.name} does not run along the axes of the scores"))
-        node = _moved(at, given.node, layout)
+        node = moved(at, given.node, layout)
         pieces[i] = node if dtype(node) == kind else draft(at, aten.to.dtype, node, kind)
     sizes = [max(shape(node)[d] for node in pieces.values()) for d in range(len(outer.axes))]
     whole = []
@@ -257,7 +257,20 @@ def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at
     return replace(term, node=draft(at, aten.cat.default, whole, outer.key_dim), dims=dims)
 
 
-def _moved(at: fx.Node, node: fx.Node, layout: Layout) -> fx.Node:
-    moved = run_layout(layout, node, lambda op, value, arg: draft(at, LAYOUT_OPS[op], value, list(arg)))
-    assert isinstance(moved, fx.Node)
-    return moved
+def moved(at: fx.Node, node: fx.Node, layout: Layout) -> fx.Node:
+    """The tensor after the steps of a layout.
+
+    Raises:
+        Blocked: a step needs a size that is a symbol.
+    """
+    result = run_layout(layout, node, lambda op, value, arg: draft(at, LAYOUT_OPS[op], value, _given(at, op, arg)))
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def _given(at: fx.Node, op: str, arg: tuple[int, ...]) -> list[int]:
+    """The order of a permute, or sizes: a single symbol is left to reshape."""
+    open_sizes = [] if op == "permute" else [size for size in arg if not is_number(size)]
+    if len(open_sizes) > (op == "reshape"):
+        raise Blocked(at, Reason("key-blocks", "its parts have open sizes"))
+    return [-1 if size in open_sizes else size for size in arg]

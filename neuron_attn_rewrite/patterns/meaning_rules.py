@@ -24,7 +24,7 @@ from neuron_attn_rewrite.patterns.exponentials import (
     Rows,
     larger_sum,
 )
-from neuron_attn_rewrite.patterns.meanings import Reader, rule, size_of, spreads
+from neuron_attn_rewrite.patterns.meanings import Reader, rule, spreads
 
 # Maxima and sums
 
@@ -41,37 +41,18 @@ def _max_of_pair(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning 
         return None
     if op_name(pair) == "max" and node.args[1] == 0:
         return r.reduced(pair, MAXIMUM)
-    return _part(r, pair, node.args[1])
-
-
-def _part(r: Reader, several: fx.Node, index: object) -> Meaning | None:
-    """One of the tensors that a split gives."""
-    weights = r.of(several.args[0]) if several.args else None
-    if op_name(several) not in ("split", "split_with_sizes", "chunk") or not isinstance(weights, Exponentials):
-        return None
-    values = several.meta.get("val")
-    dim = arguments(several)["dim"]
-    if not isinstance(index, int) or not isinstance(values, (list, tuple)) or dim % len(weights.dims) != weights.at:
-        return None
-    lengths = [int(v.shape[dim]) if isinstance(v.shape[dim], int) else -1 for v in values]
-    return None if -1 in lengths else _cut(r, weights, sum(lengths[:index]), lengths[index])
+    return _piece(r, node, given)
 
 
 @rule("slice", "narrow")
-def _slice(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
-    weights = r.of(node.args[0])
-    if not isinstance(weights, Exponentials) or given["dim"] % len(weights.dims) != weights.at:
+def _piece(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
+    """A part of the keys."""
+    cut = views.cut(node)
+    weights = r.of(cut[0]) if cut else None
+    if cut is None or not isinstance(weights, Exponentials) or cut[1] != weights.at:
         return None
-    start, step = given.get("start") or 0, given.get("step", 1)
-    if not isinstance(start, int) or step != 1:
-        return None
-    start = start + size_of(weights.piece) if start < 0 else start
-    return _cut(r, weights, start, shape(node)[weights.at])
-
-
-def _cut(r: Reader, weights: Exponentials, start: int, length: int) -> Exponentials:
-    first = weights.piece.start + start
-    piece = replace(weights.piece, start=first, stop=first + length)
+    start = weights.piece.start + cut[2]
+    piece = replace(weights.piece, start=start, stop=start + shape(node)[weights.at])
     keys = r.keys(piece)
     dims = (*weights.dims[: weights.at], keys, *weights.dims[weights.at + 1 :])
     return replace(weights, dims=dims, piece=piece, keys=keys)

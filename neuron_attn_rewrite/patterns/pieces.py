@@ -14,6 +14,7 @@ from neuron_attn_rewrite.patterns import meaning_rules as _rules  # noqa: F401  
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, axis_dim
 from neuron_attn_rewrite.patterns.build import Found, build
 from neuron_attn_rewrite.patterns.exponentials import SUM, Meaning, Output, Piece, holds
+from neuron_attn_rewrite.patterns.features import peel_and_join
 from neuron_attn_rewrite.patterns.join import Part, join, joined_deeper, joined_operand
 from neuron_attn_rewrite.patterns.meanings import Reader
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
@@ -114,14 +115,14 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
         sink = draft(at, aten.new_full.default, like, [1] * len(axes), sinks[0].number, dtype=torch.float32)
         outer = replace(outer, sink=(sink, ((),) * len(axes)), trail=("constant sink",))
     if len(tensors) == 1:
-        scores, product = walk.peel(outer)
+        scores, product = peel_and_join(walk, outer)
         parts = [Part(scores, product)]
     else:
         parts = []
         for piece, dims in zip(tensors, whole, strict=True):
             assert piece.node is not None
             start = replace(outer, node=piece.node, dims=dims, axes=dims, is_part=True)
-            parts.append(Part(*walk.peel(start)))
+            parts.append(Part(*peel_and_join(walk, start)))
         scores, product = join(walk, outer, parts, at)
     _must_be_finite(walk, found, parts)
     value = _value(walk, reader, found, tensors, all_keys, at)

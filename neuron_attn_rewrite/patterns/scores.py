@@ -10,6 +10,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.features import peel_and_join
 from neuron_attn_rewrite.patterns.join import Part, join
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
@@ -239,7 +240,7 @@ def _concatenated(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]
         own = axis_dim(next(walk.fresh_axes), shape(part)[dim])
         dims = (*scores.dims[:at], own, *scores.dims[at + 1 :])
         start = replace(scores, axes=(*axes[:keys], own, *axes[keys + 1 :]), terms=(), is_part=True)
-        found.append(Part(*walk.peel(start.to(part, dims))))
+        found.append(Part(*peel_and_join(walk, start.to(part, dims))))
     return join(walk, scores, found, node)
 
 

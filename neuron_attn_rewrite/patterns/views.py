@@ -118,6 +118,25 @@ def widens(node: fx.Node) -> bool:
     return kinds[0] == kinds[1] or (all(map(_is_fine, kinds)) and torch.promote_types(*kinds) == kinds[0])
 
 
+def cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A piece of a tensor along one dim, as (tensor, dim, first index); None if the node is none."""
+    name = op_name(node)
+    if name in ("slice", "narrow"):
+        of, given = source(node), arguments(node)
+        dim, start = given["dim"] % len(shape(of)), given["start"] or 0
+        if not isinstance(start, int) or given.get("step", 1) != 1:
+            return None
+        return of, dim, start + shape(of)[dim] if start < 0 else start
+    several = node.args[0] if name == "getitem" else None
+    if not isinstance(several, fx.Node) or op_name(several) not in ("split", "split_with_sizes", "chunk"):
+        return None
+    dim, index, values = arguments(several)["dim"], node.args[1], several.meta["val"]
+    lengths = [value.shape[dim] for value in values[:index]]
+    if not all(isinstance(length, int) for length in lengths):
+        return None
+    return source(several), dim % values[0].dim(), sum(lengths)
+
+
 def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:
     """Tiling repeats the fast digits: the source runs over those alone."""
     cuts = [split(dim, size) for dim, size in zip(dims[len(dims) - len(inner) :], inner, strict=True)]

@@ -175,8 +175,8 @@ MATCH = {
         with_bias(H, S, S),
         bias=(1, H, S, S),
     ),
-    "a bias that came out of a product (DeBERTa)": Match(
-        lambda q, k, v, r: torch.softmax(scores(q, k) + q @ r.mT / 8, -1) @ v, with_bias(S, D), bias=(B, H, S, S)
+    "a bias that came out of a product": Match(
+        lambda q, k, v, r: torch.softmax(scores(q, k) + q[:1] @ r.mT / 8, -1) @ v, with_bias(S, D), bias=(1, H, S, S)
     ),
     "ALiBi": Match(lambda q, k, v: torch.softmax(scores(q, k) + torch.arange(S) * SLOPES, -1) @ v, bias=(1, H, 1, S)),
     "a constant such as -5 is no mask": Match(

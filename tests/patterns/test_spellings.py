@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.patterns import guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps
+from tests.patterns import features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps
 from tests.patterns.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
-FAMILIES = (guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps)
+FAMILIES = (features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps)
 
 
 def cases() -> Iterator[object]:
