@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph.calls import arguments_of
+from neuron_attn_rewrite.graph.calls import arguments_of, check_devices
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.storage import file, interface
 from neuron_attn_rewrite.storage import graph as graphs
@@ -108,6 +108,7 @@ class RewrittenModule(fx.GraphModule):
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
             args, kwargs = (), arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
             self._check_dtypes()
+            check_devices(self.graph, kwargs, next(self._tensors(), None))
             self._check_proven_values()
         return super().__call__(*args, **kwargs)
 

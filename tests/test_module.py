@@ -30,6 +30,11 @@ class Layer(nn.Module):
         return nn.functional.scaled_dot_product_attention(q * scale, k, v, attn_mask=mask)
 
 
+class Plain(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 @pytest.fixture
 def rewritten() -> RewrittenModule:
     return rewrite(Layer().eval(), (torch.randn(1, 8, 16),), config=ALWAYS)
@@ -115,6 +120,30 @@ def test_what_keeps_the_dtype_is_taken(rewritten: RewrittenModule) -> None:
     assert rewritten.float() is rewritten and rewritten.to("cpu").to(torch.float32) is rewritten
     assert torch.equal(rewritten(x), before)
     assert rewritten.to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to_sparse(), "is sparse_coo float32.* but was captured as float32"),
+        (lambda x: x.to("meta"), "'x' is on meta, and the weights are on cpu"),
+    ],
+)
+def test_another_layout_or_device_is_refused(rewritten: RewrittenModule, change: Any, words: str) -> None:
+    x = torch.randn(1, 8, 16)
+    with pytest.raises(InputError, match=words):
+        rewritten(change(x))
+    assert rewritten.to("meta")(x.to("meta")).is_meta
+    with pytest.raises(InputError, match="'x' is on cpu, and the weights are on meta"):
+        rewritten(x)
+
+
+def test_without_weights_the_inputs_are_on_one_device() -> None:
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    new = rewrite(Plain(), (q, k, v), config=ALWAYS)
+    assert new(*(t.to("meta") for t in (q, k, v))).is_meta
+    with pytest.raises(InputError, match="'v' is on meta, and argument 'q' is on cpu"):
+        new(q, k, v.to("meta"))
 
 
 def test_the_original_in_another_dtype_is_noticed() -> None:

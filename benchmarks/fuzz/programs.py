@@ -1,8 +1,8 @@
 """Attentions drawn from a grammar.
 
-Sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over indices, buffers and inputs, biases,
-sinks, spellings of the softmax, and writes in place. Gradients are compared too, unless `memory` puts copies, views and
-writes through views between the mask, the scores, the operands and the output.
+Sizes that coincide, layouts, grouped heads, scales, softcap, masks, biases that hide keys or are rounded, sinks,
+spellings of the softmax, readers of NaN, and writes in place. Gradients are compared too, unless `memory` puts copies,
+views and writes through views between the mask, the scores, the operands and the output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fuzz.steps import Memory, Outcome, draw_places
+from benchmarks.fuzz.masks import draw_mask
+from benchmarks.fuzz.steps import DTYPES, Memory, Outcome, draw_places
 from neuron_attn_rewrite import RewriteConfig, rewrite
 
 TIMES = 3
@@ -26,6 +27,29 @@ TOLERANCE = 1e-3
 ROUNDING = (-1e9, -1e4)
 """Fills that leave some digits of a score."""
 FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
+
+
+RANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30,
+    "there and back": lambda x: x / 1e15 * 1e15,
+    "half": lambda x: (x.half() / 300 / 300 * 300 * 300).float(),
+}
+"""Scales whose product is about 1, and whose parts leave the range of the dtype, or not."""
+BIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "far in bfloat16": lambda x: (x.bfloat16() + 1000 - 1000).float(),
+    "far in float16": lambda x: (x.half() + 3000 - 3000).float(),
+    "two in bfloat16": lambda x: ((x * 99).bfloat16() + (x * -98).bfloat16()).float(),
+    "two in float32": lambda x: x + x.flip(-1),
+    "in float16": lambda x: x.half().float(),
+    "in int8": lambda x: (x.clamp(-3, 3) * 60).to(torch.int8).float() / 60,
+    "wrapping in int8": lambda x: ((x.clamp(-3, 3) * 30).to(torch.int8) * 8).float() / 99,
+}
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan_to_num 1": lambda x: x.nan_to_num(1.0),
+    "where isnan": lambda x: torch.where(x.isnan(), 0.5, x),
+    "x == x": lambda x: x.masked_fill(x != x, 2.0),
+}
+"""What reads NaN behind the attention."""
 
 
 class Program(nn.Module):
@@ -46,10 +70,14 @@ class Program(nn.Module):
         self.register_buffer("tril", torch.ones(9, 9, dtype=torch.bool).tril())
         self.register_buffer("steps", torch.arange(9))
         self.per_head = nn.Parameter(torch.linspace(0.5, 1.5, self.h * self.group)[:, None, None])
-        self.mask = self._mask(draw.choice([0, 1, 1, 2, 3]))
+        self.mask = draw_mask(self, draw, (self.s, self.t), draw.choice([0, 1, 1, 2, 3]), self._say)
         self.parts = self._parts()
         self.places = draw_places(Random(-1 - seed)) if memory and self.fill not in ROUNDING else {}
         self.memory = Memory({})
+        self.mask_dtype = draw.choice(DTYPES) if draw.random() < 0.4 else torch.int64
+        self.low = draw.choice([0.0, 0.0, 0.0, *FILLS[:2]])
+        """What hostile biases hold beside ordinary numbers."""
+        self._say(f"attention_mask {self.mask_dtype} bias {self.low}")
 
     def inputs(self, seed: int | None) -> tuple[Tensor, ...]:
         """Benign ones for None."""
@@ -58,13 +86,14 @@ class Program(nn.Module):
         q, k, v = torch.randn(b, h * self.group, s, self.d), torch.randn(b, h, t, self.d), torch.randn(b, h, t, self.dv)
         bias = torch.randn(self.draw_shape)
         if seed is None:
-            ones = torch.ones(b, t, dtype=torch.int64)
-            order = torch.arange(s).expand(b, s).contiguous()
-            return 2 * q, 2 * k, v, ones, ones.bool(), order, torch.full((b,), t), ones.clone(), bias
+            ones, order = torch.ones(b, t, dtype=torch.int64), torch.arange(s).expand(b, s).contiguous()
+            mask, length = ones.to(self.mask_dtype), torch.full((b,), t)
+            return 2 * q, 2 * k, v, mask, ones.bool(), order, length, ones.clone(), bias
         rate = torch.rand(())
         kept = [torch.rand(b, t) < rate for _ in range(2)]
         order, ids = torch.randint(-2, t + 2, (b, s)), torch.randint(-1, 3, (b, t))
-        return 2 * q, 2 * k, v, kept[0].long(), kept[1], order, torch.randint(0, t + 1, (b,)), ids, bias
+        bias = torch.where(torch.rand(self.draw_shape) < rate, bias, self.low)
+        return 2 * q, 2 * k, v, kept[0].to(self.mask_dtype), kept[1], order, torch.randint(0, t + 1, (b,)), ids, bias
 
     def forward(
         self,
@@ -88,63 +117,8 @@ class Program(nn.Module):
         """The mask, True where a key is seen."""
         return self.mask(dict(zip(("attention_mask", "keep", "order", "length", "ids"), leaves, strict=True)))
 
-    # The grammar
-
     def _say(self, word: object) -> None:
         self.words.append(str(word))
-
-    def _mask(self, depth: int) -> Callable[[dict[str, Tensor]], Tensor]:
-        """Bool that broadcasts against [batch, heads, q_len, kv_len], True where a key is seen."""
-        draw, c = self.draw, self.draw.randint(-2, 3)
-        if depth and draw.random() < 0.75:
-            a, b = self._mask(depth - 1), self._mask(depth - 1)
-            how = draw.choice(["and", "and", "and", "or", "xor", "not", "where"])
-            self._say(how)
-            if how == "not":
-                return lambda x: ~a(x)
-            if how == "where":
-                return lambda x: torch.where(a(x), b(x), False)
-            return {
-                "and": lambda x: a(x) & b(x),
-                "or": lambda x: a(x) | b(x),
-                "xor": lambda x: a(x) ^ b(x),
-            }[how]
-        s, t = self.s, self.t
-        rows, keys = (lambda: torch.arange(s)[:, None]), (lambda: torch.arange(t))
-        leaves: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-            "all": lambda x: torch.ones(s, t, dtype=torch.bool),
-            "<=": lambda x: (keys() <= rows() + c)[None, None],
-            "<": lambda x: (keys() < rows() + c)[None, None],
-            ">": lambda x: (keys() > rows() - c)[None, None],
-            "tril": lambda x: torch.ones(s, t, dtype=torch.bool).tril(c)[None, None],
-            "triu": lambda x: torch.ones(s, t).triu(c)[None, None].bool(),
-            "buffer": lambda x: self.tril[:s, :t],
-            "buffer end": lambda x: self.tril[max(0, t - s) : max(0, t - s) + s, :t][None, None],
-            "steps": lambda x: self.steps[:t][None, :] <= self.steps[:s][:, None],
-            "near": lambda x: (rows() - keys()).abs() <= abs(c),
-            "chunk": lambda x: rows() // (abs(c) + 1) == keys() // (abs(c) + 1),
-            "padding": lambda x: x["attention_mask"][:, None, None, :].bool(),
-            "padding > 0": lambda x: (x["attention_mask"] > 0)[:, None, None, :],
-            "1 - padding": lambda x: (1.0 - x["attention_mask"][:, None, None, :].float()) == 0,
-            "keep": lambda x: x["keep"][:, None, None, :],
-            "keep first": lambda x: x["keep"][:1, None, None, :],
-            "keep flipped": lambda x: x["keep"].flip(draw_dim)[:, None, None, :],
-            "order": lambda x: keys()[None, None, None] <= x["order"][:, None, :, None] + c,
-            "order >": lambda x: keys()[None, None, None] > x["order"][:, None, :, None] - c,
-            "order //": lambda x: keys()[None, None, None] <= (x["order"] // 2)[:, None, :, None],
-            "order clamp": lambda x: keys()[None, None, None] >= x["order"].clamp(min=c)[:, None, :, None],
-            "length": lambda x: keys() < x["length"][:, None, None, None],
-            "length from the left": lambda x: keys() >= t - x["length"][:, None, None, None],
-            "ids": lambda x: (x["ids"] != c)[:, None, None, :],
-            "ids bool": lambda x: x["ids"].bool()[:, None, None, :],
-            "ids sum": lambda x: x["ids"].cumsum(-1)[:, None, None, :] > c,
-            "segments": lambda x: x["ids"][:, None, None, :] == x["ids"][:, None, :1, None],
-            "last": lambda x: keys() <= x["order"].amax(-1)[:, None, None, None],
-        }
-        draw_dim = draw.choice([0, 1])
-        name = draw.choice(list(leaves))
-        self._say(f"{name}({c})")
-        return leaves[name]
 
     def _parts(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         draw, n = self.draw, self.h * self.group
@@ -153,7 +127,8 @@ class Program(nn.Module):
         number = draw.choice([0.5, -0.3, 2.0, self.d**-0.5])
         pick: dict[str, str] = {
             "heads": draw.choice(["interleave", "repeat", "expand", "gqa"]) if self.group > 1 else "same",
-            "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none"]),
+            "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none", *RANGES]),
+            "bias": draw.choice(["", "", "", *BIASES]),
             "order": draw.choice(["mask bias", "bias mask", "mask", "bias", "none", "mask mask"]),
             "apply": draw.choice(["fill", "where", "add", "mul add", "sdpa", "sdpa add", "inplace"]),
             "cap": draw.choice(["", "", "", "cap", "shifted cap"]),
@@ -161,6 +136,7 @@ class Program(nn.Module):
             "softmax": draw.choice(["softmax", "softmax", "float", "exp", "log", "transposed", "later", "sink"]),
             "after": draw.choice(["", "", "", "nan_to_num", "again", "scaled", "clone", "detach"]),
             "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
+            "end": draw.choice(["", "", "", "", *ENDS]),
         }
         fill = self.fill = draw.choice(FILLS)
         for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
@@ -206,6 +182,11 @@ class Program(nn.Module):
             return torch.softmax(x, -1)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+            bias = BIASES[pick["bias"]](bias) if pick["bias"] else bias
+            out = attention(q, k, v, mask, bias)
+            return ENDS[pick["end"]](out) if pick["end"] else out
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
             if pick["layout"] == "BSHD":
                 q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
             if pick["apply"].startswith("sdpa"):
@@ -219,7 +200,7 @@ class Program(nn.Module):
             k = k / 2 if how in ("key", "both") else k
             x = product(q, k.mT)
             x = x * number if how == "number" else x * torch.tensor(number) if how == "tensor" else x
-            x = x * self.per_head if how == "head" else x
+            x = RANGES[how](x) if how in RANGES else x * self.per_head if how == "head" else x
             if pick["cap"]:
                 x = 3 * torch.tanh((x + 1 if pick["cap"] == "shifted cap" else x) / 3)
             for step in pick["order"].split():
@@ -278,10 +259,14 @@ def attack(seed: int, memory: bool = False) -> Outcome:
     for other in (None, *range(1, TIMES + 1)):
         inputs = program.inputs(other)
         old = run(program, inputs, with_gradients=not memory)
-        new = run(rewritten, inputs, with_gradients=not memory)
+        try:
+            new = run(rewritten, inputs, with_gradients=not memory)
+        except Exception as error:
+            return Outcome(words, rewritten, f"inputs {other}: {type(error).__name__}: {error}")
         # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
         # are rounded to what is left of them beside a large number.
-        sees = program.seen(*inputs[3:8]).any(-1, keepdim=True)
+        sees = program.seen(*inputs[3:8])
+        sees = (sees & (inputs[8] > ROUNDING[0]) if program.low else sees).any(-1, keepdim=True)
         means = bool(sees.all()) and bool(old[0].isfinite().all())
         if program.fill in ROUNDING:
             old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))

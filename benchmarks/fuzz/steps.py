@@ -71,18 +71,24 @@ INTEGERS: dict[str, Callable[[Tensor], object]] = {
     "add_": lambda x: x.add_(1),
     "setitem": lambda x: x.__setitem__(0, 0),
 }
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
 FOLDS: dict[str, Step] = {
     "double": lambda x: x + x,
     "half": lambda x: x / 2 if x.is_floating_point() else x,
     "negate twice": lambda x: x.neg().neg() if x.dtype != torch.bool else x.logical_not().logical_not(),
     "from one": lambda x: 1 - x if x.dtype != torch.bool else ~x,
     "times": lambda x: x * 3,
+    "wrap": lambda x: x * 64 * 4,
+    "up and down": lambda x: x + 100 - 100 if x.dtype != torch.bool else x + x,
+    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30 if x.dtype == torch.float32 else x,
     "clamp": lambda x: x.clamp(-1, 1) if x.dtype != torch.bool else x | x,
     "fill low": lambda x: x.masked_fill(x > 0, -30000.0) if x.is_floating_point() else x,
     "nan_to_num": lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x,
 }
-"""Each gives other numbers of the same shape and, but for bools, of the same dtype."""
+"""Each gives other numbers of the same shape and, but for bools, of the same dtype. Some leave the range of a dtype."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Outcome:
     rewritten: RewrittenModule | None = None
     """None if the program was refused."""
     wrong: str | None = None
+    cause: str = ""
+    """Why the program was refused, if that is right."""
 
 
 class Memory:
@@ -130,14 +138,16 @@ class Memory:
         return live[end]
 
     def _other_numbers(self, draw: Random, x: Tensor, said: list[str]) -> Tensor:
-        how = draw.choice(["cast", "fold", "fold", "read"])
+        how = draw.choice(["cast", "fold", "fold", "carried", "read"])
         if how == "read":
             self.read_again.append(x.to(torch.float32).nan_to_num(7.0).clamp(-9.0, 9.0))
             said.append("read")
             return x
-        name = draw.choice([str(kind) for kind in DTYPES] if how == "cast" else list(FOLDS))
-        said.append(name)
-        return x.to(getattr(torch, name.removeprefix("torch."))).to(x.dtype) if how == "cast" else FOLDS[name](x)
+        kind = x.dtype if how == "fold" else draw.choice(DTYPES)
+        name = "cast" if how == "cast" else draw.choice(list(FOLDS))
+        said.append(name if how == "fold" else f"{name} in {str(kind).removeprefix('torch.')}")
+        moved = x.to(kind)
+        return (moved if how == "cast" else FOLDS[name](moved)).to(x.dtype)
 
 
 def draw_places(draw: Random) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,6 +63,31 @@ def arguments_of(
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
             raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
     return {name: given[name] for name in expected}
+
+
+def check_devices(graph: fx.Graph, given: Mapping[str, Any], held: torch.Tensor | None) -> None:
+    """Check that the arguments are on one device, that of a tensor of the module, if all were when it was captured.
+
+    A tensor without dims may be anywhere, as for the operators of torch.
+
+    Raises:
+        InputError: they are not.
+    """
+    sources = (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"))
+    captured = {t.device for node in sources if isinstance(t := node.meta.get("val"), torch.Tensor) and t.dim()}
+    if len(captured) > 1:
+        return
+    first = ("the weights are", held)
+    for name, value in given.items():
+        for t in pytree.tree_leaves(value):
+            if not isinstance(t, torch.Tensor) or not t.dim():
+                continue
+            if first[1] is None:
+                first = (f"argument {name!r} is", t)
+            elif t.device != first[1].device:
+                raise InputError(
+                    f"argument {name!r} is on {t.device}, and {first[0]} on {first[1].device}: move one of them."
+                )
 
 
 def _expected(graph: fx.Graph) -> tuple[dict[str, list[Any]], dict[str, pytree.TreeSpec]]:
@@ -129,7 +155,7 @@ def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) ->
         if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
             if isinstance(value, torch.Tensor) or isinstance(wanted, torch.Tensor) or value != wanted:
                 return ""
-        elif value.dtype != wanted.dtype or value.dim() != wanted.dim():
+        elif (value.dtype, value.dim(), value.layout) != (wanted.dtype, wanted.dim(), wanted.layout):
             return ""
         elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
             return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
@@ -139,7 +165,8 @@ def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) ->
 def _describe(values: list[Any]) -> str:
     def one(value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+            kind = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+            return f"{kind}{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
         return repr(value)
 
     return ", ".join(map(one, values)) or "nothing"
