@@ -6,31 +6,37 @@
     python -m benchmarks.pass_mutations masks --list           the mutants, without running a test
 
 Cosmic Ray makes the mutants: it turns one operator, comparison, number or condition of the source into another. Each
-one runs its tests in a process of its own, in which that module has the broken source: no file changes. A mutant is
-noticed if a test fails or takes too long, and survives if all pass. The command fails if one survives that
-`equivalent_mutants` does not list, and if a listed one is noticed.
+one runs in a process of its own, in which that module has the broken source: no file changes. It runs the tests that
+run its line, quickest first (`tested_lines`). A mutant is noticed if a test fails or takes too long, and survives if
+all pass. The command fails if one survives that `equivalent_mutants` does not list, and if a listed one is noticed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import hashlib
 import importlib.machinery
+import itertools
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.equivalent_mutants import EQUIVALENT
+import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "neuron_attn_rewrite"
-CLEAN = {"masks/stored.py": ("masks/test_stored.py",)}
+from benchmarks.equivalent_mutants import EQUIVALENT
+from benchmarks.tested_lines import PACKAGE, QUIET, Test, in_child, tests_in, tests_of
+
+CLEAN = {
+    "masks/fit.py": ("masks/test_fit.py",),
+    "masks/spec.py": ("masks/test_spec.py",),
+    "masks/stored.py": ("masks/test_stored.py",),
+}
 """Modules of which no mutant survives but those that are listed, with the tests that notice all others."""
 TESTS = {
     "values": ("masks/test_fit.py", "values", "masks/test_prove.py", "masks/test_dtypes.py", "masks"),
@@ -47,14 +53,10 @@ TESTS = {
     "capture": ("capture", "test_state.py", "graph/test_memory.py", "test_rewriter.py", "patterns/test_dialects.py"),
     "graph": ("graph", "test_memory.py", "capture/test_functionalise.py", "test_state.py"),
 }
-"""The tests of each folder of the package, quick ones first: the first that fails ends the run."""
-
-
-def tests_of(path: str) -> tuple[str, ...]:
-    return CLEAN.get(path) or TESTS[path.split("/")[0]]
-
-
-SECONDS = 900
+"""The tests of each folder of the package."""
+NOTICED, SURVIVED, UNTESTED = "noticed", "survived", "survived: no test runs this line"
+PATIENCE = 30
+"""Seconds until a test that takes no time has taken too long. For one that takes a second, twice as many."""
 OPERATORS = (
     *(f"ReplaceBinaryOperator_{pair}" for pair in "Add_Sub Sub_Add Mul_Add FloorDiv_Mul Mod_Add Div_Mul".split()),
     *(f"ReplaceBinaryOperator_{pair}" for pair in "BitAnd_BitOr BitOr_BitAnd BitXor_BitAnd".split()),
@@ -108,8 +110,18 @@ def mutants(path: Path) -> Iterator[Mutant]:
                 yield Mutant(place, number, old.strip(), new.strip(), broken.encode())
 
 
+def places_of(path: str) -> tuple[str, ...]:
+    """The tests for a module, as files and folders of `tests/`."""
+    return CLEAN.get(path) or TESTS[path.split("/")[0]]
+
+
 class _Stripped(ast.NodeTransformer):
-    """Removes annotations and docstrings: nothing reads them at run time."""
+    """Removes annotations, and what makes a dataclass immutable: nothing reads them at run time."""
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        for call in (decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call)):
+            call.keywords = [keyword for keyword in call.keywords if keyword.arg != "frozen"]
+        return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
@@ -135,25 +147,26 @@ def _meaning(source: str) -> str | None:
         return None
 
 
-def run(mutant: Mutant | None, tests: tuple[str, ...]) -> int:
-    """Start the tests in a child process, with the mutant's source in place of its module. Gives the process."""
-    child = os.fork()
-    if child:
-        return child
-    os.setpgid(0, 0)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    code = 70
-    try:
-        if mutant is not None:
-            _replace_source(str(PACKAGE / mutant.path), mutant.source)
-        import pytest
+def run(mutant: Mutant, tests: list[Test]) -> int:
+    """Start tests in a child process, with the mutant's source in place of its module. Gives the process.
 
-        places = list(dict.fromkeys(str(ROOT / "tests" / place) for place in tests))
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:logging", *places]))
-    finally:
-        os._exit(code)
+    A test that takes far longer than without the mutant ends the process.
+    """
+    places = {test.name: place for place, test in enumerate(tests)}
+
+    class Plugin:
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            items[:] = sorted((item for item in items if item.nodeid in places), key=lambda item: places[item.nodeid])
+
+        def pytest_runtest_setup(self, item: pytest.Item) -> None:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE * (1 + tests[places[item.nodeid]].seconds))
+
+    def body() -> int:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        _replace_source(str(PACKAGE / mutant.path), mutant.source)
+        return int(pytest.main([*QUIET, *dict.fromkeys(str(test.file) for test in tests)], plugins=[Plugin()]))
+
+    return in_child(body)
 
 
 def _replace_source(path: str, source: bytes) -> None:
@@ -174,36 +187,41 @@ def _replace_source(path: str, source: bytes) -> None:
 
 
 def _preload() -> None:
-    """Import what takes long and is not ours: each child process has it then."""
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
+    """Import what takes long and is not ours, and let hypothesis draw the same values in each child process."""
+    import anyio.pytest_plugin  # noqa: F401
     import sympy  # noqa: F401
     import transformers
+    from hypothesis import Phase, settings
     from torch._export import non_strict_utils  # noqa: F401
 
     for name in ("LlamaForCausalLM", "BertModel", "GPT2LMHeadModel"):
         getattr(transformers, name)
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("mutants", derandomize=True, database=None, deadline=None, phases=phases)
+    settings.load_profile("mutants")
+    gc.freeze()  # the child processes share this memory
 
 
-def outcomes(wanted: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
-    """Run the tests of each mutant, a few at a time: "noticed", "survived" or "too slow" for each."""
-    waiting, running = list(reversed(wanted)), dict[int, tuple[Mutant, float]]()
+def outcomes(wanted: list[Mutant], jobs: int, seconds: float) -> Iterator[tuple[Mutant, str]]:
+    """Run the tests of each mutant, `jobs` at a time, and say for each whether a test notices it."""
+    waiting, running = list(reversed(wanted)), dict[int, Mutant]()
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            running[run(mutant, tests_of(mutant.path))] = mutant, time.monotonic()
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            mutant, _ = running.pop(process)
-            yield mutant, "survived" if os.waitstatus_to_exitcode(status) == 0 else "noticed"
-            continue
-        for process, (mutant, start) in list(running.items()):
-            if time.monotonic() - start > SECONDS:
-                os.killpg(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-                del running[process]
-                yield mutant, "too slow"
-        time.sleep(0.05)
+            tests = tests_of(mutant.path, mutant.number, tests_in(places_of(mutant.path)))
+            taken = itertools.accumulate(test.seconds for test in tests)
+            chosen = [test for test, total in zip(tests, taken, strict=True) if total - test.seconds < seconds]
+            if chosen:
+                running[run(mutant, chosen)] = mutant
+            else:
+                yield mutant, UNTESTED
+        if running:
+            process, status = os.waitpid(-1, 0)
+            is_noticed = os.waitstatus_to_exitcode(status) not in (
+                pytest.ExitCode.OK,
+                pytest.ExitCode.NO_TESTS_COLLECTED,
+            )
+            yield running.pop(process), NOTICED if is_noticed else SURVIVED
 
 
 def main() -> int:
@@ -211,25 +229,26 @@ def main() -> int:
     parser.add_argument("places", nargs="*", default=list(CLEAN), help="modules or folders inside the package")
     parser.add_argument("--part", default="0/1", help="I/N: those whose key is I modulo N")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60, help="run the quickest tests, this long for each mutant")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     given = parser.parse_args()
     index, count = map(int, given.part.split("/"))
     files = [file for place in given.places for file in sorted((PACKAGE / place).glob("*.py")) or [PACKAGE / place]]
-    wanted = [mutant for file in files for mutant in mutants(file) if mutant.key % count == index]
+    every = [mutant for file in files for mutant in mutants(file)]
+    wanted = [mutant for mutant in every if mutant.key % count == index]
     if given.list:
         print(*wanted, sep="\n")
         return 0
+    paths, known = {mutant.path for mutant in every}, {(mutant.path, mutant.old, mutant.new) for mutant in every}
+    gone = [key for key in EQUIVALENT if key[0] in paths and key not in known]
+    for path, old, new in gone:
+        print(f"listed, but there is no such mutant: {path}\n    - {old}\n    + {new}")
     _preload()
-    for tests in {tests_of(m.path) for m in wanted}:
-        process = run(None, tests)
-        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
-            print(f"The tests fail without a mutant: {' '.join(tests)}")
-            return 1
-    found, wrong = Counter[str](), 0
-    for mutant, outcome in outcomes(wanted, given.jobs):
+    found, wrong = Counter[str](), len(gone)
+    for mutant, outcome in outcomes(wanted, given.jobs, given.seconds):
         why = EQUIVALENT.get((mutant.path, mutant.old, mutant.new))
-        found["equivalent" if why and outcome == "survived" else outcome] += 1
-        if (outcome == "survived") != (why is not None):
+        found["equivalent" if why and outcome != NOTICED else outcome] += 1
+        if (outcome == NOTICED) == (why is not None):
             wrong += 1
             print(f"{outcome}{' though listed' if why else ''}: {mutant}", flush=True)
     print(f"{len(wanted)} mutants: {', '.join(f'{n} {outcome}' for outcome, n in sorted(found.items()))}")

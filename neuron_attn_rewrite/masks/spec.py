@@ -17,6 +17,10 @@ from torch import Tensor
 from neuron_attn_rewrite.reasons import Reason
 
 
+def _all_keys(q_len: int, kv_len: int) -> Tensor:
+    return torch.tensor([[0, kv_len]]).expand(q_len, 2)
+
+
 @dataclass(frozen=True)
 class Band:
     """Query row i sees key j if `i + lower <= j <= i + upper`; None leaves that side open.
@@ -76,7 +80,7 @@ class Intervals:
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
         """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row sees."""
-        return torch.tensor(self.bounds, dtype=torch.int64).reshape(q_len, 2)
+        return torch.tensor(self.bounds)
 
     def __str__(self) -> str:
         return f"intervals({len(self.bounds)} rows)"
@@ -90,7 +94,7 @@ class KeyPadding:
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
         """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see."""
-        return torch.tensor([[0, kv_len]]).expand(q_len, 2)
+        return _all_keys(q_len, kv_len)
 
     def __str__(self) -> str:
         return f"key_padding({self.source})"
@@ -105,7 +109,7 @@ class Limited:
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
         """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see."""
-        return torch.tensor([[0, kv_len]]).expand(q_len, 2)
+        return _all_keys(q_len, kv_len)
 
     def __str__(self) -> str:
         return self.condition
@@ -125,7 +129,7 @@ class MaskSpec:
 
     def rows(self, q_len: int, kv_len: int) -> Tensor:
         """Int64 [q_len, 2]: the interval [lo, hi) of keys that each query row can see, [0, 0) for none."""
-        bounds = torch.tensor([[0, kv_len]]).repeat(q_len, 1)
+        bounds = _all_keys(q_len, kv_len)
         for claim in self.claims:
             first, end = claim.rows(q_len, kv_len).unbind(1)
             bounds = torch.stack([bounds[:, 0].maximum(first), bounds[:, 1].minimum(end)], 1)

@@ -28,10 +28,13 @@ ROWS: dict[str, tuple[Tensor, tuple[Any, ...] | None]] = {
     "causal": (KEY <= ROW, (Band(upper=0),)),
     "causal with a prefix": (KEY <= ROW + 3, (Band(upper=3),)),
     "strictly causal": (KEY < ROW, (Band(upper=-1),)),
+    "causal from the fourth row on": (KEY <= ROW - 3, (Band(upper=-3),)),
+    "all but one": (KEY >= ROW - (S - 2), (Band(lower=-(S - 2)),)),
     "sliding window": ((KEY <= ROW) & (KEY > ROW - 4), (Band(-3, 0),)),
     "window both ways": ((KEY - ROW).abs() <= 2, (Band(-2, 2),)),
     "anti-causal": (KEY >= ROW, (Band(lower=0),)),
     "chunked": ((KEY <= ROW) & (KEY // 4 == ROW // 4), (Band(upper=0), Chunked(4))),
+    "a window in chunks": ((KEY <= ROW) & (KEY > ROW - 3) & (KEY // 4 == ROW // 4), (Band(-2, 0), Chunked(4))),
     "block diagonal": (KEY // 4 == ROW // 4, (Chunked(4),)),
 }
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_attn_rewrite.masks import Band, Chunked, Intervals, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks import Band, Chunked, Intervals, KeyPadding, Limited, MaskSpec
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ from neuron_attn_rewrite.masks import Band, Chunked, Intervals, KeyPadding, Mask
         (Band(upper=7), "causal(offset=7)"),
         (Band(-3, 0), "sliding_window(4)"),
         (Band(4, 7), "sliding_window(4, offset=7)"),
+        (Band(0, 0), "sliding_window(1)"),
+        (Band(-1, 1), "window(left=1, right=1)"),
         (Band(-2, 2), "window(left=2, right=2)"),
         (Band(lower=-2), "window(left=2)"),
         (Chunked(4), "chunked(4)"),
@@ -29,6 +31,23 @@ from neuron_attn_rewrite.masks import Band, Chunked, Intervals, KeyPadding, Mask
 )
 def test_claims_read_well(claim: Any, text: str) -> None:
     assert str(claim) == text
+
+
+ROWS: dict[str, tuple[tuple[Any, ...], list[list[int]]]] = {
+    "nothing": ((), [[0, 4], [0, 4], [0, 4]]),
+    "key padding": ((KeyPadding("m"),), [[0, 4], [0, 4], [0, 4]]),
+    "a bound at run time": ((Limited("key <= n"),), [[0, 4], [0, 4], [0, 4]]),
+    "intervals": ((Intervals(((0, 1), (1, 4), (2, 3))),), [[0, 1], [1, 4], [2, 3]]),
+    "a row that sees nothing": ((Band(upper=-1),), [[0, 0], [0, 1], [0, 2]]),
+    "no row sees anything": ((Band(2, 1),), [[0, 0], [0, 0], [0, 0]]),
+    "chunks of a band": ((Chunked(2), Band(upper=0), KeyPadding("m")), [[0, 1], [0, 2], [2, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_keys_of_each_row(name: str) -> None:
+    claims, rows = ROWS[name]
+    assert MaskSpec(claims).rows(3, 4).tolist() == rows
 
 
 def test_a_conjunction_says_each_claim_once() -> None:
