@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.calls import arguments_of, check_devices
 from neuron_attn_rewrite.report.report import RewriteReport
@@ -106,11 +107,14 @@ class RewrittenModule(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
-            args, kwargs = (), arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
             self._check_dtypes()
             check_devices(self.graph, kwargs, next(self._tensors(), None))
             self._check_proven_values()
+            return handed.call(self._checked_call, *args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(**arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         copied: Any = super().__deepcopy__(memo)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.activations import restore_activations
+from neuron_attn_rewrite.capture.handed import objects
 from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
@@ -50,8 +51,14 @@ def rewrite_for_trace(
         softmax are called by name, for torch_neuronx to replace.
 
     Raises:
+        InputError: an example input is an object, such as a cache: a trace takes tensors.
         InputError, CaptureError, RewriteError: as `rewrite`.
     """
+    for value in objects(example_inputs):
+        raise InputError(
+            f"an example input is a {type(value).__name__}, and a trace takes tensors: pass the tensors that it holds "
+            "to a module of your own that makes it from them and calls the model."
+        )
     if isinstance(example_inputs, Mapping):
         rewritten = rewrite(model, (), example_inputs, config=config)
     elif isinstance(example_inputs, (Tensor, tuple, list)):

@@ -7,13 +7,15 @@ Each call has the example inputs, but positions such as `cache_position` go on w
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.capture.dialects import plain_transformers
 from neuron_attn_rewrite.capture.export import Captured
 from neuron_attn_rewrite.capture.objects import leaves
@@ -56,7 +58,7 @@ def capture_error(model: Any, captured: Captured) -> float | None:
             counters = _counters(twin)
             old = _outputs(twin, captured.example, call)
             writes = {} if call else _writes(model, twin, parameters)
-            new = _outputs(captured.module, captured.call, call)
+            new = _outputs(partial(handed.call, captured.module), captured.call, call)
             if old is None or new is None or [t.shape for t in old] != [t.shape for t in new]:
                 return worst
             _check_writes(writes, captured.module, torch.inf if is_random else limit)
@@ -149,13 +151,19 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
             )
 
 
-def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int) -> list[Tensor] | None:
-    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails."""
+def _outputs(
+    run: Callable[..., Any], call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int
+) -> list[Tensor] | None:
+    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails.
+
+    Tensors of objects among the inputs count as outputs: the call may change the objects.
+    """
     try:
-        args, kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number), call))
+        given = pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number).clone(), handed.opened(call))
+        args, kwargs = handed.closed(given)
         torch.manual_seed(number)
         with torch.no_grad(), plain_transformers():  # the fast path of torch.nn gives other numbers where padding is
-            found = leaves(run(*args, **kwargs))
+            found = leaves([run(*args, **kwargs), *handed.objects((args, kwargs))])
     except Exception:  # whatever the model's own operators raise
         return None
     return [t.clone() for t in found if isinstance(t, Tensor) and t.is_floating_point()]

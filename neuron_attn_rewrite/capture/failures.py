@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture.handed import closed
 from neuron_attn_rewrite.errors import InputError
 
 TRACERS = r"torch\.(export|_export|fx|_dynamo|_functorch|_higher_order_ops|_subclasses)\b"
@@ -112,7 +113,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     if sum(t.numel() for t in tensors) > MOST_WEIGHTS or any(t.is_meta for t in tensors):
         return
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    copies = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    copies = closed(pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs))))
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -53,11 +53,9 @@ def arguments_of(
                 raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
             given[name] = defaults[name] if name in defaults else values[0] if values else ()
         found = pytree.tree_leaves(given[name])
-        if name in specs and len(found) == len(values) and not _has_structure(given[name], specs[name]):
-            raise InputError(
-                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure "
-                "of lists, tuples and dicts."
-            )
+        comparable = name in specs and (len(found) == len(values) or _is_opened(specs[name]))
+        if comparable and not _has_structure(given[name], specs[name]):
+            raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], was)}.")
         wrong = _mismatch(found, values, symbols)
         if wrong is not None:
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
@@ -142,6 +140,30 @@ def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
         return bool(found == spec)
     children = pytree_children(spec)
     return len(value) == len(children) and all(map(_has_structure, value, children))
+
+
+def _is_opened(spec: pytree.TreeSpec) -> bool:
+    """Whether this is the structure of an object that was taken apart, and can say how it differs from another one."""
+    return hasattr(spec.context, "difference")
+
+
+def tensors_of_objects(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs of the graph that are tensors of an object, such as a cache."""
+    info, inputs = getattr(graph._codegen, "pytree_info", None), graph.find_nodes(op="placeholder")
+    found: set[fx.Node] = set()
+    for spec in [] if info is None else _per_argument(info.in_spec):
+        mine, inputs = inputs[: spec.num_leaves], inputs[spec.num_leaves :]
+        found.update(mine if _is_opened(spec) else ())
+    return found
+
+
+def _other_structure(value: Any, spec: pytree.TreeSpec, was: str) -> str:
+    """In which way a value has another structure than the captured one."""
+    found = pytree.tree_structure(value)
+    if found.type is spec.type and _is_opened(spec):
+        return f"is another object than the captured one: {found.context.difference(spec.context)}"
+    what = type(getattr(value, "whole", value)).__name__
+    return f"is a {what}, and was captured as {was} in another structure of lists, tuples and dicts"
 
 
 def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
