@@ -108,13 +108,14 @@ class RewrittenModule(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
             self._check_dtypes()
-            check_devices(self.graph, kwargs, next(self._tensors(), None))
             self._check_proven_values()
             return handed.call(self._checked_call, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(**arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs))
+        given = arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
+        check_devices(self.graph, given, next(self._tensors(), None))
+        return super().__call__(**given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         copied: Any = super().__deepcopy__(memo)
