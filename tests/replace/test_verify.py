@@ -255,6 +255,20 @@ def test_a_fault_that_the_example_does_not_show_is_found(name: str, monkeypatch:
     assert not report.replaced and len(put_back(report)) == 1
 
 
+def test_nan_of_an_operand_counts_if_it_is_read() -> None:
+    """The model multiplies a hidden value of NaN by zero, and the kernel skips it."""
+    q, k, v = qkv(length=600)
+    v[:, :, -1] = torch.nan
+    causal = torch.ones(600, 600, dtype=torch.bool).tril()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 4).masked_fill(~causal, -torch.inf).softmax(-1) @ v
+
+    assert not put_back(rewritten(attention, (q, k, v)))
+    (reason,) = put_back(rewritten(lambda *x: attention(*x).nan_to_num(7.0), (q, k, v)))
+    assert "in the outputs" not in reason
+
+
 def test_the_report_names_the_error_of_a_kernel_call(monkeypatch: pytest.MonkeyPatch) -> None:
     raises(monkeypatch)
     with pytest.warns(RewriteWarning, match="ValueError: no padding, please"):
