@@ -68,6 +68,9 @@ class Term:
     limit: float = torch.inf
     """The magnitude beyond which the model's scores are infinite behind this term: a later cast may have a smaller
     range."""
+    rounds_alike: bool = True
+    """Whether the model rounds the sum of score and term as a kernel does. Not so if it has shifted the score before, or
+    multiplies the sum by something else than a power of two: -1e9 rounds the scores to multiples of 64."""
 
     def hiding(self, number: float) -> float:
         """The number by which an `add` term hides a key where its tensor holds `number`, as the model rounds it."""
