@@ -18,7 +18,7 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
 from neuron_attn_rewrite.values.evaluator import Evaluator
-from neuron_attn_rewrite.values.exact import number_in, sums_are_fine
+from neuron_attn_rewrite.values.exact import largest, number_in, sums_are_fine
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
@@ -105,6 +105,9 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
         statistic = _row_statistic(other, inner, scores) if vanishes else ""
         if statistic and (inner_weight, other_weight) == (1.0, -1.0):
             found = scores.shifted().to(inner, trail="row maximum")
+            found = replace(found, limit=largest(dtype(node)))
+            if statistic != "mean" and not scores.terms and scores.multiplier > 0:
+                found = replace(found, overflows=False)
             if statistic != "mean":
                 return found
             peeled = walk.peel(found)
