@@ -225,8 +225,9 @@ def _terms(outer: Scores, given: list[tuple[Term, ...]], parts: Sequence[Part], 
 
 def _alike(one: Term, other: Term) -> bool:
     """Whether two terms do the same with their tensors."""
-    same = one.kind == other.kind and one.fill == other.fill and one.multiplier == other.multiplier
-    return same and one.limit == other.limit and (one.kind != "add" or dtype(one.node) == dtype(other.node))
+    names = ("kind", "fill", "multiplier", "limit", "rounds_alike")
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return same and (one.kind != "add" or dtype(one.node) == dtype(other.node))
 
 
 def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at: fx.Node) -> Term:

@@ -153,7 +153,8 @@ def size_of(piece: Piece) -> int:
 def _moved(node: fx.Node, given: Meaning) -> Meaning | None:
     """A view or a cast between floats: the same numbers."""
     if views.keeps_values(node) and op_name(node) not in views.EXPANDS:
-        return given
+        is_wide = views.value_source(node) is not node or not isinstance(given, Rows) or given.is_exp
+        return given if is_wide else None  # a maximum of -1e9 is -inf in float16
     if op_name(node) in views.EXPANDS:
         added = len(shape(node)) - len(given.dims)
         return replace(given, dims=((),) * added + given.dims) if isinstance(given, Rows) else None

@@ -109,7 +109,9 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
     axes = (*whole[0][:dim], all_keys, *whole[0][dim + 1 :])
     first = tensors[0].node
     assert first is not None
-    outer = Scores(first, axes, dim, axes, limit=largest(dtype(at)))
+    bases = found.output.bases
+    subtracts_maximum = bool(bases) and all(base == frozenset(found.keys) for base in bases)
+    outer = Scores(first, axes, dim, axes, limit=largest(dtype(at)), overflows=not subtracts_maximum)
     if sinks:
         like = found.output.summands[0].value[0]
         sink = draft(at, aten.new_full.default, like, [1] * len(axes), sinks[0].number, dtype=torch.float32)

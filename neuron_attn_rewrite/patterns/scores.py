@@ -19,7 +19,7 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
 from neuron_attn_rewrite.values.evaluator import Evaluator
-from neuron_attn_rewrite.values.exact import number_in, sums_are_fine
+from neuron_attn_rewrite.values.exact import largest, number_in, sums_are_fine
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
@@ -100,16 +100,19 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
         shift = walk.constant(other)
         vanishes = scores.softcap is None and scores.sink is None and not scores.is_part
         if vanishes and shift is not None and _is_small(shift * other_weight, scores):
-            return scores.to(inner, trail="shift").scaled(inner_weight)
+            return scores.shifted().to(inner, trail="shift").scaled(inner_weight)
         if not is_tensor(other):
             continue
         statistic = _row_statistic(other, inner, scores) if vanishes else ""
         if statistic and (inner_weight, other_weight) == (1.0, -1.0):
-            found = scores.to(inner, trail="row maximum")
+            found = scores.shifted().to(inner, trail="row maximum")
+            found = replace(found, limit=largest(dtype(node)))
+            if statistic != "mean" and not scores.terms and scores.multiplier > 0:
+                found = replace(found, overflows=False)
             if statistic != "mean":
                 return found
             peeled = walk.peel(found)
-            if peeled[0].terms == scores.terms:
+            if peeled[0].terms == found.terms:
                 return peeled
             blocked = Blocked(node, Reason("order", "it subtracts the mean of scores that a mask may have lowered"))
             continue

@@ -49,14 +49,26 @@ def _is_fine(kind: torch.dtype) -> bool:
 
 
 def value_source(node: fx.Node, through_detach: bool = False) -> fx.Node:
-    """The tensor that the values of a node come from, element for element.
+    """The tensor that has the same numbers as a node, element for element.
 
-    On the way lie casts, copies, inactive dropout, and slices and expands that change no size; with `through_detach`
-    also detaches, which give the same numbers but stop gradients.
+    On the way lie widening casts, copies, inactive dropout, and slices and expands that change no size; with
+    `through_detach` also detaches, which give the same numbers but stop gradients. A cast to fewer bits is not on the
+    way: in float16, -1e9 is -inf.
     """
-    while keeps_values(node) or (through_detach and op_name(node) == "detach"):
+    while (keeps_values(node) and not _narrows(node)) or (through_detach and op_name(node) == "detach"):
         node = source(node)
     return node
+
+
+def rounded_source(node: fx.Node) -> fx.Node:
+    """As `value_source`, but through all casts. For weights: numbers from 0 to 1, which a cast rounds and no more."""
+    while keeps_values(node):
+        node = source(node)
+    return node
+
+
+def _narrows(node: fx.Node) -> bool:
+    return op_name(node) in CASTS and not widens(node)
 
 
 def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tuple[fx.Node, Dims] | None:

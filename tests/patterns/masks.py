@@ -171,7 +171,7 @@ MATCH = {
         bias=(1, H, S, S),
     ),
     "two biases": Match(
-        lambda q, k, v, b: torch.softmax(scores(q, k) + b + b.square() * 0.5, -1) @ v,
+        lambda q, k, v, b: torch.softmax(scores(q, k) + b.tanh() + b.sin() * 0.5, -1) @ v,
         with_bias(H, S, S),
         bias=(1, H, S, S),
     ),

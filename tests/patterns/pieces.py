@@ -204,6 +204,13 @@ def one_more(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     return (w @ vc) / (w.sum(-1, True) + torch.exp(0 - largest))
 
 
+def limited(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+    """If all scores are low, all exponentials are 0."""
+    most = torch.maximum(old.amax(-1, True), new.amax(-1, True)).clamp(min=0.0)
+    a, b = (old - most).exp(), (new - most).exp()
+    return (a @ vc + b @ vn) / (a.sum(-1, True) + b.sum(-1, True))
+
+
 def plus_one(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     w = old.exp()
     return w @ vc / (1 + w.sum(-1, True))
@@ -301,6 +308,9 @@ MATCH = {
     "one maximum and one sum, divided at the end": Match(of(shared_at_the_end), cached(), scale=0.25, bias=BIAS),
     "one maximum and one sum, grouped heads": Match(grouped_split, cached(heads=2), heads=(H, 2), bias=BIAS),
     "no maximum": Match(of(no_maximum), cached(), scale=0.25, bias=BIAS),
+    "one maximum and one sum, then NaN to zero": Match(
+        lambda *given: of(shared)(*given).nan_to_num(0.0), cached(), scale=0.25, bias=BIAS
+    ),
     "merged by log-sum-exp": Match(of(merged), cached(), scale=0.25, bias=BIAS),
     "merged by log-sum-exp, by hand": Match(of(merged_by_hand), cached(), scale=0.25, bias=BIAS),
     "one more key of score 0": Match(of(one_more_key), cached(), scale=0.25, bias=BIAS),
@@ -319,6 +329,12 @@ MATCH = {
 }
 
 KEEP = {
+    "no maximum, then NaN to zero": Keep(
+        lambda *given: of(no_maximum)(*given).nan_to_num(0.0), "reads the NaN", cached()
+    ),
+    "a maximum that is never below 0, then NaN to zero": Keep(
+        lambda *given: of(limited)(*given).nan_to_num(0.0), "reads the NaN", cached()
+    ),
     "merged by log-sum-exp, hidden by -inf": Keep(of(merged, -torch.inf), "may be hidden by -inf", cached()),
     "a part without gradients": Keep(of(detached), "no gradient flows", cached()),
     "a maximum that is detached once": Keep(of(detached_once), "no rule knows", cached()),
