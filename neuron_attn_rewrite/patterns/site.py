@@ -116,6 +116,8 @@ class SoftmaxFacts:
     """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
     floor: float = -torch.inf
     """A lower limit of all scores, applied after the terms."""
+    nan_beside_sink: bool = False
+    """Whether a row of -inf scores gives NaN although there is a sink: it has a maximum or a sum without the sink."""
 
     def facts(self) -> dict[str, Any]:
         """The fields of `SoftmaxFacts` by name, without those of the subclass."""
