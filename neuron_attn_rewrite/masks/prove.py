@@ -221,7 +221,8 @@ class Prover:
         if not possible:
             given = EmptyRows.NEVER
         elif site.sink is not None:
-            given = EmptyRows.ZERO  # the sink takes the whole probability
+            # The sink takes the whole probability.
+            given = EmptyRows.OTHER if site.nan_beside_sink and nan_is_read(site.output) else EmptyRows.ZERO
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
         else:

@@ -149,8 +149,8 @@ def _placed(scale: TensorScale, places: tuple[tuple[str, Dims], ...]) -> Operand
 def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None:
     if view is None:
         return None
-    stages = chain(view, evaluator)
-    return _operand(stages, (heads,), evaluator.changed) if stages[-1].scale == 1.0 else None
+    stages = [stage for stage in chain(view, evaluator) if stage.scale == 1.0]
+    return _operand(stages, (heads,), evaluator.changed)
 
 
 def _may_be_mask(term: Term, evaluator: Evaluator) -> bool:

@@ -10,10 +10,11 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, is_tensor, op_name, permutation, shape, tensor
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, permute
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, dim_size, permute
 from neuron_attn_rewrite.patterns.exponentials import (
     DETACHED,
     MAXIMUM,
+    SUM,
     Exponentials,
     Form,
     Meaning,
@@ -22,6 +23,7 @@ from neuron_attn_rewrite.patterns.exponentials import (
     Rows,
     Summand,
 )
+from neuron_attn_rewrite.patterns.operands import View, chain
 from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.products import as_product
 
@@ -111,6 +113,24 @@ class Reader:
         kept: Dims = ((),) if given.get("keepdim") else ()
         rows = (*dims[:at], *kept, *dims[at + 1 :])
         return Rows(rows, Form.of(kind, frozenset({piece})), is_exp=False)
+
+    def sink(self, value: object, beside: Rows) -> Rows | None:
+        """A tensor that does not run over keys, or its exponential, as one more key beside the scores in `beside`."""
+        if beside.is_exp:
+            value = value.args[0] if isinstance(value, fx.Node) and op_name(value) == "exp" else None
+        if not is_tensor(value) or value in self.known or not dtype(value).is_floating_point:
+            return None
+        rank = len(beside.dims)
+        sizes = tuple(map(dim_size, beside.dims))[rank - len(shape(value)) :]
+        if len(shape(value)) > rank or any(n not in (1, size) for n, size in zip(shape(value), sizes, strict=True)):
+            return None
+        scores = {piece.node for _, pieces, _ in beside.form.terms for piece in pieces if not piece.is_sink}
+        stages = chain(View(value, views.broadcast(value, beside.dims)), self.walk.evaluator)
+        last = [stage.view for stage in stages if stage.scale == 1.0][-1]
+        if scores & {value, views.value_source(value)} or last.node in self.walk.evaluator.changed:
+            return None
+        piece = Piece(last.node, stop=1, rows=last.dims)
+        return Rows(beside.dims, Form.of(SUM, frozenset({piece})), beside.is_exp)
 
     def axes(self) -> set[int]:
         """The axes of the rows and keys of all scores."""

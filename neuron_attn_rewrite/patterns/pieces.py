@@ -48,7 +48,7 @@ def find_pieces(walk: Walk, graph: fx.Graph) -> Iterator[tuple[AttentionSite | U
     """Each attention in pieces, and the nodes that compute it from the scores on."""
     reader = Reader(walk)
     for found in _candidates(reader, graph):
-        scores = [piece.node for piece in found.keys if piece.node is not None]
+        scores = [piece.node for piece in found.keys if piece.node is not None and not piece.is_sink]
         inside = between(scores, [found.node])
         try:
             site = _site(walk, reader, found)
@@ -66,13 +66,22 @@ PATTERN = "matmul > softmax in pieces > matmul"
 def _candidates(reader: Reader, graph: fx.Graph) -> Iterator[Candidate]:
     """The attentions in pieces, without those of a single product: the rules of `softmaxes.py` read these."""
     known = reader.read(graph)
+    found: dict[fx.Node, Candidate] = {}
+    first: dict[fx.Node, fx.Node] = {}
+    """For each normalised output, the first node with the same keys."""
     for node, meaning in known.items():
         given = _normalised(meaning)
-        if given is None or any(_normalised(known[n]) is not None for n in node.all_input_nodes if n in known):
+        if given is None:
             continue
         assert isinstance(meaning, Output)
-        if len(meaning.summands) > 1 or any(piece.node is None for piece in given):
-            yield Candidate(node, meaning, given)
+        made_of = [first[n] for n in node.all_input_nodes if n in first]
+        same = next((n for n in made_of if _normalised(known[n]) == given), None)
+        first[node] = same or node
+        if same is None and (len(meaning.summands) > 1 or any(piece.is_sink for piece in given)):
+            found[node] = Candidate(node, meaning, given)
+            for part in made_of:
+                found.pop(part, None)
+    yield from found.values()
 
 
 def _normalised(meaning: Meaning) -> tuple[Piece, ...] | None:
@@ -80,10 +89,10 @@ def _normalised(meaning: Meaning) -> tuple[Piece, ...] | None:
     if not isinstance(meaning, Output) or meaning.pieces is None:
         return None
     ((kind, over, factor), *more) = list(meaning.form.terms) or [("", frozenset(), 0)]
-    own = {piece for piece in over if piece.node is not None}
+    own = {piece for piece in over if not piece.is_sink}
     if more or kind != SUM or factor != -1 or own != set(meaning.pieces):
         return None
-    return tuple(sorted(over, key=lambda piece: (piece.node is None, piece.node, piece.start)))
+    return tuple(sorted(over, key=lambda piece: (piece.is_sink, piece.node is None, piece.node, piece.start)))
 
 
 def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | UnknownAttention:
@@ -93,8 +102,8 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
         Blocked: they are not parts of one attention.
     """
     at = found.node
-    tensors = [piece for piece in found.keys if piece.node is not None]
-    sinks = [piece for piece in found.keys if piece.node is None]
+    tensors = [piece for piece in found.keys if not piece.is_sink]
+    sinks = [piece for piece in found.keys if piece.is_sink]
     dim = tensors[0].dim
     whole = [reader.frame(piece.node, piece.dim) for piece in tensors if piece.node is not None]
     for piece, dims in zip(tensors, whole, strict=True):
@@ -103,7 +112,7 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
         if not is_whole or piece.dim != dim or _rows(dims, dim) != _rows(whole[0], dim):
             raise Blocked(at, Reason("key-blocks", "its parts do not run along the same rows"))
     if len(sinks) > 1:
-        raise Blocked(at, Reason("sink-shape", "more than one constant score beside the keys"))
+        raise Blocked(at, Reason("sink-shape", "more than one sink beside the keys"))
     count = sum(piece.stop for piece in tensors)
     all_keys = whole[0][dim] if len(tensors) == 1 else axis_dim(next(walk.fresh_axes), count)
     axes = (*whole[0][:dim], all_keys, *whole[0][dim + 1 :])
@@ -113,9 +122,8 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
     subtracts_maximum = bool(bases) and all(base == frozenset(found.keys) for base in bases)
     outer = Scores(first, axes, dim, axes, limit=largest(dtype(at)), overflows=not subtracts_maximum)
     if sinks:
-        like = found.output.summands[0].value[0]
-        sink = draft(at, aten.new_full.default, like, [1] * len(axes), sinks[0].number, dtype=torch.float32)
-        outer = replace(outer, sink=(sink, ((),) * len(axes)), trail=("constant sink",))
+        without = not all(holds(base, frozenset(sinks)) for base in found.output.bases)
+        outer = replace(outer, sink=_sink(found, sinks[0], axes), nan_beside_sink=without, trail=("sink",))
     if len(tensors) == 1:
         scores, product = peel_and_join(walk, outer)
         parts = [Part(scores, product)]
@@ -152,6 +160,15 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
     )
 
 
+def _sink(found: Candidate, sink: Piece, axes: Dims) -> tuple[fx.Node, Dims]:
+    """The tensor of a sink, and what its dims run over."""
+    if sink.node is not None and sink.rows is not None:
+        return sink.node, sink.rows
+    like, sizes = found.output.summands[0].value[0], [1] * len(axes)
+    number = draft(found.node, aten.new_full.default, like, sizes, sink.number, dtype=torch.float32)
+    return number, ((),) * len(axes)
+
+
 def _rows(dims: Dims, dim: int) -> Dims:
     return (*dims[:dim], *dims[dim + 1 :])
 
@@ -182,7 +199,7 @@ def _must_be_finite(walk: Walk, found: Candidate, parts: Sequence[Part]) -> None
     Raises:
         Blocked: it may be hidden.
     """
-    total = frozenset(piece for piece in found.keys if piece.node is not None)
+    total = frozenset(piece for piece in found.keys if not piece.is_sink)
     if all(holds(base, total) for base in found.output.bases):
         return
     if all(part.scores.terms for part in parts):

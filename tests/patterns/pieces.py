@@ -282,7 +282,7 @@ def weighed(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
 
 
 def two(key: float) -> Pieces:
-    """Two constant keys, or one of another number."""
+    """A number of other keys, whose score is 0: one key whose score is the logarithm."""
 
     def attention(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
         w = (old / 4).exp()
@@ -316,6 +316,8 @@ MATCH = {
     "one more key of score 0": Match(of(one_more_key), cached(), scale=0.25, bias=BIAS),
     "one more key of score 0, one product": Match(of(one_more), cached(), SEEN, scale=0.25),
     "one more than the sum": Match(of(plus_one), cached(), SEEN, scale=0.25),
+    "two more than the sum": Match(of(two(2.0)), cached(), SEEN, scale=0.0625),
+    "a quarter more than the sum": Match(of(two(0.25)), cached(), SEEN, scale=0.0625),
     "keys and values joined": Match(joined, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
     "one new key and one row": Match(joined, cached(1, rows=1), scale=0.25, bias=(B, 1, 1, S + 1)),
     "one new key": Match(joined, cached(1), scale=0.25, bias=(B, 1, 1, S + 1)),
@@ -365,7 +367,6 @@ RIGHT = {
     "values subtracted": Right(of(subtracted), cached()),
     "another exponent in one part": Right(of(other_exponent), cached()),
     "two attentions mixed by a gate": Right(of(weighed), cached()),
-    "two more than the sum": Right(of(two(2.0)), cached()),
-    "a quarter more than the sum": Right(of(two(0.25)), cached()),
+    "less than the sum": Right(of(two(-0.25)), cached()),
     "block by block": Right(of(online), cached()),
 }

@@ -10,10 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.patterns import features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps
+from tests.patterns import (
+    features,
+    guards,
+    heads,
+    layouts,
+    masks,
+    pieces,
+    readers,
+    scale,
+    sdpa,
+    sinks,
+    softmaxes,
+    traps,
+)
 from tests.patterns.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
-FAMILIES = (features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps)
+FAMILIES = (features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, sinks, softmaxes, traps)
 
 
 def cases() -> Iterator[object]:
