@@ -148,8 +148,9 @@ class Program(nn.Module):
             "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
             "end": draw.choice(["", "", "", "", *ENDS]),
         }
-        fill = self.fill = draw.choice(FILLS)
+        fill = draw.choice(FILLS)
         is_half = pick["coarse"] or pick["apply"] == "half where"
+        self.fill = -torch.inf if pick["apply"] == "half where" and fill < -1e5 else fill  # as float16 has it
         self.tolerance = TOLERANCE_OF_HALF if is_half else TOLERANCE
         for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
             self._say(word)
@@ -161,7 +162,7 @@ class Program(nn.Module):
                 return x + torch.zeros(mask.shape).masked_fill(~mask, fill)
             if pick["apply"] == "int add":  # where both hide, the sum wraps
                 hidden = [torch.ones(self.s, self.t).triu(far).to(torch.int32) for far in (1, 2)]
-                return x.masked_fill(~mask, fill) + (hidden[0] * LOW + hidden[1] * LOW)
+                return x + (hidden[0] * LOW + hidden[1] * LOW)
             if pick["apply"] == "half where":
                 return torch.where(mask, x.half(), torch.full((), fill))
             if pick["apply"] == "mul add" and fill > -torch.inf:
