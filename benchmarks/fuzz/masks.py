@@ -62,7 +62,7 @@ def draw_mask(
 def _leaf(owner: nn.Module, draw: Random, sizes: tuple[int, int], say: Say) -> Mask:
     (s, t), c = sizes, draw.randint(-2, 3)
     rows, keys = (lambda: torch.arange(s)[:, None]), (lambda: torch.arange(t))
-    at, dim = max(0, t - s), draw.choice([0, 1])
+    at, dim, kind = max(0, t - s), draw.choice([0, 1]), draw.choice(DTYPES)
     leaves: dict[str, Mask] = {
         "all": lambda x: torch.ones(s, t, dtype=torch.bool),
         "<=": lambda x: (keys() <= rows() + c)[None, None],
@@ -74,6 +74,9 @@ def _leaf(owner: nn.Module, draw: Random, sizes: tuple[int, int], say: Say) -> M
         "buffer end": lambda x: owner.get_buffer("tril")[at : at + s, :t][None, None],
         "steps": lambda x: owner.get_buffer("steps")[:t][None, :] <= owner.get_buffer("steps")[:s][:, None],
         "near": lambda x: (rows() - keys()).abs() <= abs(c),
+        "wrapping": lambda x: keys().to(kind) * 40 <= rows().to(kind) * 40,
+        "difference": lambda x: rows().to(kind) - keys().to(kind) >= 0,
+        "full": lambda x: keys() <= torch.full((s, 1), c, dtype=kind).long(),
         "chunk": lambda x: rows() // (abs(c) + 1) == keys() // (abs(c) + 1),
         "padding": lambda x: x["attention_mask"][:, None, None, :].bool(),
         "padding > 0": lambda x: (x["attention_mask"] > 0)[:, None, None, :],
@@ -94,5 +97,5 @@ def _leaf(owner: nn.Module, draw: Random, sizes: tuple[int, int], say: Say) -> M
         "last": lambda x: keys() <= x["order"].amax(-1)[:, None, None, None],
     }
     name = draw.choice(list(leaves))
-    say(f"{name}({c})")
+    say(f"{name}({c}{f' in {kind}' if name in ('wrapping', 'difference', 'full') else ''})")
     return leaves[name]

@@ -22,25 +22,34 @@ from neuron_attn_rewrite import RewriteConfig, rewrite
 TIMES = 3
 """On how many hostile inputs a program is compared."""
 CONFIG = RewriteConfig(policy="always", verify=False)
-TOLERANCE = 1e-3
-"""Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less."""
+TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
+"""Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less. The second one is
+for scores in 16 bits."""
 ROUNDING = (-1e9, -1e4)
 """Fills that leave some digits of a score."""
+LOW = -2_000_000_000
+"""Twice it leaves int32."""
+APPLY = ("fill", "where", "half where", "add", "mul add", "int add", "sdpa", "sdpa add", "inplace")
 FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
 
 
 RANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30,
     "there and back": lambda x: x / 1e15 * 1e15,
-    "half": lambda x: (x.half() / 300 / 300 * 300 * 300).float(),
 }
 """Scales whose product is about 1, and whose parts leave the range of the dtype, or not."""
+COARSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "to float16": lambda x: x.half(),
+    "range of float16": lambda x: x.half() / 300 / 300 * 300 * 300,
+    "far in bfloat16": lambda x: x.bfloat16() + 500 - 500,
+}
+"""What else is done to scores, in 16 bits."""
 BIASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "far in bfloat16": lambda x: (x.bfloat16() + 1000 - 1000).float(),
-    "far in float16": lambda x: (x.half() + 3000 - 3000).float(),
-    "two in bfloat16": lambda x: ((x * 99).bfloat16() + (x * -98).bfloat16()).float(),
+    "far in bfloat16": lambda x: x.bfloat16() + 1000 - 1000,
+    "far in float16": lambda x: x.half() + 3000 - 3000,
+    "two in bfloat16": lambda x: (x * 99).bfloat16() + (x * -98).bfloat16(),
     "two in float32": lambda x: x + x.flip(-1),
-    "in float16": lambda x: x.half().float(),
+    "in float16": lambda x: x.half(),
     "in int8": lambda x: (x.clamp(-3, 3) * 60).to(torch.int8).float() / 60,
     "wrapping in int8": lambda x: ((x.clamp(-3, 3) * 30).to(torch.int8) * 8).float() / 99,
 }
@@ -130,7 +139,8 @@ class Program(nn.Module):
             "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none", *RANGES]),
             "bias": draw.choice(["", "", "", *BIASES]),
             "order": draw.choice(["mask bias", "bias mask", "mask", "bias", "none", "mask mask"]),
-            "apply": draw.choice(["fill", "where", "add", "mul add", "sdpa", "sdpa add", "inplace"]),
+            "coarse": draw.choice([""] * 9 + list(COARSE)),
+            "apply": draw.choice(APPLY),
             "cap": draw.choice(["", "", "", "cap", "shifted cap"]),
             "shift": draw.choice(["", "", "max", "detached max", "number"]),
             "softmax": draw.choice(["softmax", "softmax", "float", "exp", "log", "transposed", "later", "sink"]),
@@ -138,7 +148,10 @@ class Program(nn.Module):
             "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
             "end": draw.choice(["", "", "", "", *ENDS]),
         }
-        fill = self.fill = draw.choice(FILLS)
+        fill = draw.choice(FILLS)
+        is_half = pick["coarse"] or pick["apply"] == "half where"
+        self.fill = -torch.inf if pick["apply"] == "half where" and fill < -1e5 else fill  # as float16 has it
+        self.tolerance = TOLERANCE_OF_HALF if is_half else TOLERANCE
         for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
             self._say(word)
 
@@ -147,6 +160,11 @@ class Program(nn.Module):
                 return torch.where(mask, x, fill)
             if pick["apply"] in ("add", "sdpa add"):
                 return x + torch.zeros(mask.shape).masked_fill(~mask, fill)
+            if pick["apply"] == "int add":  # where both hide, the sum wraps
+                hidden = [torch.ones(self.s, self.t).triu(far).to(torch.int32) for far in (1, 2)]
+                return x + (hidden[0] * LOW + hidden[1] * LOW)
+            if pick["apply"] == "half where":
+                return torch.where(mask, x.half(), torch.full((), fill))
             if pick["apply"] == "mul add" and fill > -torch.inf:
                 return x + (1.0 - mask.float()) * fill
             return x.masked_fill_(~mask, fill) if pick["apply"] == "inplace" else x.masked_fill(~mask, fill)
@@ -201,6 +219,7 @@ class Program(nn.Module):
             x = product(q, k.mT)
             x = x * number if how == "number" else x * torch.tensor(number) if how == "tensor" else x
             x = RANGES[how](x) if how in RANGES else x * self.per_head if how == "head" else x
+            x = COARSE[pick["coarse"]](x) if pick["coarse"] else x
             if pick["cap"]:
                 x = 3 * torch.tanh((x + 1 if pick["cap"] == "shifted cap" else x) / 3)
             for step in pick["order"].split():
@@ -210,9 +229,9 @@ class Program(nn.Module):
                 x = x - (largest.detach() if pick["shift"] == "detached max" else largest)
             x = x - 1 if pick["shift"] == "number" else x
             if pick["softmax"] == "later":
-                e = torch.exp(x - x.amax(-1, keepdim=True))
+                e = torch.exp(x - x.amax(-1, keepdim=True)).to(v.dtype)
                 return product(e, v) / e.sum(-1, keepdim=True)
-            w = self.memory.touch("weights", weights(self.memory.touch("scores", x), v))
+            w = self.memory.touch("weights", weights(self.memory.touch("scores", x), v).to(v.dtype))
             w = w.nan_to_num(0.0) if pick["after"] == "nan_to_num" else w
             w = w.masked_fill(~mask, 0.0) if pick["after"] == "again" else w
             w = w * self.per_head if pick["after"] == "scaled" else w
@@ -222,11 +241,11 @@ class Program(nn.Module):
         return attend
 
 
-def differs(old: Tensor, new: Tensor) -> bool:
+def differs(old: Tensor, new: Tensor, tolerance: float) -> bool:
     """Where the model gives a number. Outputs and gradients are of the order of 1."""
     number = old.isfinite()
     old, new = (torch.where(number, x.double(), 0) for x in (old, new))
-    return not bool(((old - new).abs() <= TOLERANCE * old.abs().max().clamp_min(1.0)).all())
+    return not bool(((old - new).abs() <= tolerance * old.abs().max().clamp_min(1.0)).all())
 
 
 def run(module: nn.Module, inputs: tuple[Tensor, ...], with_gradients: bool) -> list[Tensor]:
@@ -271,7 +290,7 @@ def attack(seed: int, memory: bool = False) -> Outcome:
         if program.fill in ROUNDING:
             old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
         for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
-            if differs(a, b):
+            if differs(a, b, program.tolerance):
                 return Outcome(
                     words, rewritten, f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
                 )
