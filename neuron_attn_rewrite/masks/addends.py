@@ -18,10 +18,9 @@ LOWERED = -(2.0**100)
 """A number that hides keys and absorbs all scores. `finfo(float32).min` absorbs it in turn."""
 
 
-def absorbs(fill: float, kind: torch.dtype) -> bool:
-    """Whether `score + fill` is `fill` for every score of a magnitude up to `ABSORBS`."""
-    step = torch.finfo(kind if kind.is_floating_point else torch.float32).eps
-    return -fill * step > ABSORBS
+def absorbs(fill: float) -> bool:
+    """Whether `score + fill` is `fill` in float32 for every score of a magnitude up to `ABSORBS`."""
+    return bool((torch.tensor([-ABSORBS, ABSORBS]) + fill == fill).all())
 
 
 def may_hide(term: Term, ranges: Ranges) -> bool:
@@ -51,7 +50,7 @@ def fills_of_addends(
     hides = [term for term in site.terms if term.kind != "add" or may_hide(term, ranges)]
     if any(term.kind != "add" for term in hides[1:]):
         return None
-    if all(absorbs(term.fill, site.dtype) for term in site.terms):
+    if all(absorbs(term.fill) for term in site.terms):
         return tuple(term.fill for term in site.terms)
     lower = all(fill is not None and float(torch.tensor(fill) + LOWERED) == fill for fill in fills[1:])
     return (LOWERED, *(term.fill for term in site.terms[1:])) if lower else None
@@ -60,7 +59,5 @@ def fills_of_addends(
 def _may_be_infinite(term: Term, ranges: Ranges) -> bool:
     if term.kind != "add":
         return term.fill == -torch.inf
-    return (
-        term.hiding(ranges.of(term.node).lowest) == -torch.inf
-        or term.hiding(ranges.of(term.node).highest) == -torch.inf
-    )
+    held = ranges.of(term.node)
+    return -torch.inf in (term.hiding(held.lowest), term.hiding(held.highest))

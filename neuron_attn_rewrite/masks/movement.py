@@ -39,8 +39,6 @@ def _view(e: Elements, node: fx.Node, at: At) -> Cases:
     """A reshape that only adds or drops dims of size 1."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if dtype(source) != dtype(node):
-        raise Unknown(f"{node.name} reads the bits of its source as another dtype")
     inner, outer = (tensor(n) for n in (source, node))
     assert inner is not None and outer is not None
     kept = [(e.size(size), i) for size, i in zip(outer.shape, at, strict=True) if not is_one(size)]
