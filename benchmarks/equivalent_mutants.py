@@ -17,9 +17,30 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
         "division by 1": {"if shared <= 1:": (("<= 1", "< 1"), ("<= 1", "<= 0"))},
     },
+    "masks/cases.py": {
+        "a limit of effort": {"MOST_CASES = 64": (("64", "65"),)},
+        "any number that is no axis will do": {
+            "_fresh: Iterator[int] = field(default_factory=lambda: itertools.count(4))": (("(4)", "( 5)"),),
+        },
+        "an expression without a symbol is its number": {
+            "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
+        },
+    },
     "masks/fit.py": {
         "the chunks of one key are a band of one key, which is tried first": {
             "begins = i[seen & (first == i) & (i > 0)]": (("i > 0", "i > 1"),),
+        },
+    },
+    "masks/movement.py": {
+        "these operators have no other argument, or dim": {
+            "return e.cases(node.args[0], at)": (("[0]", "[ -1]"),),
+            "source, indices = node.args[:2]": ((":2", ": 3"),),
+            "return (Case(frozenset(), in_range(e, node, start + at[0] * step.constant)),)": (("at[0]", "at[ -1]"),),
+        },
+        "it only drops cases that are impossible": {
+            "out += [Case(guard | c.guard, c.value) for c in cases if not e.impossible(guard | c.guard)]": (
+                ("impossible(guard |", "impossible(guard &"),
+            ),
         },
     },
     "masks/stored.py": {

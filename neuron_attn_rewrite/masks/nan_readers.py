@@ -13,7 +13,7 @@ from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, values_re
 READERS = frozenset(
     """
     isnan nan_to_num isfinite isinf isposinf isneginf isclose allclose equal nansum nanmean nanmedian nanquantile
-    fmax fmin eq ne lt le gt ge sign sgn heaviside bool logical_not logical_and logical_or logical_xor any all
+    fmax fmin eq ne lt le gt ge sign sgn heaviside logical_not logical_and logical_or logical_xor any all
     nonzero count_nonzero argmax argmin argsort searchsorted bucketize
     """.split()
 )
@@ -27,7 +27,7 @@ def nan_is_read(start: fx.Node) -> bool:
         node = stack.pop()
         if not is_tensor(node) or dtype(node).is_floating_point:
             for user in (u for u in node.users if u.op != "call_function" or node in values_read(u)):
-                if op_name(user).rstrip("_") in READERS or _casts_to_integers(node, user):
+                if op_name(user).rstrip("_") in READERS or _casts_to_integers(user):
                     return True
                 if user not in seen:
                     seen.add(user)
@@ -35,6 +35,5 @@ def nan_is_read(start: fx.Node) -> bool:
     return False
 
 
-def _casts_to_integers(node: fx.Node, user: fx.Node) -> bool:
-    is_cast = op_name(user) in ("to", "_to_copy", "type_as")
-    return is_cast and is_tensor(node) and user.args[0] is node and not dtype(user).is_floating_point
+def _casts_to_integers(node: fx.Node) -> bool:
+    return op_name(node) in ("to", "_to_copy", "type_as") and not dtype(node).is_floating_point

@@ -61,7 +61,7 @@ def assert_each_element(program: Callable[..., Tensor], draw: Callable[[], tuple
     for _ in range(4):
         known = Values(module, draw())
         held = known.values[node]
-        assert held.numel() and isinstance(cases[0].value, float) == held.is_floating_point()
+        assert held.numel() and all(isinstance(c.value, float) == held.is_floating_point() for c in cases)
         for place in itertools.product(*map(range, held.shape)):
             known.places = dict(zip(indices, place, strict=True))
             assert known.of(cases) == [held[place].item()], (place, cases)

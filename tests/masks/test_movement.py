@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.masks.affine import Affine, Index, variable
+from neuron_attn_rewrite.masks.cases import Unknown
+from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
+from tests.helpers import Function
 from tests.masks.elements import assert_each_element, assert_unknown
 
 ROWS, COLUMNS = 3, 5
@@ -53,6 +57,7 @@ KNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "selected from the end": lambda p, f: p[:, -1],
     "selected, the first from the end": lambda p, f: p[-ROWS],
     "selected, the last": lambda p, f: p[:, COLUMNS - 1],
+    "selected along the last": lambda p, f: p.select(-1, 2),
     "selected in the middle": lambda p, f: p[:, None].expand(ROWS, 2, COLUMNS)[:, 1],
     "indexed": lambda p, f: p[steps(1, 0, 2)],
     "indexed up to the last": lambda p, f: p[:, steps(2, 0, 3)],
@@ -83,6 +88,7 @@ KNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "joined along the last": lambda p, f: torch.cat([p[:, :2], torch.zeros_like(p), p[:, 3:]], -1),
     "padded": lambda p, f: torch.constant_pad_nd(p, (2, 1), 7),
     "padded on one side": lambda p, f: torch.constant_pad_nd(torch.zeros(2, 3), (0, 3), -1.5),
+    "padded, of one dim": lambda p, f: torch.constant_pad_nd(torch.arange(4), (1, 1), 7),
     "padded, of no other dim": lambda p, f: torch.constant_pad_nd(f, (1, 0, 0, 0)),
     "lower": lambda p, f: p.tril(),
     "lower, ahead": lambda p, f: p.tril(1),
@@ -102,6 +108,9 @@ KNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 UNKNOWN: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "bits as another dtype": (lambda p, f: p.view(torch.float64), "no rule for view"),
+    "sliced behind the last element": (lambda p, f: p[:, 7:], "after the last"),
+    "sliced before the first element": (lambda p, f: p[:, -7:], "before the first"),
+    "full of no integer": (lambda p, f: torch.full_like(p, float("inf")), "not an integer"),
     "joined dims": (lambda p, f: p.reshape(-1), "splits or joins"),
     "other dims": (lambda p, f: p.reshape(COLUMNS, ROWS), "splits or joins"),
     "an index that may be too large": (lambda p, f: p[:, steps(1, 1, COLUMNS)], "out of range"),
@@ -115,11 +124,12 @@ UNKNOWN: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "numbers of floats": (lambda p, f: torch.arange(4.0), "does not hold integers"),
     "numbers in 16 bits": (lambda p, f: torch.arange(4, dtype=torch.int16), "does not hold integers"),
     "padded rows": (lambda p, f: torch.constant_pad_nd(p, (1, 0, 0, 1)), "pads other dims"),
+    "padded rows, in front": (lambda p, f: torch.constant_pad_nd(p, (1, 0, 1, 0)), "pads other dims"),
     "padded by less than nothing": (lambda p, f: torch.constant_pad_nd(p, (-1, 0)), "removes elements"),
     "cut at the end": (lambda p, f: torch.constant_pad_nd(p, (0, -1)), "removes elements"),
     "differences of differences": (lambda p, f: p.diff(n=2), "no rule for diff"),
     "differences with an end": (lambda p, f: p.diff(append=p[:, :1]), "no rule for diff"),
-    "differences of floats": (lambda p, f: torch.ones(2, 3).diff(), "not a difference of integers"),
+    "differences of floats": (lambda p, f: torch.ones(2, 3).diff(), "no rule for diff"),
     "a running sum of two numbers": (lambda p, f: torch.ones(3, 3, dtype=torch.int64).tril().cumsum(1), "vary"),
     "a running sum of what varies": (lambda p, f: p.cumsum(1), "vary"),
     "a running sum of floats": (lambda p, f: torch.ones(3).cumsum(0), "vary"),
@@ -134,3 +144,20 @@ def test_each_element(name: str) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_no_rule(name: str) -> None:
     assert_unknown(UNKNOWN[name][0], draw, UNKNOWN[name][1])
+
+
+def test_a_start_that_may_be_zero_or_negative() -> None:
+    """`x[3 - n:]` of n elements begins at 3, but at 0 if n is 3."""
+    sizes = (({0: torch.export.Dim("n", min=3, max=64)},),)
+    plus = Function(lambda x: x + 1)
+    module = torch.export.export(plus, (torch.zeros(9).long(),), dynamic_shapes=sizes, strict=False).graph_module
+    x = next(iter(module.graph.nodes))
+    n = x.meta["val"].shape[0]
+    with module.graph.inserting_after(x):
+        start = module.graph.placeholder("start")
+        start.meta["val"] = 3 - n
+        cut = module.graph.call_function(torch.ops.aten.slice.Tensor, (x, 0, start))
+        cut.meta["val"] = x.meta["val"]
+    evaluator = SymbolicEvaluator(module, changed=frozenset())
+    with pytest.raises(Unknown, match="before the first"):
+        evaluator.cases(cut, (variable(Index(3, Affine(2))),))
