@@ -1,9 +1,46 @@
 """Mutants that no test can notice, each with the reason."""
 
+EVERY = (("", ""),)
+"""All mutants of a line. Some of them may be noticed."""
 GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
+    "masks/affine.py": {
+        "a limit of effort": {
+            "MOST_INEQUALITIES = 400": (("400", "399"), ("400", "401")),
+            "if not known or len(known) > MOST_INEQUALITIES:": ((">", ">="),),
+        },
+        "only the order in which variables are eliminated": {
+            "return sum(c > 0 for c in signs) * sum(c < 0 for c in signs)": EVERY,
+        },
+        "with coefficient 0 it adds multiples of what is known": {
+            "above = [k for k in known if k.coefficient(of) > 0]": (("> 0", ">= 0"), ("> 0", "> -1")),
+            "below = [k for k in known if k.coefficient(of) < 0]": (("< 0", "<= 0"), ("< 0", "< 1")),
+        },
+        "division by 1": {"if shared <= 1:": (("<= 1", "< 1"), ("<= 1", "<= 0"))},
+    },
+    "masks/cases.py": {
+        "a limit of effort": {"MOST_CASES = 64": (("64", "65"),)},
+        "any number that is no axis will do": {
+            "_fresh: Iterator[int] = field(default_factory=lambda: itertools.count(4))": (("(4)", "( 5)"),),
+        },
+        "an expression without a symbol is its number": {
+            "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
+        },
+    },
     "masks/fit.py": {
         "the chunks of one key are a band of one key, which is tried first": {
             "begins = i[seen & (first == i) & (i > 0)]": (("i > 0", "i > 1"),),
+        },
+    },
+    "masks/movement.py": {
+        "these operators have no other argument, or dim": {
+            "return e.cases(node.args[0], at)": (("[0]", "[ -1]"),),
+            "source, indices = node.args[:2]": ((":2", ": 3"),),
+            "return (Case(frozenset(), in_range(e, node, start + at[0] * step.constant)),)": (("at[0]", "at[ -1]"),),
+        },
+        "it only drops cases that are impossible": {
+            "out += [Case(guard | c.guard, c.value) for c in cases if not e.impossible(guard | c.guard)]": (
+                ("impossible(guard |", "impossible(guard &"),
+            ),
         },
     },
     "masks/stored.py": {
@@ -34,4 +71,4 @@ EQUIVALENT = {
     for line, changes in lines.items()
     for old, new in changes
 }
-"""The reasons, by module, the line as it is, and the line as the mutant has it."""
+"""The reasons, by module, the line as it is, and the line as the mutant has it; for `EVERY`, the line as it is."""

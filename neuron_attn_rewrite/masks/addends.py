@@ -20,8 +20,8 @@ LOWERED = -(2.0**100)
 
 def absorbs(fill: float, kind: torch.dtype) -> bool:
     """Whether `score + fill` is `fill` for every score of a magnitude up to `ABSORBS`."""
-    step = torch.finfo(torch.promote_types(kind, torch.float32)).eps
-    return -fill * step > ABSORBS
+    scores = torch.tensor([-ABSORBS, ABSORBS], dtype=torch.promote_types(kind, torch.float32))
+    return bool((scores + fill == fill).all())
 
 
 def may_hide(term: Term, ranges: Ranges) -> bool:
@@ -74,7 +74,5 @@ def fills_of_addends(
 def _may_be_infinite(term: Term, ranges: Ranges) -> bool:
     if term.kind != "add":
         return term.fill == -torch.inf
-    return (
-        term.hiding(ranges.of(term.node).lowest) == -torch.inf
-        or term.hiding(ranges.of(term.node).highest) == -torch.inf
-    )
+    held = ranges.of(term.node)
+    return -torch.inf in (term.hiding(held.lowest), term.hiding(held.highest))

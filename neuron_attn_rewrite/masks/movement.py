@@ -39,8 +39,6 @@ def _view(e: Elements, node: fx.Node, at: At) -> Cases:
     """A reshape that only adds or drops dims of size 1."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if dtype(source) != dtype(node):
-        raise Unknown(f"{node.name} reads the bits of its source as another dtype")
     inner, outer = (tensor(n) for n in (source, node))
     assert inner is not None and outer is not None
     kept = [(e.size(size), i) for size, i in zip(outer.shape, at, strict=True) if not is_one(size)]
@@ -74,7 +72,7 @@ def _slice(e: Elements, node: fx.Node, at: At) -> Cases:
     start = Affine() if values["start"] is None else e.size(values["start"])
     if not e.always(start):
         start = start + size
-        if not e.always(start) or e.always(start - size):
+        if not e.always(start) or not e.always(size - 1 - start):
             raise Unknown(f"{node.name} may start before the first element")
     if not e.always(size - start):
         raise Unknown(f"{node.name} may start after the last element")
@@ -167,7 +165,7 @@ def _cat(e: Elements, node: fx.Node, at: At) -> Cases:
 def _pad(e: Elements, node: fx.Node, at: At) -> Cases:
     source, pads = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(pads, (list, tuple))
-    if any(p for p in pads[2:]) or any(not isinstance(p, int) or p < 0 for p in pads[:2]):
+    if any(pads[2:]) or any(not isinstance(p, int) or p < 0 for p in pads):
         raise Unknown(f"{node.name} pads other dims than the last, or removes elements")
     fill = exact(torch.tensor(arguments(node)["value"] or 0).to(dtype(node)))
     size = e.size(tensor(source).shape[-1])  # type: ignore[union-attr]
@@ -196,7 +194,7 @@ def _diff(e: Elements, node: fx.Node, at: At) -> Cases:
     """The difference between an element and the one before it."""
     values = arguments(node)
     source, dim = values["self"], values["dim"] % len(at)
-    if values["n"] != 1 or values["append"] is not None:
+    if values["n"] != 1 or values["append"] is not None or dtype(node).is_floating_point:
         raise Unknown(f"there is no rule for {node.name} with these arguments")
     parts = [p for p in (values["prepend"], source) if p is not None]
     pieces = [(p, e.size(tensor(p).shape[dim])) for p in parts]  # type: ignore[union-attr]
@@ -205,8 +203,7 @@ def _diff(e: Elements, node: fx.Node, at: At) -> Cases:
     for a, b in itertools.product(here, there):
         guard = a.guard | b.guard
         if not e.impossible(guard):
-            if not isinstance(a.value, Affine) or not isinstance(b.value, Affine):
-                raise Unknown(f"{node.name} is not a difference of integers")
+            assert isinstance(a.value, Affine) and isinstance(b.value, Affine)
             out.append(Case(guard, in_range(e, node, a.value - b.value)))
     return tuple(out)
 

@@ -14,7 +14,7 @@ from neuron_attn_rewrite.graph.writes import written
 READERS = frozenset(
     """
     nan_to_num nansum nanmean nanmedian nanquantile fmax fmin eq ne lt le gt ge sign sgn heaviside logical_not
-    logical_and logical_or logical_xor sort msort topk kthvalue histc unique _unique2 unique_dim unique_consecutive
+    logical_and logical_or logical_xor sort msort topk kthvalue histc _unique2 unique_dim unique_consecutive
     scaled_dot_product_attention
     """.split()
 )
