@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.dialects import data_detached, open_masks, plain_transformers, refresh_shapes
-from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs
+from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs, value_needed
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
 from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
 from neuron_attn_rewrite.capture.state import state_kept
@@ -210,6 +210,7 @@ def _export(
     tries = "" if dynamic_shapes is None else sizes
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  "
+        + value_needed(first)
         + "\n  ".join(causes)
         + f"\nTry: {tries}rewrite the part of the model (a submodule) that holds its attention; remove what branches "
         "on tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
