@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
 
 def value_needed(error: Exception | None) -> str:
     """A sentence about the line of the model that needs values while it is traced. Empty if that is not the error."""
-    if type(error).__name__ != "GuardOnDataDependentSymNode":
+    if error is None or type(error).__name__ != "GuardOnDataDependentSymNode":
         return ""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_PACKAGES, "<"))]
