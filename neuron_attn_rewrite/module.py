@@ -15,6 +15,7 @@ from torch import fx, nn
 from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.graph.calls import arguments_of, check_devices
+from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.storage import file, interface
 from neuron_attn_rewrite.storage import graph as graphs
@@ -259,6 +260,9 @@ class RewrittenModule(fx.GraphModule):
         proven, persistent = list(self.meta.get(PROVEN_VALUES, {})), set(self.state_dict(keep_vars=True))
         parameters = dict(self.named_parameters(remove_duplicate=False))
         tensors = {**parameters, **dict(self.named_buffers(remove_duplicate=False))}
+        for one, two in file.overlapping(tensors):
+            if {one, two} & {str(n.target) for n in changed_in_place(self.graph) if n.op == "get_attr"}:
+                raise RewriteError(f"{one!r} and {two!r} share memory that the model writes: a file would part them.")
         left_out = [] if weights else [name for name in tensors if name in persistent and name not in proven]
         document = {
             "graph": graph,

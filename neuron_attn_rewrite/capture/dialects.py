@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.graph.nodes import arguments, attribute, op_name
+from neuron_attn_rewrite.graph.nodes import arguments, aten, attribute, fake_mode, op_name
 
 
 @contextlib.contextmanager
@@ -233,6 +233,31 @@ def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -
     if not isinstance(leaf, fx.Node):
         return leaf
     return known[leaf] if leaf in known else module.get_submodule(str(leaf.target))
+
+
+# Numbers
+
+PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+
+
+def scale_by_tensors(module: fx.GraphModule) -> None:
+    """Let products with `t.item()` read a copy of the tensor: no rule knows a number that is not known before a call."""
+    graph, mode = module.graph, fake_mode(module.graph)
+    for node in [n for n in graph.nodes if n.target in (aten.item.default, aten._local_scalar_dense.default)]:
+        read = node.args[0].meta["val"]
+        users = [u for u in node.users if u.target in PRODUCTS and u.args[1] is node]
+        if not users or read.dtype == torch.bool or read.is_complex():
+            continue
+        with graph.inserting_before(node), mode:
+            number = graph.call_function(aten.detach.default, (node.args[0],))
+            shaped = graph.call_function(aten.reshape.default, (number, []))
+            copied = graph.call_function(aten.clone.default, (shaped,))
+            number.meta["val"] = read.detach()
+            shaped.meta["val"] = copied.meta["val"] = read.detach().reshape([]).clone()
+        for user in users:
+            kind = torch.result_type(user.args[0].meta["val"], copied.meta["val"])
+            if kind == user.meta["val"].dtype and kind.is_floating_point:
+                user.args = (user.args[0], copied)
 
 
 # Shapes

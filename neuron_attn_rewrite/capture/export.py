@@ -17,7 +17,7 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.dialects import data_detached, open_masks, plain_transformers, refresh_shapes
-from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs
+from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs, value_needed
 from neuron_attn_rewrite.capture.handed import closed, objects_opened, opened, shapes_of_tensors
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
 from neuron_attn_rewrite.capture.state import state_kept
@@ -209,6 +209,7 @@ def _export(
     tries = "" if dynamic_shapes is None else fewer
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  "
+        + value_needed(first)
         + "\n  ".join(causes)
         + f"\nTry: {tries}rewrite the part of the model (a submodule) that holds its attention; remove what branches "
         "on tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "

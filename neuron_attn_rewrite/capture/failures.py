@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from neuron_attn_rewrite.errors import InputError
 
 TRACERS = r"torch\.(export|_export|fx|_dynamo|_functorch|_higher_order_ops|_subclasses)\b"
 """The modules of torch whose warnings are about tensors and nodes that a caller does not know."""
+_PACKAGES = tuple(str(Path(path).parent) + os.sep for path in (str(torch.__file__), str(Path(__file__).parent)))
+"""Where the lines are that are not the model's."""
 MOST_WEIGHTS = 2**28
 """The most weights of a model that is run once to see whether it fails without a tracer too."""
 
@@ -40,6 +44,19 @@ def quiet() -> Iterator[None]:
         finally:
             for logger in shown:
                 logger.disabled = False
+
+
+def value_needed(error: Exception | None) -> str:
+    """A sentence about the line of the model that needs values while it is traced. Empty if that is not the error."""
+    if error is None or type(error).__name__ != "GuardOnDataDependentSymNode":
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*_PACKAGES, "<"))]
+    where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}" if own else "some line"
+    return (
+        f"At {where}, the model needs the value of a tensor (of item(), int() or bool(), or of a mask as an index), and "
+        "a graph has no values: compute with the tensor itself, or choose with torch.where.\n  "
+    )
 
 
 def check_dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> None:

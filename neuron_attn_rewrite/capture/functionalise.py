@@ -218,7 +218,7 @@ class _Functionalisation:
         source: Any = write.args[1]
         new: torch.Tensor = write.meta["val"]
         if source.meta["val"].shape != new.shape:
-            source = self._call(aten.expand.default, source, list(new.shape), like=write)
+            source = self._call(aten.expand_as.default, source, write.args[0], like=write)
         if source.meta["val"].dtype != new.dtype:
             return self._call(aten.to.dtype, source, new.dtype, like=write)
         return self._call(aten.clone.default, source, like=write)

@@ -273,3 +273,27 @@ def test_a_capture_writes_nothing() -> None:
     captured = capture(model, (x,)).module
     assert model.count == 0 and bool((model.plain == 0).all())
     assert torch.equal(captured(x), Held()(x))
+
+
+def branching(x: Tensor) -> Tensor:
+    return x * 2.0 if x.sum().item() > 0 else x
+
+
+def test_the_line_that_needs_a_value_is_named() -> None:
+    with pytest.raises(
+        CaptureError, match=r"At test_export\.py:\d+ in branching, the model needs the value of a tensor"
+    ):
+        capture(Function(branching), (torch.ones(4),))
+
+
+def test_a_number_is_that_of_the_time_when_it_was_read() -> None:
+    def late(x: Tensor) -> Tensor:
+        y = x[0] * 1.0
+        number = y.item()
+        y.mul_(3.0)
+        return x * number + y
+
+    captured = capture(Function(late), (torch.ones(4),)).module
+    x = torch.randn(4)
+    assert torch.equal(captured(x), late(x))
+    assert not captured.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)

@@ -253,3 +253,18 @@ def half_by_float(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [diagonal_filled, part_scaled, half_by_float], ids=lambda f: f.__name__)
 def test_writes_into_own_tensors_are_gone(function: Callable[..., Tensor]) -> None:
     assert not any(mutates(node) for node in graph_of(function, torch.randn(4, 4)).nodes)
+
+
+def test_a_copy_with_an_open_size() -> None:
+    class Copies(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1.0
+            y.copy_(x[:, :1])
+            y[:, 1:].copy_(x[0, 0])
+            return y
+
+    shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
+    module = capture(Copies(), (torch.randn(3, 4),), dynamic_shapes=shapes).module
+    assert not any(mutates(node) for node in module.graph.nodes)
+    x = torch.randn(5, 4)
+    assert torch.equal(module(x), Copies()(x))
