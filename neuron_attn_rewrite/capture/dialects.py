@@ -241,7 +241,7 @@ PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 
 
 def scale_by_tensors(module: fx.GraphModule) -> None:
-    """Let products with `t.item()` read a copy of the tensor: no rule knows a number that is not known before a call."""
+    """Let products with `t.item()` read a copy of the tensor: no rule reads a number that only a call knows."""
     graph, mode = module.graph, fake_mode(module.graph)
     for node in [n for n in graph.nodes if n.target in (aten.item.default, aten._local_scalar_dense.default)]:
         read = node.args[0].meta["val"]

@@ -54,8 +54,8 @@ def value_needed(error: Exception | None) -> str:
     own = [f for f in frames if not f.filename.startswith((*_PACKAGES, "<"))]
     where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}" if own else "some line"
     return (
-        f"At {where}, the model needs the value of a tensor (of item(), int() or bool(), or of a mask as an index), and "
-        "a graph has no values: compute with the tensor itself, or choose with torch.where.\n  "
+        f"At {where}, the model needs the value of a tensor (of item(), int() or bool(), or of a mask as an index), "
+        "and a graph has no values: compute with the tensor itself, or choose with torch.where.\n  "
     )
 
 

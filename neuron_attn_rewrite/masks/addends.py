@@ -58,6 +58,8 @@ def fills_of_addends(
     """
     if not sums_as_in_float32(site) or not rounds_alike(site, fills, ranges):
         return None
+    if site.sink is not None:  # one that may be as low as the hidden scores
+        return None
     if site.is_causal or site.floor > -torch.inf or any(term.zeroes_weights for term in site.terms):
         return None
     if nan_is_read and not site.safe and any(_may_be_infinite(term, ranges) for term in site.terms):

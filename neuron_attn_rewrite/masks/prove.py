@@ -29,7 +29,7 @@ from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size, layout_steps
-from neuron_attn_rewrite.patterns.site import AttentionSite, Term, hides
+from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term, hides
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.evaluator import Evaluator
@@ -220,11 +220,14 @@ class Prover:
         )
         if not possible:
             given = EmptyRows.NEVER
-        elif site.sink is not None:
-            # The sink takes the whole probability.
-            given = EmptyRows.OTHER if site.nan_beside_sink and nan_is_read(site.output) else EmptyRows.ZERO
+        elif site.nan_beside_sink and nan_is_read(site.output):
+            given = EmptyRows.OTHER
+        elif site.sink is not None and self.ranges.factor(site.sink.node).lowest > MASKED:
+            given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
+        elif site.sink is not None:
+            given = EmptyRows.OTHER  # the sink may be as low as the hidden scores
         else:
             given = empty_row_value(effects, site)
             is_dense = any(effect.is_dense and effect.hides for effect in effects)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.held import read_value
+from neuron_attn_rewrite.graph.held import IS_PARAMETER, read_value
 from neuron_attn_rewrite.graph.nodes import arguments, attribute, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.values.range_rules import BITS, LEARNED, RULES, UNBOUNDED, Range, range_of
 
@@ -73,7 +73,8 @@ class Ranges:
             if name in PRODUCTS:
                 found = self._product(node, steps)
             elif name in RULES:
-                found = RULES[name](lambda key: self.of(given.get(key), steps), node, given)
+                get = self.factor if name == "layer_norm" else self.of
+                found = RULES[name](lambda key: get(given.get(key), steps), node, given)
             elif name in PIECES:
                 pieces = given[next(iter(given))]
                 found = self.of(pieces[0], steps)
@@ -101,6 +102,11 @@ class Ranges:
         found = range_of(float(end) for end in held.detach().aminmax())
         return found | LEARNED if is_learned else found
 
+    def factor(self, value: Any, steps: int = 0) -> Range:
+        """As `of`, for a factor of a product, or a sink: a parameter is learned, even if its value is not known."""
+        is_learned = is_tensor(value) and value.meta.get(IS_PARAMETER)
+        return LEARNED if is_learned else self.of(value, steps)
+
     def _product(self, node: fx.Node, steps: int) -> Range:
         """A matrix product, a convolution or the like, and what is added to it."""
         steps += STEPS_OF_PRODUCT
@@ -108,11 +114,11 @@ class Ranges:
         addend = ADDENDS.get(op_name(node), "")
         factors = pytree.tree_leaves([value for name, value in given.items() if name != addend])
         operands = [n for n in factors if is_tensor(n)]
-        found = _sum_of_products(op_name(node) in MATMULS, operands, [self.of(n, steps) for n in operands])
+        found = _sum_of_products(op_name(node) in MATMULS, operands, [self.factor(n, steps) for n in operands])
         found = found * self.of(given.get("alpha", 1))
         if given.get(addend) is None:
             return found
-        return found + self.of(given[addend], steps) * self.of(given.get("beta", 1))
+        return found + self.factor(given[addend], steps) * self.of(given.get("beta", 1))
 
 
 def _sum_of_products(is_matmul: bool, operands: Sequence[fx.Node], ranges: Sequence[Range]) -> Range:

@@ -139,6 +139,11 @@ ROUNDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
 """What else happens to the scores, and the rows of the bias that a kernel gets. None where it would round otherwise."""
 
 
+def _signed(one: Tensor, two: Tensor) -> Tensor:
+    """-inf where the first mask is 0, whatever the second is: 1 / -0.0."""
+    return (1 / ((one.float() - 1) * (two.float() * 0.0))).clamp(max=0)
+
+
 def biased_where(seen: Tensor, bias: Callable[[Tensor], Tensor]) -> Match:
     """A bias that is no number, or infinite, where a mask overwrites it."""
     return Match(
@@ -153,6 +158,18 @@ MATCH = {
         for name, (change, rows) in ROUNDED.items()
         if rows
     },
+    "zeros whose signs hide": Match(
+        lambda q, k, v: torch.softmax(scores(q, k) + (1 / torch.where(CAUSAL, 0.0, -0.0)).clamp(max=0), -1) @ v,
+        mask="causal(offset=0)",
+    ),
+    "zeros whose signs hide, in a table of two masks": Match(
+        lambda q, k, v, attention_mask, other_mask: (
+            torch.softmax(scores(q, k) + _signed(attention_mask.roll(1, -1), other_mask.roll(1, -1))[:, None, None], -1)
+            @ v
+        ),
+        lambda: (*with_padding(), torch.randint(0, 2, (B, S))),
+        bias=(B, 1, 1, S),
+    ),
     "a bias that is infinite where it is hidden": biased_where(DISTANCE > 0, lambda x: 1 / x),
     "a bias that is no number where it is hidden": biased_where(DISTANCE >= 0, lambda x: (x + 1).log()),
     "one softmax over two blocks of keys": Match(two_blocks, scale=0.25),
