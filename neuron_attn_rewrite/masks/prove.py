@@ -221,8 +221,7 @@ class Prover:
         if not possible:
             given = EmptyRows.NEVER
         elif site.sink is not None:
-            # The sink takes the whole probability.
-            given = EmptyRows.OTHER if site.nan_beside_sink and nan_is_read(site.output) else EmptyRows.ZERO
+            given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
         else:

@@ -11,6 +11,7 @@ from neuron_attn_rewrite.values.evaluator import Evaluator
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
+MOVES = RESHAPES | EXPANDS | PERMUTES
 IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
 """Operators that return their tensor. detach is not one of them: its gradients differ."""
 CASTS = {"to", "_to_copy", "type_as"}
