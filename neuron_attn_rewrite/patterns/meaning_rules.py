@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size
 from neuron_attn_rewrite.patterns.exponentials import (
@@ -25,6 +26,7 @@ from neuron_attn_rewrite.patterns.exponentials import (
     Piece,
     Pieces,
     Rows,
+    holds,
     larger_sum,
 )
 from neuron_attn_rewrite.patterns.meanings import Reader, rule, spreads
@@ -72,6 +74,8 @@ def _maximum(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | No
     one, two = _with_sink(r, left, right)
     if r.of(left) is None:
         one, two, right = two, one, left
+    if given.get("max") is None and (limit := r.number(right)) is not None and limit <= 1 and _is_at_least_one(one):
+        return one
     if not isinstance(one, Rows) or one.is_exp or given.get("max") is not None:
         return None
     kind = DETACHED if _only(one.form, DETACHED) else MAXIMUM
@@ -93,6 +97,15 @@ def _maximum(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | No
 def _is_sink(pieces: Pieces | None) -> bool:
     """Whether these are one key alone: the logarithm of its sum is its score, and so is its maximum."""
     return pieces is not None and len(pieces) == 1 and all(piece.is_sink for piece in pieces)
+
+
+def _is_at_least_one(rows: Meaning | None) -> bool:
+    """Whether this is a sum of exponentials of which the largest is 1."""
+    if not isinstance(rows, Rows) or not rows.is_exp:
+        return False
+    keys, rest = rows.form.as_sum()
+    terms = list(rest.terms)
+    return len(terms) == 1 and terms[0][0] in (MAXIMUM, DETACHED) and terms[0][2] == -1 and holds(keys, terms[0][1])
 
 
 def _only(form: Form, kind: str) -> frozenset[Piece] | None:
@@ -231,7 +244,11 @@ def _add(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
         for zero, other in ((left, right), (right, left)):
             if r.number(zero) == 0 and r.of(other) is not None and is_tensor(other) and shape(other) == shape(node):
                 return r.of(other)
-        return _sum_of_rows(*_with_sink(r, left, right), r.number(left if one is None else right))
+        number = r.number(left if one is None else right)
+        rows = two if one is None else one
+        if number is not None and 0 <= number <= torch.finfo(dtype(node)).eps / 4 and _is_at_least_one(rows):
+            return rows  # the number is lost in rounding
+        return _sum_of_rows(*_with_sink(r, left, right), number)
     one, two = _with_sink(r, left, right)
     if not isinstance(two, Rows) or two.is_exp:
         return None

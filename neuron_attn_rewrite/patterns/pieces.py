@@ -10,6 +10,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.drafts import draft
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, shape
+from neuron_attn_rewrite.graph.sizes import number_of
 from neuron_attn_rewrite.patterns import meaning_rules as _rules  # noqa: F401  fills a table
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, axis_dim
 from neuron_attn_rewrite.patterns.build import Found, build
@@ -135,8 +136,8 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
             raise Blocked(at, Reason("key-blocks", "its parts do not run along the same rows"))
     if len(sinks) > 1:
         raise Blocked(at, Reason("sink-shape", "more than one sink beside the keys"))
-    count = sum(piece.stop for piece in tensors)
-    all_keys = whole[0][dim] if len(tensors) == 1 else axis_dim(next(walk.fresh_axes), count)
+    count = sum(n.meta["val"].shape[dim] for piece in tensors if (n := piece.node) is not None)
+    all_keys = whole[0][dim] if len(tensors) == 1 else axis_dim(next(walk.fresh_axes), number_of(count))
     axes = (*whole[0][:dim], all_keys, *whole[0][dim + 1 :])
     first = tensors[0].node
     assert first is not None
