@@ -220,8 +220,6 @@ class Prover:
         )
         if not possible:
             given = EmptyRows.NEVER
-        elif site.nan_beside_sink and nan_is_read(site.output):
-            given = EmptyRows.OTHER
         elif site.sink is not None and self.ranges.factor(site.sink.node).lowest > MASKED:
             given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":

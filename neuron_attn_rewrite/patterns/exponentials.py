@@ -49,8 +49,8 @@ class Piece:
 
 
 Pieces: TypeAlias = frozenset[Piece]
-Bases: TypeAlias = frozenset[Pieces]
-"""The keys of the maxima and sums in all exponents so far. One that lacks a key of the whole softmax may be -inf."""
+Bases: TypeAlias = frozenset[tuple[str, Pieces]]
+"""The maxima and sums in all exponents so far. One that lacks a key of the whole softmax may be -inf."""
 ZERO = Piece(None)
 MAXIMUM, DETACHED, SUM = "maximum", "detached maximum", "log-sum-exp"
 
@@ -119,7 +119,7 @@ class Form:
 
     @property
     def bases(self) -> Bases:
-        return frozenset(pieces for _, pieces, _ in self.terms if not all(piece.is_sink for piece in pieces))
+        return frozenset((kind, of) for kind, of, _ in self.terms if not all(piece.is_sink for piece in of))
 
     def as_sum(self) -> tuple[Pieces, Form]:
         """`exp(form)` as the sum of exponentials of some scores, times the exponential of the rest."""
@@ -198,4 +198,11 @@ class Output:
         return None if twice else merged(given)
 
 
-Meaning: TypeAlias = Rows | Exponentials | Output
+@dataclass(frozen=True)
+class Filled:
+    """A tensor that holds one number, such as a running maximum, sum or output before the first block of keys."""
+
+    number: float
+
+
+Meaning: TypeAlias = Rows | Exponentials | Output | Filled

@@ -22,7 +22,8 @@ from neuron_attn_rewrite.graph.drafts import draft
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Atom, Dim, Dims, atoms, axis_dim, dim_size, layout_steps, merged, refine
-from neuron_attn_rewrite.patterns.join import Part, moved
+from neuron_attn_rewrite.patterns.join import Part
+from neuron_attn_rewrite.patterns.moved import cast, moved, uncut
 from neuron_attn_rewrite.patterns.operands import View, chain, features, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product, as_product
@@ -196,7 +197,7 @@ def _scaled(at: fx.Node, one: Summand, factor: float | None) -> View | None:
     if factor == 1.0:
         return one.query
     if not sums_are_fine(dtype(node)):
-        node = _cast(at, node, torch.promote_types(dtype(node), one.kind))
+        node = cast(at, node, torch.promote_types(dtype(node), one.kind))
     if factor is None or (not sums_are_fine(dtype(node)) and abs(factor) < SMALLEST_FACTOR):
         return None
     return View(draft(at, aten.mul.Tensor, node, factor), one.query.dims)
@@ -204,8 +205,12 @@ def _scaled(at: fx.Node, one: Summand, factor: float | None) -> View | None:
 
 def _beside(parts: Sequence[View], along: Sequence[Dim], whole: Dim, axes: Dims, at: fx.Node) -> View | None:
     """Queries or keys beside each other, along their features. Each runs over everything that one of them runs over."""
-    if (known := _uncut(parts, along, whole)) is not None:
-        return known
+    dims = parts[0].dims
+    if dims.count(along[0]) == 1:
+        dim = dims.index(along[0])
+        is_cut = all(v.dims == (*dims[:dim], own, *dims[dim + 1 :]) for v, own in zip(parts, along, strict=True))
+        if is_cut and (known := uncut(at, [view.node for view in parts], dim)) is not None:
+            return View(known, (*dims[:dim], whole, *dims[dim + 1 :]))
     given = [atom for view in parts for atom in atoms(view.dims)]
     everything = [*atoms(axes), *given]
     have = set(refine(given, everything))
@@ -217,26 +222,8 @@ def _beside(parts: Sequence[View], along: Sequence[Dim], whole: Dim, axes: Dims,
         layout = layout_steps(view.dims, (*lead, own), full=True)
         if layout is None:
             return None
-        pieces.append(_cast(at, moved(at, view.node, layout), kind))
+        pieces.append(cast(at, moved(at, view.node, layout), kind))
     return View(draft(at, aten.cat.default, pieces, -1), (*lead, whole))
-
-
-def _uncut(parts: Sequence[View], along: Sequence[Dim], whole: Dim) -> View | None:
-    """The tensor that was cut into these parts, such as a cache of latent and rotary keys; None if there is none."""
-    cuts = [views.cut(view.node) for view in parts]
-    if cuts[0] is None:
-        return None
-    source, dim, _ = cuts[0]
-    dims, start = parts[0].dims, 0
-    for view, own, cut in zip(parts, along, cuts, strict=True):
-        if cut != (source, dim, start) or view.dims != (*dims[:dim], own, *dims[dim + 1 :]):
-            return None
-        start += dim_size(own)
-    return View(source, (*dims[:dim], whole, *dims[dim + 1 :])) if start == shape(source)[dim] else None
-
-
-def _cast(at: fx.Node, node: fx.Node, kind: torch.dtype) -> fx.Node:
-    return node if dtype(node) == kind else draft(at, aten.to.dtype, node, kind)
 
 
 def _digits(dims: Dims, others: Dims) -> list[Atom]:

@@ -19,13 +19,12 @@ from neuron_attn_rewrite.patterns.axes import (
     Atom,
     Dim,
     Dims,
-    Layout,
     atoms,
     axis_dim,
     dim_size,
     layout_steps,
-    run_layout,
 )
+from neuron_attn_rewrite.patterns.moved import cast, moved, uncut
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product
@@ -34,7 +33,6 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 
 aten = torch.ops.aten
-LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ def joined_operand(parts: Sequence[tuple[list[Stage], Dim]], whole: Dim, at: fx.
         pieces = [
             node if order == sorted(order) else draft(at, aten.permute.default, node, order) for node, order in kept
         ]
-        return View(draft(at, aten.cat.default, pieces, at_dim), (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
+        node = uncut(at, pieces, at_dim) or draft(at, aten.cat.default, pieces, at_dim)
+        return View(node, (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
     return None
 
 
@@ -233,6 +232,9 @@ def _alike(one: Term, other: Term) -> bool:
 def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at: fx.Node) -> Term:
     term = next(iter(slot.values()))
     kind = dtype(term.node) if term.kind == "add" else torch.bool
+    cut = _uncut_term(outer, slot, parts, at)
+    if cut is not None:
+        return cut
     pieces: dict[int, fx.Node] = {}
     for i, given in slot.items():
         axes = tuple(parts[i].keys if d == outer.key_dim else dim for d, dim in enumerate(outer.axes))
@@ -240,7 +242,7 @@ def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at
         if layout is None:
             raise Blocked(at, Reason("mask-axes", f"{given.node.name} does not run along the axes of the scores"))
         node = moved(at, given.node, layout)
-        pieces[i] = node if dtype(node) == kind else draft(at, aten.to.dtype, node, kind)
+        pieces[i] = cast(at, node, kind)
     sizes = [max(shape(node)[d] for node in pieces.values()) for d in range(len(outer.axes))]
     whole = []
     for i, part in enumerate(parts):
@@ -258,20 +260,14 @@ def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at
     return replace(term, node=draft(at, aten.cat.default, whole, outer.key_dim), dims=dims)
 
 
-def moved(at: fx.Node, node: fx.Node, layout: Layout) -> fx.Node:
-    """The tensor after the steps of a layout.
-
-    Raises:
-        Blocked: a step needs a size that is a symbol.
-    """
-    result = run_layout(layout, node, lambda op, value, arg: draft(at, LAYOUT_OPS[op], value, _given(at, op, arg)))
-    assert isinstance(result, fx.Node)
-    return result
-
-
-def _given(at: fx.Node, op: str, arg: tuple[int, ...]) -> list[int]:
-    """The order of a permute, or sizes: a single symbol is left to reshape."""
-    open_sizes = [] if op == "permute" else [size for size in arg if not is_number(size)]
-    if len(open_sizes) > (op == "reshape"):
-        raise Blocked(at, Reason("key-blocks", "its parts have open sizes"))
-    return [-1 if size in open_sizes else size for size in arg]
+def _uncut_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at: fx.Node) -> Term | None:
+    """The term of which each part has a piece along its keys."""
+    term = slot[0] if len(slot) == len(parts) else None
+    if term is None or term.dims.count(parts[0].keys) != 1 or not parts[0].keys:
+        return None
+    dim = term.dims.index(parts[0].keys)
+    if any(slot[i].dims != (*term.dims[:dim], part.keys, *term.dims[dim + 1 :]) for i, part in enumerate(parts)):
+        return None
+    node = uncut(at, [slot[i].node for i in range(len(parts))], dim)
+    dims = (*term.dims[:dim], outer.axes[outer.key_dim], *term.dims[dim + 1 :])
+    return None if node is None else replace(term, node=node, dims=dims)

@@ -7,23 +7,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import arguments, is_tensor, op_name, shape
+from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms
+from neuron_attn_rewrite.patterns.axes import Atom, Dims, atoms, dim_size
 from neuron_attn_rewrite.patterns.exponentials import (
     DETACHED,
     MAXIMUM,
     SUM,
     Bases,
     Exponentials,
+    Filled,
     Form,
     Meaning,
     Output,
     Piece,
     Pieces,
     Rows,
+    holds,
     larger_sum,
 )
 from neuron_attn_rewrite.patterns.meanings import Reader, rule, spreads
@@ -69,12 +72,16 @@ def _logsumexp(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | 
 def _maximum(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
     left, right = node.args[0], given.get("other", given.get("min"))
     one, two = _with_sink(r, left, right)
-    if one is not None and r.of(left) is None:
-        one, two = two, one
+    if r.of(left) is None:
+        one, two, right = two, one, left
+    if given.get("max") is None and (limit := r.number(right)) is not None and limit <= 1 and _is_at_least_one(one):
+        return one
     if not isinstance(one, Rows) or one.is_exp or given.get("max") is not None:
         return None
     kind = DETACHED if _only(one.form, DETACHED) else MAXIMUM
     pieces, number = _only(one.form, kind), r.number(right)
+    if number == -math.inf:
+        return one if _sizes(one) == shape(node) else None
     if pieces is not None and number is not None:
         return replace(one, form=Form.of(kind, pieces | {Piece(None, number=number)}))
     if not isinstance(two, Rows) or two.is_exp or two.dims != one.dims:
@@ -92,6 +99,15 @@ def _is_sink(pieces: Pieces | None) -> bool:
     return pieces is not None and len(pieces) == 1 and all(piece.is_sink for piece in pieces)
 
 
+def _is_at_least_one(rows: Meaning | None) -> bool:
+    """Whether this is a sum of exponentials of which the largest is 1."""
+    if not isinstance(rows, Rows) or not rows.is_exp:
+        return False
+    keys, rest = rows.form.as_sum()
+    terms = list(rest.terms)
+    return len(terms) == 1 and terms[0][0] in (MAXIMUM, DETACHED) and terms[0][2] == -1 and holds(keys, terms[0][1])
+
+
 def _only(form: Form, kind: str) -> frozenset[Piece] | None:
     terms = list(form.terms)
     return terms[0][1] if len(terms) == 1 and terms[0][0] == kind and terms[0][2] == 1 else None
@@ -104,6 +120,8 @@ def _only(form: Form, kind: str) -> frozenset[Piece] | None:
 def _exp(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
     inner = node.args[0]
     known = r.of(inner)
+    if isinstance(known, Filled):
+        return Filled(math.exp(known.number)) if known.number <= 0 else None
     if isinstance(known, Rows):
         fine = known.form.bounds()
         keys, rest = known.form.as_sum()
@@ -130,7 +148,7 @@ def _over_scores(r: Reader, node: fx.Node, scores: object, rows: Rows) -> Meanin
     rank = len(shape(node))
     for at in range(rank):
         found = r.piece(scores, at)
-        if found is None or len(rows.dims) != rank or shape(found[0].node) != shape(node):  # type: ignore[arg-type]
+        if found is None or len(rows.dims) != rank or tuple(map(dim_size, found[1])) != shape(node):
             return None
         without = (*found[1][:at], (), *found[1][at + 1 :])
         if rows.dims == without and _is_along(rows.form, at):
@@ -223,12 +241,20 @@ def _add(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None:
     if op_name(node) == "add":
         if isinstance(one, Output) and isinstance(two, Output):
             return _added_outputs(r, one, two)
-        return _sum_of_rows(*_with_sink(r, left, right), r.number(left if one is None else right))
+        for zero, other in ((left, right), (right, left)):
+            if r.number(zero) == 0 and r.of(other) is not None and is_tensor(other) and shape(other) == shape(node):
+                return r.of(other)
+        number = r.number(left if one is None else right)
+        rows = two if one is None else one
+        if number is not None and 0 <= number <= torch.finfo(dtype(node)).eps / 4 and _is_at_least_one(rows):
+            return rows  # the number is lost in rounding
+        return _sum_of_rows(*_with_sink(r, left, right), number)
     one, two = _with_sink(r, left, right)
     if not isinstance(two, Rows) or two.is_exp:
         return None
-    if one is None and (number := r.number(left)) is not None:
-        return replace(two, form=_of_number(number) - two.form)
+    number = r.number(left)
+    if number is not None and _sizes(two) == shape(node):
+        return Filled(number) if number == -math.inf else replace(two, form=_of_number(number) - two.form)
     if not isinstance(one, Rows) or one.dims != two.dims or one.is_exp:
         return None
     return replace(one, form=one.form - two.form, bases=one.bases | two.bases)
@@ -246,6 +272,10 @@ def _sum_of_rows(one: Meaning | None, two: Meaning | None, number: float | None)
         return replace(one, form=one.form + two.form, bases=bases)
     added = one.form.added(two.form)
     return None if added is None else Rows(one.dims, added, is_exp=True, bases=bases)
+
+
+def _sizes(rows: Rows) -> tuple[int, ...]:
+    return tuple(map(dim_size, rows.dims))
 
 
 def _of_number(number: float) -> Form:
@@ -288,9 +318,12 @@ def _scale(r: Reader, node: fx.Node, given: Mapping[str, Any]) -> Meaning | None
     divides = op_name(node) == "div"
     for inner, factor in ((left, right), (right, left))[: 1 if divides else 2]:
         one, two = r.of(inner), r.of(factor)
-        if one is None or not is_tensor(inner) or shape(inner) != shape(node):
+        is_finite = isinstance(two, Rows) and two.is_exp and not two.may_be_infinite
+        if r.number(inner) == 0 and not divides and (is_finite or two == Filled(0.0)):
+            return Filled(0.0)
+        if one is None or isinstance(one, Filled) or not is_tensor(inner) or shape(inner) != shape(node):
             continue
-        if two is None and r.number(factor) == 1:
+        if r.number(factor) == 1:
             return one
         if not isinstance(two, Rows) or not two.is_exp or not spreads(two.dims, one.dims):
             continue

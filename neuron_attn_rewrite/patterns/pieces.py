@@ -10,10 +10,11 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.drafts import draft
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, shape
+from neuron_attn_rewrite.graph.sizes import number_of
 from neuron_attn_rewrite.patterns import meaning_rules as _rules  # noqa: F401  fills a table
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, axis_dim
 from neuron_attn_rewrite.patterns.build import Found, build
-from neuron_attn_rewrite.patterns.exponentials import SUM, Meaning, Output, Piece, holds
+from neuron_attn_rewrite.patterns.exponentials import DETACHED, MAXIMUM, SUM, Meaning, Output, Piece, holds
 from neuron_attn_rewrite.patterns.features import peel_and_join
 from neuron_attn_rewrite.patterns.join import Part, join, joined_deeper, joined_operand
 from neuron_attn_rewrite.patterns.meanings import Reader
@@ -21,7 +22,15 @@ from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.rules import Blocked
 from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
-from neuron_attn_rewrite.patterns.softmax_matmul import between, made_of, operands_made, operands_of, readers_of
+from neuron_attn_rewrite.patterns.softmax_matmul import (
+    between,
+    is_router,
+    made_of,
+    operands_made,
+    operands_of,
+    readers_of,
+)
+from neuron_attn_rewrite.patterns.softmaxes import as_softmax
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.exact import largest
 from neuron_attn_rewrite.values.ranges import Ranges
@@ -39,6 +48,11 @@ class Candidate:
     """The pieces that the sum of exponentials runs over."""
 
     @property
+    def has_pieces(self) -> bool:
+        """Whether it has several products, or a sink."""
+        return len(self.output.summands) > 1 or any(piece.is_sink for piece in self.keys)
+
+    @property
     def anchor(self) -> fx.Node:
         """The first exponential or softmax."""
         return min(summand.exponentials.start for summand in self.output.summands)
@@ -50,9 +64,13 @@ def find_pieces(walk: Walk, graph: fx.Graph) -> Iterator[tuple[AttentionSite | U
     for found in _candidates(reader, graph):
         scores = [piece.node for piece in found.keys if piece.node is not None and not piece.is_sink]
         inside = between(scores, [found.node])
+        if not found.has_pieces and any(_is_softmax(walk, node) for node in inside):
+            continue  # the rules of softmaxes.py read it
         try:
             site = _site(walk, reader, found)
         except Blocked as blocked:
+            if is_router(blocked.node):
+                continue
             site = UnknownAttention(module_path(found.anchor), PATTERN, found.anchor, blocked.reason)
         if isinstance(site, UnknownAttention):
             starts = (summand.exponentials.start for summand in found.output.summands)
@@ -63,24 +81,29 @@ def find_pieces(walk: Walk, graph: fx.Graph) -> Iterator[tuple[AttentionSite | U
 PATTERN = "matmul > softmax in pieces > matmul"
 
 
+def _is_softmax(walk: Walk, node: fx.Node) -> bool:
+    try:
+        return as_softmax(walk, node) is not None
+    except Blocked:
+        return True
+
+
 def _candidates(reader: Reader, graph: fx.Graph) -> Iterator[Candidate]:
-    """The attentions in pieces, without those of a single product: the rules of `softmaxes.py` read these."""
-    known = reader.read(graph)
+    """Each output that is normalised over its keys. Of several that are made of each other, the one with most keys."""
     found: dict[fx.Node, Candidate] = {}
-    first: dict[fx.Node, fx.Node] = {}
-    """For each normalised output, the first node with the same keys."""
-    for node, meaning in known.items():
-        given = _normalised(meaning)
-        if given is None:
+    inner: dict[fx.Node, set[fx.Node]] = {}
+    """The candidates of which a node is a sum or a multiple."""
+    for node, meaning in reader.read(graph).items():
+        if not isinstance(meaning, Output):
             continue
-        assert isinstance(meaning, Output)
-        made_of = [first[n] for n in node.all_input_nodes if n in first]
-        same = next((n for n in made_of if _normalised(known[n]) == given), None)
-        first[node] = same or node
-        if same is None and (len(meaning.summands) > 1 or any(piece.is_sink for piece in given)):
-            found[node] = Candidate(node, meaning, given)
-            for part in made_of:
-                found.pop(part, None)
+        is_product = any(summand.product.node is node for summand in meaning.summands)
+        under = set() if is_product else set().union(*(inner.get(n, ()) for n in node.all_input_nodes))
+        given = _normalised(meaning)
+        if given and not any(found[n].keys == given for n in under):
+            for part in under:
+                del found[part]
+            found[node], under = Candidate(node, meaning, given), {node}
+        inner[node] = under
     yield from found.values()
 
 
@@ -113,17 +136,16 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
             raise Blocked(at, Reason("key-blocks", "its parts do not run along the same rows"))
     if len(sinks) > 1:
         raise Blocked(at, Reason("sink-shape", "more than one sink beside the keys"))
-    count = sum(piece.stop for piece in tensors)
-    all_keys = whole[0][dim] if len(tensors) == 1 else axis_dim(next(walk.fresh_axes), count)
+    count = sum(n.meta["val"].shape[dim] for piece in tensors if (n := piece.node) is not None)
+    all_keys = whole[0][dim] if len(tensors) == 1 else axis_dim(next(walk.fresh_axes), number_of(count))
     axes = (*whole[0][:dim], all_keys, *whole[0][dim + 1 :])
     first = tensors[0].node
     assert first is not None
-    bases = found.output.bases
+    bases = [base for _, base in found.output.bases]
     subtracts_maximum = bool(bases) and all(base == frozenset(found.keys) for base in bases)
     outer = Scores(first, axes, dim, axes, limit=largest(dtype(at)), overflows=not subtracts_maximum)
     if sinks:
-        without = not all(holds(base, frozenset(sinks)) for base in found.output.bases)
-        outer = replace(outer, sink=_sink(found, sinks[0], axes), nan_beside_sink=without, trail=("sink",))
+        outer = replace(outer, sink=_sink(found, sinks[0], axes), trail=("sink",))
     if len(tensors) == 1:
         scores, product = peel_and_join(walk, outer)
         parts = [Part(scores, product)]
@@ -134,7 +156,7 @@ def _site(walk: Walk, reader: Reader, found: Candidate) -> AttentionSite | Unkno
             start = replace(outer, node=piece.node, dims=dims, axes=dims, is_part=True)
             parts.append(Part(*peel_and_join(walk, start)))
         scores, product = join(walk, outer, parts, at)
-    _must_be_finite(walk, found, parts)
+    _must_be_finite(walk, found, tensors, parts)
     value = _value(walk, reader, found, tensors, all_keys, at)
     query, key = query_and_key(walk, scores, product)
     given = [*operands_of(scores), *(summand.value[0] for summand in found.output.summands)]
@@ -190,24 +212,43 @@ def _value(walk: Walk, reader: Reader, found: Candidate, tensors: Sequence[Piece
     return view
 
 
-def _must_be_finite(walk: Walk, found: Candidate, parts: Sequence[Part]) -> None:
-    """Check that a piece with a maximum or sum of its own can't be hidden as a whole.
+def _must_be_finite(walk: Walk, found: Candidate, tensors: Sequence[Piece], parts: Sequence[Part]) -> None:
+    """Check that no maximum or sum of some of the keys can be -inf, which gives NaN.
 
-    Such a piece gives NaN if all of its scores are -inf. If all pieces are hidden by a finite number, the model weighs
-    them in its own way. With one maximum and one sum for all pieces, the model does what a softmax does.
+    If all keys are hidden by a finite number, a maximum of some of them is that number, as the maximum of all is. A
+    logarithm of a sum is not exact there, and the model weighs its parts in its own way. With one maximum and one sum
+    for all keys, the model does what a softmax does.
 
     Raises:
-        Blocked: it may be hidden.
+        Blocked: it may be so.
     """
-    total = frozenset(piece for piece in found.keys if not piece.is_sink)
-    if all(holds(base, total) for base in found.output.bases):
-        return
-    if all(part.scores.terms for part in parts):
-        raise Blocked(found.node, Reason("key-blocks", "each part has a maximum of its own, and all may be hidden"))
+    total = frozenset(tensors)
+    partial = [(kind, base) for kind, base in found.output.bases if not holds(base, total)]
+    if any(kind not in (MAXIMUM, DETACHED) for kind, _ in partial) and all(part.scores.terms for part in parts):
+        raise Blocked(found.node, Reason("key-blocks", "each part has a sum of its own, and all may be hidden"))
     ranges = Ranges(walk.evaluator.changed)
-    for part in parts:
-        if any(_may_be_infinite(term, ranges) for term in part.scores.terms):
+    part_of = {piece.node: part for piece, part in zip(tensors, parts, strict=True)}
+    for _, base in partial:
+        if not any(_is_seen(walk, part_of[piece.node], piece, ranges) for piece in base if piece.node in part_of):
             raise Blocked(found.node, Reason("key-blocks", "a part with a maximum of its own may be hidden by -inf"))
+
+
+def _is_seen(walk: Walk, part: Part, piece: Piece, ranges: Ranges) -> bool:
+    """Whether each row has a score in the piece that is not -inf."""
+    terms = [term for term in part.scores.terms if _may_be_infinite(term, ranges)]
+    tables = walk.tables(terms[0].node) if len(terms) == 1 else None
+    if tables is None:
+        return not terms
+    (term,), seen = terms, torch.tensor(True)
+    for value in (tables[0].lo, tables[0].hi):
+        if term.kind == "add":
+            seen = seen & (value * term.multiplier > -torch.inf)
+        else:
+            seen = seen & (value.bool() == (term.kind == "show"))
+    if term.dims.count(part.keys) == 1:
+        along = term.dims.index(part.keys)
+        seen = seen.narrow(along, piece.start, piece.stop - piece.start).any(along)
+    return bool(seen.all())
 
 
 def _may_be_infinite(term: Term, ranges: Ranges) -> bool:

@@ -183,6 +183,8 @@ def uniform(evaluator: Evaluator, value: object) -> float | None:
         number = None if number is None else number_in(dtype(value), number)
     if number is None and isinstance(value, fx.Node) and op_name(value) in ("zeros_like", "zeros", "new_zeros"):
         number = 0.0
+    if number is None and isinstance(value, fx.Node) and op_name(value) in ("ones_like", "ones", "new_ones"):
+        number = 1.0
     return number
 
 

@@ -125,8 +125,6 @@ class SoftmaxFacts:
     overflows: bool = False
     """Whether all exponentials of a row may be 0, or one may be infinite, as without a maximum that is subtracted. The
     model then gives NaN where a kernel gives numbers."""
-    nan_beside_sink: bool = False
-    """Whether a row of -inf scores gives NaN although there is a sink: it has a maximum or a sum without the sink."""
 
     def facts(self) -> dict[str, Any]:
         """The fields of `SoftmaxFacts` by name, without those of the subclass."""

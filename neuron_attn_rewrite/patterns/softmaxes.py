@@ -92,7 +92,7 @@ def _divisions(total: fx.Node) -> Iterator[fx.Node]:
     for user in total.users:
         if op_name(user) == "div" and user.args[1] is total and isinstance(user.args[0], fx.Node):
             yield user
-        elif op_name(user) in views.RESHAPES | views.EXPANDS | PERMUTES or views.keeps_values(user):
+        elif op_name(user) in views.MOVES or views.keeps_values(user):
             yield from _divisions(user)
 
 

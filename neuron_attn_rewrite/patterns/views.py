@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, op_name, permutation, shape, tensor
+from neuron_attn_rewrite.graph.sizes import is_number
 from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
+MOVES = RESHAPES | EXPANDS | PERMUTES
 IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
 """Operators that return their tensor. detach is not one of them: its gradients differ."""
 CASTS = {"to", "_to_copy", "type_as"}
@@ -131,22 +133,25 @@ def widens(node: fx.Node) -> bool:
 
 
 def cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """A piece of a tensor along one dim, as (tensor, dim, first index); None if the node is none."""
+    """A piece of a tensor along one dim, as (tensor, dim, first index); None if the node is none.
+
+    The size of that dim is a number.
+    """
     name = op_name(node)
     if name in ("slice", "narrow"):
         of, given = source(node), arguments(node)
         dim, start = given["dim"] % len(shape(of)), given["start"] or 0
-        if not isinstance(start, int) or given.get("step", 1) != 1:
+        if not isinstance(start, int) or given.get("step", 1) != 1 or not is_number(shape(of)[dim]):
             return None
         return of, dim, start + shape(of)[dim] if start < 0 else start
     several = node.args[0] if name == "getitem" else None
     if not isinstance(several, fx.Node) or op_name(several) not in ("split", "split_with_sizes", "chunk"):
         return None
     dim, index, values = arguments(several)["dim"], node.args[1], several.meta["val"]
-    lengths = [value.shape[dim] for value in values[:index]]
+    lengths = [value.shape[dim] for value in values]
     if not all(isinstance(length, int) for length in lengths):
         return None
-    return source(several), dim % values[0].dim(), sum(lengths)
+    return source(several), dim % values[0].dim(), sum(lengths[:index])
 
 
 def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:

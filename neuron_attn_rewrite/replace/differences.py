@@ -94,7 +94,8 @@ class Measured:
         counts = torch.ones_like(old, dtype=torch.bool)
         tensors = [values[n] for n in (*(o.node for o in site.operands), *(t.node for t in site.terms))]
         from_operands = any(bool(t.isnan().any()) for t in tensors if t.is_floating_point())
-        if proof.empty_rows is EmptyRows.ANY or (from_operands and not self.nan_is_read(graft)):
+        is_any = proof.empty_rows is EmptyRows.ANY or site.overflows  # the model does not read NaN of either
+        if is_any or (from_operands and not self.nan_is_read(graft)):
             counts = ~old.isnan()
         if self.config.empty_rows == "any":
             empty = self._empty_rows(graft, values)

@@ -200,13 +200,13 @@ MATCH = {
     "a part of one feature": Match(of(one_feature), parts(), bias=DENSE),
     "slopes as a product": Match(of(alibi), parts(), bias=DENSE),
     "a part with a large factor": Match(of(lowered), parts(), bias=DENSE),
-    "a far smaller scale in float16": Match(
-        of(lambda q, k, r, s: q @ k.mT * 0.2 + r @ s.mT / 3000), parts(dtype=torch.float16), bias=DENSE
-    ),
 }
 
 KEEP = {
     "a part that is written in between": Keep(written_between, "is written after", parts()),
+    "a far smaller scale in float16": Keep(
+        of(lambda q, k, r, s: q @ k.mT * 0.2 + r @ s.mT / 3000), "is a dense operand", parts(dtype=torch.float16)
+    ),
     "a part that is read": Keep(read, "its scores are also read", parts()),
 }
 

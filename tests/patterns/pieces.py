@@ -291,6 +291,17 @@ def two(key: float) -> Pieces:
     return attention
 
 
+def guarded(guard: Callable[[Tensor], Tensor]) -> Pieces:
+    """A guard of the shared sum against division by zero."""
+
+    def attention(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+        largest = torch.maximum(old.amax(-1, True), new.amax(-1, True))
+        a, b = (old - largest).exp(), (new - largest).exp()
+        return (a @ vc + b @ vn) / guard(a.sum(-1, True) + b.sum(-1, True))
+
+    return attention
+
+
 def with_weights_read(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> tuple[Tensor, Tensor]:
     a, b = torch.cat([old, new], -1).softmax(-1).split([old.shape[-1], new.shape[-1]], -1)
     return a @ vc + b @ vn, a
@@ -316,6 +327,8 @@ MATCH = {
     "one more key of score 0": Match(of(one_more_key), cached(), scale=0.25, bias=BIAS),
     "one more key of score 0, one product": Match(of(one_more), cached(), SEEN, scale=0.25),
     "one more than the sum": Match(of(plus_one), cached(), SEEN, scale=0.25),
+    "a sum with an epsilon": Match(of(guarded(lambda total: total + 1e-12)), cached(), scale=0.25, bias=BIAS),
+    "a sum of at least an epsilon": Match(of(guarded(lambda total: total.clamp(min=1e-6))), cached(), bias=BIAS),
     "two more than the sum": Match(of(two(2.0)), cached(), SEEN, scale=0.0625),
     "a quarter more than the sum": Match(of(two(0.25)), cached(), SEEN, scale=0.0625),
     "keys and values joined": Match(joined, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
@@ -367,6 +380,9 @@ RIGHT = {
     "values subtracted": Right(of(subtracted), cached()),
     "another exponent in one part": Right(of(other_exponent), cached()),
     "two attentions mixed by a gate": Right(of(weighed), cached()),
+    "a sum with a larger epsilon": Right(of(guarded(lambda total: total + 0.01)), cached()),
+    "a sum of at least 2": Right(of(guarded(lambda total: total.clamp(min=2.0))), cached()),
+    "a sum of at most 2": Right(of(guarded(lambda total: total.clamp(1e-6, 2.0))), cached()),
     "less than the sum": Right(of(two(-0.25)), cached()),
     "block by block": Right(of(online), cached()),
 }

@@ -166,7 +166,7 @@ MATCH = {
 KEEP = {
     "a sink of each row": Keep(of(of_each_row), "not one number a head", with_sink),
     "two sinks": Keep(of(two_sinks), "more than one sink", with_sink),
-    "NaN that is read": Keep(masked(nan_as_five, -torch.inf), "sees no key", with_mask()),
+    "NaN that is read": Keep(masked(nan_as_five, -torch.inf), "reads the NaN", with_mask()),
 }
 
 RIGHT = {

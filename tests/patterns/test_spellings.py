@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.patterns import (
+    blocks,
     features,
     guards,
     heads,
@@ -26,7 +27,7 @@ from tests.patterns import (
 )
 from tests.patterns.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
-FAMILIES = (features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, sinks, softmaxes, traps)
+FAMILIES = (blocks, features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, sinks, softmaxes, traps)
 
 
 def cases() -> Iterator[object]:

@@ -325,6 +325,28 @@ def test_nothing_right_is_put_back(name: str) -> None:
     assert f"on the example and {draws} drawn inputs" in str(report)
 
 
+@pytest.mark.filterwarnings("error::neuron_attn_rewrite.RewriteWarning")
+def test_a_value_that_is_a_piece_of_the_keys_is_not_drawn_apart() -> None:
+    def latent(query: Tensor, key: Tensor) -> Tensor:
+        a, b = key.cos().split((4, 12), -1)
+        scores = query[..., 4:] @ b.mT + query[..., :4] @ a.mT
+        return torch.softmax(scores * 0.25, -1) @ b
+
+    assert rewritten(latent, qkv()[:2]).replaced
+
+
+@pytest.mark.filterwarnings("error::neuron_attn_rewrite.RewriteWarning")
+def test_nan_where_a_sink_gives_zeros_does_not_count() -> None:
+    """The softmax has no sink, and gives NaN in rows that see no key. The gate adds the sink."""
+
+    def gated(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor) -> Tensor:
+        scores = (query @ key.mT * 0.25).masked_fill(attention_mask[:, None, None] == 0, -torch.inf)
+        gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - torch.arange(2.0)[:, None, None])
+        return (torch.softmax(scores, -1) @ value) * gate
+
+    assert rewritten(gated, (*qkv(), ones().tril(-1))).replaced
+
+
 def test_the_report_says_where_no_input_could_be_drawn() -> None:
     (site,) = rewritten(factored, (*qkv(), torch.eye(LENGTH))).replaced
     assert site.draws == 0 and "example-only" in {r.code for r in site.reasons}
