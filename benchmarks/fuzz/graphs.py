@@ -85,15 +85,28 @@ class _Touching(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         for first, _, on in self.regions:
             if n.name == first:
+                self._float_again(not on)
                 self.open.append(torch.autocast("cpu", torch.bfloat16, enabled=on))
                 self.open[-1].__enter__()
         value = super().run_node(n)
         if n.name in self.steps.seeds:
             value = self.steps.touch(n.name, value, is_input=n.op == "placeholder")
-        for _, last, _ in self.regions:
+        for _, last, on in self.regions:
             if n.name == last:
                 self.open.pop().__exit__(None, None, None)
+                self.env[n] = value
+                self._float_again(on)
+                value = self.env[n]
         return value
+
+    def _float_again(self, is_needed: bool) -> None:
+        """Cast what autocast has made, as models do behind it: operators take no two dtypes."""
+        if is_needed:
+            self.env = {n: v.float() if _is_bfloat16(v) else v for n, v in self.env.items()}
+
+
+def _is_bfloat16(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
 @functools.cache
@@ -127,9 +140,10 @@ def draw_regions(graph: fx.Graph, near: list[str], draw: Random) -> Regions:
     """Mostly none; else one region of autocast, perhaps with one inside that turns it off."""
     names = [n.name for n in graph.nodes if n.op == "call_function"]
     known = [i for i, name in enumerate(names) if name in near]
-    if len(known) < 4 or draw.random() < 0.75:
+    if len(known) < 8 or draw.random() < 0.7:
         return []
-    a, b, c, d = sorted(draw.sample(known, 4))
+    half = len(known) // 2
+    a, b, c, d = *sorted(draw.sample(known[:half], 2)), *sorted(draw.sample(known[half:], 2))
     outer = (names[a], names[d], True)
     return [outer, (names[b], names[c], False)] if draw.random() < 0.4 else [outer]
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.fuzz.abuse import edited
 from benchmarks.fuzz.masks import draw_mask
-from benchmarks.fuzz.steps import DTYPES, Memory, Outcome, draw_places
-from neuron_attn_rewrite import RewriteConfig, rewrite
+from benchmarks.fuzz.steps import BIASES, COARSE, DTYPES, ENDS, RANGES, Memory, Outcome, draw_places
+from neuron_attn_rewrite import RewriteConfig, RewriteError, RewrittenModule, rewrite
 
 TIMES = 3
 """On how many hostile inputs a program is compared."""
@@ -31,34 +32,6 @@ LOW = -2_000_000_000
 """Twice it leaves int32."""
 APPLY = ("fill", "where", "half where", "add", "mul add", "int add", "sdpa", "sdpa add", "inplace")
 FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
-
-
-RANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30,
-    "there and back": lambda x: x / 1e15 * 1e15,
-}
-"""Scales whose product is about 1, and whose parts leave the range of the dtype, or not."""
-COARSE: dict[str, Callable[[Tensor], Tensor]] = {
-    "to float16": lambda x: x.half(),
-    "range of float16": lambda x: x.half() / 300 / 300 * 300 * 300,
-    "far in bfloat16": lambda x: x.bfloat16() + 500 - 500,
-}
-"""What else is done to scores, in 16 bits."""
-BIASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "far in bfloat16": lambda x: x.bfloat16() + 1000 - 1000,
-    "far in float16": lambda x: x.half() + 3000 - 3000,
-    "two in bfloat16": lambda x: (x * 99).bfloat16() + (x * -98).bfloat16(),
-    "two in float32": lambda x: x + x.flip(-1),
-    "in float16": lambda x: x.half(),
-    "in int8": lambda x: (x.clamp(-3, 3) * 60).to(torch.int8).float() / 60,
-    "wrapping in int8": lambda x: ((x.clamp(-3, 3) * 30).to(torch.int8) * 8).float() / 99,
-}
-ENDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nan_to_num 1": lambda x: x.nan_to_num(1.0),
-    "where isnan": lambda x: torch.where(x.isnan(), 0.5, x),
-    "x == x": lambda x: x.masked_fill(x != x, 2.0),
-}
-"""What reads NaN behind the attention."""
 
 
 class Program(nn.Module):
@@ -275,23 +248,35 @@ def attack(seed: int, memory: bool = False) -> Outcome:
             rewritten = rewrite(program, program.inputs(None), config=CONFIG)
         except Exception as error:
             return Outcome(words, None, f"{type(error).__name__}: {error}")
+    wrong = None
     for other in (None, *range(1, TIMES + 1)):
-        inputs = program.inputs(other)
-        old = run(program, inputs, with_gradients=not memory)
-        try:
-            new = run(rewritten, inputs, with_gradients=not memory)
-        except Exception as error:
-            return Outcome(words, rewritten, f"inputs {other}: {type(error).__name__}: {error}")
-        # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
-        # are rounded to what is left of them beside a large number.
-        sees = program.seen(*inputs[3:8])
-        sees = (sees & (inputs[8] > ROUNDING[0]) if program.low else sees).any(-1, keepdim=True)
-        means = bool(sees.all()) and bool(old[0].isfinite().all())
-        if program.fill in ROUNDING:
-            old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
-        for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
-            if differs(a, b, program.tolerance):
-                return Outcome(
-                    words, rewritten, f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
-                )
-    return Outcome(words, rewritten)
+        wrong = wrong or compared(program, rewritten, other, memory)
+    draw = Random(-2 - seed)
+    if wrong or draw.random() < 0.5:
+        return Outcome(words, rewritten, wrong)
+    with edited(program, rewritten, draw) as how:
+        return Outcome(words, rewritten, compared(program, rewritten, 1, memory, how))
+
+
+def compared(program: Program, rewritten: RewrittenModule, seed: int | None, memory: bool, how: str = "") -> str | None:
+    """How the rewritten program differs from the program on the inputs of a seed. None if it does not.
+
+    `how` says how the program was changed since the rewrite: then the call may be refused.
+    """
+    inputs, where = program.inputs(seed), f"inputs {seed} {how}"
+    old = run(program, inputs, with_gradients=not memory)
+    try:
+        new = run(rewritten, inputs, with_gradients=not memory)
+    except Exception as error:
+        return None if how and isinstance(error, RewriteError) else f"{where}: {type(error).__name__}: {error}"
+    # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
+    # are rounded to what is left of them beside a large number.
+    sees = program.seen(*inputs[3:8])
+    sees = (sees & (inputs[8] > ROUNDING[0]) if program.low else sees).any(-1, keepdim=True)
+    means = bool(sees.all()) and bool(old[0].isfinite().all())
+    if program.fill in ROUNDING:
+        old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
+    for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
+        if differs(a, b, program.tolerance):
+            return f"{where}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
+    return None

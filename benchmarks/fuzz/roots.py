@@ -77,8 +77,8 @@ ROOTS = {
     "nobody reads NaN": Root("masks.nan_readers:nan_is_read", always(False), ("plain",)),
     "empty rows are alike": Root("masks.empty_rows:empty_row_value", always(EmptyRows.ANY), ("plain",)),
     "every row sees a key": Root("masks.prove:_sees_a_key", always(True), ("plain",)),
-    "proven values are not compared": Root("module:RewrittenModule._check_proven_values", always(None)),
-    "proven values are not noted": Root("graph.held:values_read", always(frozenset())),
+    "proven values are not compared": Root("module:RewrittenModule._check_proven_values", always(None), ("plain",)),
+    "proven values are not noted": Root("graph.held:values_read", always(frozenset()), ("plain",)),
     "autocast": Root("capture.autocast:insert_casts", always(None)),
 }
 

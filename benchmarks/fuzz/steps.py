@@ -91,6 +91,34 @@ FOLDS: dict[str, Step] = {
 """Each gives other numbers of the same shape and, but for bools, of the same dtype. Some leave the range of a dtype."""
 
 
+RANGES: dict[str, Step] = {
+    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30,
+    "there and back": lambda x: x / 1e15 * 1e15,
+}
+"""Scales whose product is about 1, and whose parts leave the range of the dtype, or not."""
+COARSE: dict[str, Step] = {
+    "to float16": lambda x: x.half(),
+    "range of float16": lambda x: x.half() / 300 / 300 * 300 * 300,
+    "far in bfloat16": lambda x: x.bfloat16() + 500 - 500,
+}
+"""What else is done to scores, in 16 bits."""
+BIASES: dict[str, Step] = {
+    "far in bfloat16": lambda x: x.bfloat16() + 1000 - 1000,
+    "far in float16": lambda x: x.half() + 3000 - 3000,
+    "two in bfloat16": lambda x: (x * 99).bfloat16() + (x * -98).bfloat16(),
+    "two in float32": lambda x: x + x.flip(-1),
+    "in float16": lambda x: x.half(),
+    "in int8": lambda x: (x.clamp(-3, 3) * 60).to(torch.int8).float() / 60,
+    "wrapping in int8": lambda x: ((x.clamp(-3, 3) * 30).to(torch.int8) * 8).float() / 99,
+}
+ENDS: dict[str, Step] = {
+    "nan_to_num 1": lambda x: x.nan_to_num(1.0),
+    "where isnan": lambda x: torch.where(x.isnan(), 0.5, x),
+    "x == x": lambda x: x.masked_fill(x != x, 2.0),
+}
+"""What reads NaN behind the attention."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How the attack of one seed ends."""
