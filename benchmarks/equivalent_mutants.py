@@ -26,6 +26,12 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
         },
     },
+    "masks/elementwise.py": {
+        "a limit of effort": {"if len(out) + len(stack) > MOST_CASES:": EVERY},
+        "it only drops cases that are impossible": {
+            "if not guard or not case.guard or not e.impossible(both):": EVERY,
+        },
+    },
     "masks/fit.py": {
         "the chunks of one key are a band of one key, which is tried first": {
             "begins = i[seen & (first == i) & (i > 0)]": (("i > 0", "i > 1"),),

@@ -28,8 +28,6 @@ Program = Callable[[Any], Tensor]
 class Inputs:
     """positions, mask, flags [ROWS, COLUMNS], wide [ROWS, WIDTH], cached [COLUMNS], lengths [ROWS]; and indices."""
 
-    NAMES = ("positions", "mask", "flags", "wide", "cached", "lengths")
-
     def __init__(self, *values: Tensor) -> None:
         self.p, self.m, self.f, self.wide, self.c, self.n = values
 
@@ -60,13 +58,19 @@ def draw() -> tuple[Tensor, ...]:
     return positions, mask.long(), flags, wide, torch.randint(-1, 7, (COLUMNS,)), torch.randint(0, 7, (ROWS,))
 
 
-def found(program: Program, kind: str, fill: float = -torch.inf) -> tuple[Conditions | Unproven, Any]:
+def with_inputs(program: Program) -> Callable[..., Tensor]:
+    """The program as a function of the tensors that `draw` gives, which are named like this in its graph."""
+
     def function(
         positions: Tensor, mask: Tensor, flags: Tensor, wide: Tensor, cached: Tensor, lengths: Tensor
     ) -> Tensor:
         return program(Inputs(positions, mask, flags, wide, cached, lengths))
 
-    module = graph_of(function, draw())
+    return function
+
+
+def found(program: Program, kind: str, fill: float = -torch.inf) -> tuple[Conditions | Unproven, Any]:
+    module = graph_of(with_inputs(program), draw())
     (node,) = module.graph.output_node().all_input_nodes
     dims = axis_dim(BATCH, ROWS), axis_dim(HEAD, 1), axis_dim(QUERY, COLUMNS), axis_dim(KEY, COLUMNS)
     shape = node.meta["val"].shape
