@@ -26,9 +26,36 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
         },
     },
+    "masks/elementwise.py": {
+        "a limit of effort": {"if len(out) + len(stack) > MOST_CASES:": EVERY},
+        "it only drops cases that are impossible": {
+            "if not guard or not case.guard or not e.impossible(both):": EVERY,
+        },
+    },
     "masks/fit.py": {
         "the chunks of one key are a band of one key, which is tried first": {
             "begins = i[seen & (first == i) & (i > 0)]": (("i > 0", "i > 1"),),
+        },
+    },
+    "masks/growing.py": {
+        "no kernel takes a condition on two elements of one axis": {
+            "if pair is None or one.constant or -one not in given or _axis(pair[0]) > _axis(pair[1]):": (
+                ("> _", ">= _"),
+            ),
+        },
+        "both are of one row": {
+            "for far, place, step in _steps(pair[0], e):": (("[0]", "[ 1]"), ("[0]", "[ -1]")),
+            "others = (*pair[0].index[:-1], pair[0].index[-1] - place)": (
+                ("*pair[0]", "*pair[ 1]"),
+                ("*pair[0]", "*pair[ -1]"),
+                (", pair[0]", ", pair[ 1]"),
+                (", pair[0]", ", pair[ -1]"),
+            ),
+        },
+        "any number less than the axis of the query will do": {
+            "return max((of.axis for of in number.index[-1].variables() if isinstance(of, Index)), default=-1)": tuple(
+                ("default=-1", f"default={number}") for number in ("1", "- 0", "- 2")
+            ),
         },
     },
     "masks/movement.py": {

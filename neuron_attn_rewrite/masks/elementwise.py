@@ -198,7 +198,7 @@ def _integer(e: Elements, value: Any, kind: torch.dtype) -> Affine:
     if isinstance(value, (fx.Node, torch.SymInt, int)) and not isinstance(value, bool):
         return e.size(value)
     number = number_in(kind, value) if isinstance(value, (bool, float)) else float("nan")
-    if not math.isfinite(number) or number != int(number):
+    if not math.isfinite(number):
         raise Unknown("a number that varies is not an integer")
     return Affine(int(number))
 
@@ -234,7 +234,7 @@ def _decided(node: fx.Node, name: str, values: dict[fx.Node, Value]) -> Value | 
     if dtype(node) != torch.bool or name not in DECIDES:
         return None
     decisive = Affine(DECIDES[name])
-    return decisive if any(v == decisive and dtype(n) == torch.bool for n, v in values.items()) else None
+    return decisive if decisive in values.values() else None
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Value]) -> Value:

@@ -28,8 +28,6 @@ Program = Callable[[Any], Tensor]
 class Inputs:
     """positions, mask, flags [ROWS, COLUMNS], wide [ROWS, WIDTH], cached [COLUMNS], lengths [ROWS]; and indices."""
 
-    NAMES = ("positions", "mask", "flags", "wide", "cached", "lengths")
-
     def __init__(self, *values: Tensor) -> None:
         self.p, self.m, self.f, self.wide, self.c, self.n = values
 
@@ -47,7 +45,15 @@ class Inputs:
     @property
     def part(self) -> Tensor:
         """The number of the sequence to which a position belongs."""
-        return (self.p.diff(dim=1, prepend=self.p[:, :1] - 1) != 1).cumsum(1)
+        return self.breaks(self.p, torch.ne).cumsum(1)
+
+    def breaks(self, positions: Tensor, compare: Callable[[Tensor, int], Tensor]) -> Tensor:
+        return compare(positions.diff(dim=1, prepend=positions[:, :1] - 1), 1)
+
+    def diagonal(self, offset: int) -> Tensor:
+        """Elements [i, i + offset] of a matrix of numbers."""
+        numbers = self.wide[0].cumsum(0)
+        return (numbers[:, None] * numbers)[torch.arange(COLUMNS), torch.arange(COLUMNS) + offset]
 
     def since(self, at: Tensor) -> Tensor:
         return at[None, None] - self.n[:, None, None, None]
@@ -60,13 +66,19 @@ def draw() -> tuple[Tensor, ...]:
     return positions, mask.long(), flags, wide, torch.randint(-1, 7, (COLUMNS,)), torch.randint(0, 7, (ROWS,))
 
 
-def found(program: Program, kind: str, fill: float = -torch.inf) -> tuple[Conditions | Unproven, Any]:
+def with_inputs(program: Program) -> Callable[..., Tensor]:
+    """The program as a function of the tensors that `draw` gives, which are named like this in its graph."""
+
     def function(
         positions: Tensor, mask: Tensor, flags: Tensor, wide: Tensor, cached: Tensor, lengths: Tensor
     ) -> Tensor:
         return program(Inputs(positions, mask, flags, wide, cached, lengths))
 
-    module = graph_of(function, draw())
+    return function
+
+
+def found(program: Program, kind: str, fill: float = -torch.inf) -> tuple[Conditions | Unproven, Any]:
+    module = graph_of(with_inputs(program), draw())
     (node,) = module.graph.output_node().all_input_nodes
     dims = axis_dim(BATCH, ROWS), axis_dim(HEAD, 1), axis_dim(QUERY, COLUMNS), axis_dim(KEY, COLUMNS)
     shape = node.meta["val"].shape
@@ -220,6 +232,29 @@ SHOW: dict[str, tuple[Program, set[str]]] = {
         lambda x: x.key <= x.wide.cumsum(1)[:, None, 1:6, None],
         {"key <= cumsum[batch, query + 1]"},
     ),
+    "parts of a single row": (
+        lambda x: x.pairs((x.c > 1).cumsum(0), torch.le),
+        {"key <= first(cumsum >= cumsum[query] + 1) - 1 !"},
+    ),
+    "packed in a single tensor": (
+        lambda x: x.pairs((x.c.diff(prepend=x.c[:1] - 1) != 1).cumsum(0), torch.eq) & x.pairs(x.c, torch.le),
+        {"causal(offset=0)", "key >= first(cumsum >= cumsum[query]) !"},
+    ),
+    "packed, up to a position": (
+        lambda x: x.pairs(x.part, torch.eq) & (x.by_key(x.p) <= x.c[:, None]),
+        {OWN, UP_TO_OWN, "key <= cached[query] - positions[batch, query] + query"},
+    ),
+    "packed by the one before the last": (
+        lambda x: (
+            x.pairs((x.wide.cumsum(1)[:, 2:] - x.wide.cumsum(1)[:, :-2] != 1).cumsum(1), torch.eq)
+            & x.pairs(x.wide.cumsum(1)[:, 2:], torch.le)
+        ),
+        {
+            UP_TO_OWN.replace("cumsum", "cumsum_2"),
+            OWN.replace("cumsum", "cumsum_2"),
+            "key <= first(cumsum_3 >= cumsum_3[batch, query + 2] + 1) - 3 !",
+        },
+    ),
     "a bool for all": (lambda x: x.c * 0.3 > 0.5, {"gt[0:]"}),
     "parts in int32": (
         lambda x: x.pairs(x.f.cumsum(1, dtype=torch.int32), torch.le),
@@ -266,6 +301,36 @@ UNPROVEN: dict[str, tuple[Program, str]] = {
     "sums of any numbers": (lambda x: x.pairs(x.p.cumsum(1), torch.le), CONDITION),
     "sums of minus one": (lambda x: x.pairs((-x.f.long()).cumsum(1), torch.le), CONDITION),
     "two parts": (lambda x: x.pairs(x.part * 2, torch.le), CONDITION),
+    "parts in order, by positions": (lambda x: x.pairs(x.part, torch.le) & x.pairs(x.p, torch.le), CONDITION),
+    "the part before, by positions": (
+        lambda x: (x.by_key(x.part) + 1 == x.part[:, None, :, None]) & x.pairs(x.p, torch.le),
+        CONDITION,
+    ),
+    "the part of another row": (
+        lambda x: (x.by_key(x.part) == x.part.flip(0)[:, None, :, None]) & x.pairs(x.p, torch.le),
+        CONDITION,
+    ),
+    "the part of another tensor": (
+        lambda x: (x.by_key(x.part) == x.wide.cumsum(1)[:, None, :5, None]) & x.pairs(x.p, torch.le),
+        CONDITION,
+    ),
+    "parts between twos": (lambda x: x.pairs((x.p != 2).cumsum(1), torch.eq) & x.pairs(x.p, torch.le), CONDITION),
+    "packed along a diagonal": (
+        lambda x: x.pairs((x.diagonal(1) - x.diagonal(0) != 1).cumsum(0), torch.eq) & x.pairs(x.diagonal(1), torch.le),
+        CONDITION,
+    ),
+    "packed, whatever the second is": (
+        lambda x: x.pairs(((x.key != 1) & x.breaks(x.p, torch.ne)).cumsum(1), torch.eq) & x.pairs(x.p, torch.le),
+        CONDITION,
+    ),
+    "sums that fall at the end": (
+        lambda x: x.pairs(torch.where(x.key == 4, -1, x.f.long()).cumsum(1), torch.le),
+        CONDITION,
+    ),
+    "windows of positions that rise": (
+        lambda x: x.pairs(x.breaks(x.p, torch.lt).cumsum(1), torch.eq) & x.pairs(x.p, lambda k, q: k > q - 2),
+        CONDITION,
+    ),
     "packed, positions of the other": (lambda x: x.pairs(x.part, torch.eq) & x.pairs(x.p.flip(0), torch.le), CONDITION),
     "packed, other positions": (lambda x: x.pairs(x.part, torch.eq) & x.pairs(x.c[None], torch.le), CONDITION),
     "parts of the other": (lambda x: x.pairs(x.part.flip(0), torch.eq), CONDITION),

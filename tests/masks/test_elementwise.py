@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from neuron_attn_rewrite.masks.affine import Affine
+from neuron_attn_rewrite.masks.cases import Case
+from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from tests.masks.elements import assert_each_element, assert_unknown
 
 ROWS, COLUMNS = 3, 5
@@ -99,6 +102,12 @@ KNOWN: dict[str, Program] = {
     "product of bools": lambda p, m, f: f * (p > 0),
     "sum of bools": lambda p, m, f: f + (p > 0),
     "and of numbers": lambda p, m, f: m & m.flip(1),
+    "or of integers": lambda p, m, f: f.long() | ((p > 0).long() * 2),
+    "product of integers": lambda p, m, f: f.long() * ((p > 0).long() * 2),
+    "or of the logical kind": lambda p, m, f: torch.logical_or(f.long() * 2, (p > 0).long()),
+    "filled with a float": lambda p, m, f: p.masked_fill(f, 7.0),
+    "positions as their kind": lambda p, m, f: p.type_as(m),
+    "constants as their kind": lambda p, m, f: torch.ones(ROWS, COLUMNS).type_as(m),
     "or of three": lambda p, m, f: f | (p > 0) | (m == 0),
     "and with one bool for all": lambda p, m, f: f & f[:1, :1],
     "the same twice": lambda p, m, f: f & f,
@@ -116,7 +125,8 @@ UNKNOWN: dict[str, tuple[Program, str]] = {
     "positions as floats": (lambda p, m, f: p.float(), "may leave the range"),
     "positions and a half": (lambda p, m, f: p + 0.5, "not an integer|may leave the range"),
     "int64 as int32": (lambda p, m, f: p.int(), "may overflow"),
-    "a square": (lambda p, m, f: torch.bitwise_xor(p, 2), "no rule for"),
+    "positions or minus infinity": (lambda p, m, f: torch.where(f, p, -torch.inf), "not an integer"),
+    "another operator": (lambda p, m, f: torch.bitwise_xor(p, 2), "no rule for"),
     "too large in int32": (lambda p, m, f: torch.arange(COLUMNS, dtype=torch.int32) * 2**30, "leave the range"),
     "too large in int8": (lambda p, m, f: torch.arange(200).to(torch.int8), "leave the range"),
     "more cases than are followed": (flags(7), "too many cases"),
@@ -132,3 +142,32 @@ def test_each_element(name: str) -> None:
 def test_no_rule(name: str) -> None:
     program, words = UNKNOWN[name]
     assert_unknown(named(program), draw, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_narrow_integers_are_widened(dtype: torch.dtype) -> None:
+    def numbers() -> tuple[Tensor]:
+        return (torch.randint(0, 100, (ROWS,)).to(dtype),)
+
+    assert_each_element(lambda small: small.to(torch.int64) * 300, numbers)
+    assert_each_element(lambda small: small.to(torch.int32) + 300, numbers)
+    if dtype != torch.int32:
+        assert_unknown(lambda small: small + small, numbers, "may leave the range")
+
+
+def test_a_device_and_a_size_that_are_read_from_a_tensor() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    device = graph.call_function(getattr, (x, "device"))
+    ones = graph.call_function(torch.ops.aten.ones.default, ([2],))
+    moved = graph.call_function(torch.ops.aten.to.device, (ones, device, torch.int64))
+    size = graph.call_function(torch.ops.aten.sym_size.int, (x, 0))
+    total = graph.call_function(torch.ops.aten.add.Tensor, (moved, size))
+    graph.output(total)
+    integers = torch.ones(2).long()
+    values = (x, torch.ones(4)), (ones, torch.ones(2)), (moved, integers), (size, 4), (total, integers)
+    for node, value in values:
+        node.meta["val"] = value
+    evaluator = SymbolicEvaluator(fx.GraphModule({}, graph), changed=frozenset())
+    assert evaluator.cases(moved, (Affine(1),)) == (Case(frozenset(), Affine(1)),)
+    assert evaluator.cases(total, (Affine(1),)) == (Case(frozenset(), Affine(5)),)

@@ -1,0 +1,159 @@
+"""What is read of a mask element by element, against the mask itself, with blocks of any height."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.masks import read as module_read
+from neuron_attn_rewrite.masks.read import Reading, hiding, read
+from neuron_attn_rewrite.masks.spec import Unproven
+from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.values.evaluator import Evaluator
+from tests.masks.elements import Values
+from tests.masks.test_conditions import COLUMNS, LOW, ROWS, Program, draw, with_inputs
+from tests.masks.test_soundness import graph_of
+
+HEADS = 3
+DIMS = axis_dim(0, ROWS), axis_dim(1, HEADS), axis_dim(2, COLUMNS), axis_dim(3, COLUMNS)
+
+
+def found(program: Program, kind: str = "show", fill: float = -torch.inf) -> tuple[Reading | Unproven, Any, Evaluator]:
+    module = graph_of(with_inputs(program), draw())
+    (node,) = module.graph.output_node().all_input_nodes
+    shape = node.meta["val"].shape
+    at = tuple(dim if size > 1 else () for dim, size in zip(DIMS[-len(shape) :], shape, strict=True))
+    evaluator = Evaluator(module, frozenset())
+    return read(Term(kind, node, at, fill=fill), DIMS, evaluator), module, evaluator
+
+
+def shown(of: Reading, known: Values, evaluator: Evaluator) -> Tensor:
+    """Bool [ROWS, 1, COLUMNS, COLUMNS]."""
+    first, end = of.rows[:, :, None].unbind(1)
+    key = torch.arange(COLUMNS)
+    seen = ((first <= key) & (key < end)).expand(ROWS, 1, COLUMNS, COLUMNS)
+    if of.cells is None:
+        return seen
+    bits = torch.cat([(known.values[leaf.node] != 0).flatten() for leaf in evaluator.leaves])
+    shows = (bits[of.cells.clamp_min(0)] != of.inverted) | (of.cells < 0)
+    return seen & shows[:, None, None]
+
+
+Case = tuple[str, Program, float]
+READ: dict[str, Case] = {
+    "all": ("show", lambda x: torch.ones(1, COLUMNS), -torch.inf),
+    "nothing": ("show", lambda x: torch.zeros(COLUMNS, COLUMNS), -torch.inf),
+    "causal": ("show", lambda x: x.key <= x.row, -1e4),
+    "future": ("hide", lambda x: x.key > x.row, LOW),
+    "as numbers": ("show", lambda x: (x.key <= x.row).float() * 3, LOW),
+    "window": ("show", lambda x: (x.key <= x.row) & (x.key > x.row - 2), LOW),
+    "the same for each head": ("show", lambda x: (x.key <= x.row).expand(ROWS, HEADS, COLUMNS, COLUMNS), LOW),
+    "flags": ("show", lambda x: x.by_key(x.f), LOW),
+    "no flags": ("show", lambda x: ~x.by_key(x.f), LOW),
+    "hidden by flags": ("hide", lambda x: x.by_key(x.f), LOW),
+    "mask": ("show", lambda x: x.by_key(x.m), LOW),
+    "mask, in bytes": ("hide", lambda x: x.by_key(x.m.to(torch.uint8) * 200), LOW),
+    "flags, reversed": ("show", lambda x: x.by_key(x.f.flip(1)), LOW),
+    "flags of the other": ("show", lambda x: x.by_key(x.f.flip(0)), LOW),
+    "flags of the first": ("show", lambda x: x.f[:1], LOW),
+    "one flag": ("show", lambda x: x.f[:, None, None, :1], LOW),
+    "flags and causal": ("show", lambda x: x.by_key(x.f) & (x.key <= x.row), LOW),
+    "flags and mask": ("show", lambda x: torch.where(x.key < 2, x.by_key(x.f), x.by_key(x.m) == 1), LOW),
+    "flags of rows that see them": ("show", lambda x: x.by_key(x.f) & (x.key <= 2) & (x.row > 1), LOW),
+    "wide flags for each head": (
+        "show",
+        lambda x: (x.by_key(x.wide[:, 1:6]) & (x.key <= x.row)).expand(ROWS, HEADS, -1, -1),
+        LOW,
+    ),
+    "added": ("add", lambda x: torch.zeros(COLUMNS, COLUMNS).masked_fill(x.key > x.row, LOW), 0.0),
+    "added flags": ("add", lambda x: (1.0 - x.by_key(x.f).float()) * LOW, 0.0),
+    "added flags, causal": (
+        "add",
+        lambda x: torch.zeros(ROWS, 1, COLUMNS, COLUMNS).masked_fill(~(x.by_key(x.f) & (x.key <= x.row)), -1e9),
+        0.0,
+    ),
+    "two numbers added": ("add", lambda x: torch.where(x.key > x.row, LOW, torch.where(x.key == 0, -1e9, 0.0)), 0.0),
+    "nothing hidden": ("add", lambda x: torch.zeros(1, COLUMNS), 0.0),
+}  # fmt: skip
+FILLS = {
+    "two numbers added": None,
+    "nothing hidden": None,
+    "added": LOW,
+    "added flags": LOW,
+    "added flags, causal": -1e9,
+}
+"""The numbers by which added tensors hide keys. The others hide by their own."""
+UNREAD: dict[str, tuple[str, Program, float, str]] = {
+    "for each head": ("show", lambda x: x.key < torch.arange(HEADS)[:, None, None], LOW, "mask-per-head"),
+    "for each batch element": ("show", lambda x: x.key < torch.arange(ROWS)[:, None, None, None], LOW, "mask-per-head"),
+    "holes": ("show", lambda x: x.key != 1, LOW, "mask-not-interval"),
+    "pairs": ("show", lambda x: x.f[:, None, None] == x.f[:, None, :, None], LOW, "mask-two-inputs"),
+    "a sum": ("add", lambda x: (x.by_key(x.f).float() + x.f[:, None, :, None].float()) * LOW, 0.0, "mask-two-inputs"),
+    "flags or causal": ("show", lambda x: x.by_key(x.f) | (x.key <= x.row), LOW, "mask-padding"),
+    "some flags": ("show", lambda x: x.by_key(x.f) | (x.key < 2), LOW, "mask-padding"),
+    "flags of queries": ("show", lambda x: x.f[:, None, :, None], LOW, "mask-padding"),
+    "flags that hide and show": ("show", lambda x: x.by_key(x.f) ^ (x.key < 2), LOW, "mask-padding"),
+    "positions": ("add", lambda x: x.by_key(x.p), 0.0, "mask-computed"),
+    "filled with -5": ("show", lambda x: x.key <= x.row, -5.0, "mask-weak-fill"),
+    "added -5": ("add", lambda x: torch.where(x.key > x.row, -5.0, 0.0), 0.0, "mask-bias"),
+    "added flags of -5": ("add", lambda x: x.by_key(x.f).float() * -5.0, 0.0, "mask-bias"),
+    "added no flags of -5": ("add", lambda x: (1 - x.by_key(x.f).float()) * -5.0, 0.0, "mask-bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [2**20, 1, 2 * COLUMNS])
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_read, "BLOCK", block)
+    kind, program, fill = READ[name]
+    of, module, evaluator = found(program, kind, fill)
+    assert isinstance(of, Reading), of
+    assert of.fill == FILLS.get(name, fill)
+    (node,) = module.graph.output_node().all_input_nodes
+    for _ in range(3):
+        known = Values(module, draw())
+        held = (known.values[node] == 0) == (kind != "show")
+        assert torch.equal(
+            shown(of, known, evaluator).expand(ROWS, HEADS, -1, -1), held.expand(ROWS, HEADS, COLUMNS, COLUMNS)
+        )
+
+
+@pytest.mark.parametrize("block", [2**20, 1])
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_not_read(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_read, "BLOCK", block)
+    kind, program, fill, code = UNREAD[name]
+    of, _, _ = found(program, kind, fill)
+    assert isinstance(of, Unproven) and of.reason.code == code
+
+
+def test_other_axes_are_not_read() -> None:
+    module = graph_of(lambda f: f.logical_not(), (torch.ones(COLUMNS, COLUMNS, dtype=torch.bool),))
+    (node,) = module.graph.output_node().all_input_nodes
+    of = read(Term("show", node, (axis_dim(4, COLUMNS), DIMS[3])), DIMS, Evaluator(module, frozenset()))
+    assert isinstance(of, Unproven) and of.reason.code == "mask-axes"
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([0.0, 0.0], set()),
+        ([0.0, LOW], {LOW}),
+        ([LOW, LOW], {LOW}),
+        ([0.0, -1e9, LOW, -2e9], {LOW, -1e9}),
+        ([0.0, -5.0], None),
+        ([0.0, LOW, -5.0], None),
+        ([0.0, LOW, 5.0], None),
+        ([0.0, float("nan")], None),
+        ([-1e9, LOW], {LOW, -1e9}),
+    ],
+)
+def test_the_numbers_that_hide(values: list[float], found: set[float] | None) -> None:
+    held = torch.tensor(values)
+    module = graph_of(lambda x: x + 1, (held,))
+    (node,) = module.graph.output_node().all_input_nodes
+    assert hiding(held, held == 0, Term("add", node, ())) == found
