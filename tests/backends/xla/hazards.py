@@ -60,6 +60,28 @@ class Naive(nn.Module):
         return scores.softmax(-1) @ x
 
 
+class Biased(nn.Module):
+    """As in T5: a table gives the first attention a bias with the size of the second one's scores."""
+
+    def __init__(self, second: Any = F.scaled_dot_product_attention, first: Any = None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 2)
+        self.first, self.second = first or F.scaled_dot_product_attention, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(12, device=x.device)
+        bias = self.table((places - places[:, None]).clamp(-1, 1) + 1).permute(2, 0, 1)[None]
+        return self.second(*[self.first(x, x, x, bias)] * 3)  # type: ignore[no-any-return]
+
+
+def native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT * 8**-0.5).softmax(-1) @ value
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.neuron_attn.flash_fwd(query, key, value, scale=8**-0.5, bias=bias)  # type: ignore[no-any-return]
+
+
 def padded(ones: bool = False) -> Tensor:
     mask = torch.ones(1, 12, dtype=torch.int64)
     mask[:, 9:] = int(ones)
@@ -88,7 +110,15 @@ def main() -> dict[str, Any]:
     scores.report = naive.report  # type: ignore[assignment]
     calls[1].replace_all_uses_with(calls[0])
     lost.recompile()
+    biased = rewrite_for_trace(Biased(), Q, RewriteConfig(policy="always", require="all"))
+    half = Biased(native, flash)
+    half.report = biased.report  # type: ignore[assignment]
+    t5 = next(family for family in FAMILIES if family.name == "t5")
+    t5_call = t5.call("right")
     return {
+        "bias": problems(biased, Q)
+        + problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values()),
+        "native beside a bias": problems(half, Q),
         "baked device": problems(Baked(), Q[0, 0], padded()),
         "op with a CPU kernel only": problems(OnlyCpu(), Q),
         "fallback": problems(Fallback(), Q),
