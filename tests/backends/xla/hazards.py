@@ -115,6 +115,7 @@ def main() -> dict[str, Any]:
     half.report = biased.report  # type: ignore[assignment]
     t5 = next(family for family in FAMILIES if family.name == "t5")
     t5_call = t5.call("right")
+    t5_left = problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values())
     return {
         "bias": problems(biased, Q)
         + problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values()),
