@@ -117,8 +117,7 @@ def main() -> dict[str, Any]:
     t5_call = t5.call("right")
     t5_left = problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values())
     return {
-        "bias": problems(biased, Q)
-        + problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values()),
+        "bias": problems(biased, Q) + t5_left,
         "native beside a bias": problems(half, Q),
         "baked device": problems(Baked(), Q[0, 0], padded()),
         "op with a CPU kernel only": problems(OnlyCpu(), Q),
