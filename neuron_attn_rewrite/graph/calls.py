@@ -45,6 +45,7 @@ def arguments_of(
                 "Pass it as an example input and rewrite again."
             )
     symbols: dict[Any, int] = {}
+    sums: list[tuple[str, Any, int]] = []
     for name, values in expected.items():
         was, is_left_out = _describe(values), name not in given
         if is_left_out:
@@ -56,10 +57,13 @@ def arguments_of(
         comparable = name in specs and (len(found) == len(values) or _is_opened(specs[name]))
         if comparable and not _has_structure(given[name], specs[name]):
             raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], was)}.")
-        wrong = _mismatch(found, values, symbols)
+        later: list[tuple[Any, int]] = []
+        wrong = _mismatch(found, values, symbols, later)
+        sums += [(name, size, value) for size, value in later]
         if wrong is not None:
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
             raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
+    _bind_sums(sums, symbols, expected)
     return {name: given[name] for name in expected}
 
 
@@ -86,6 +90,27 @@ def check_devices(graph: fx.Graph, given: Mapping[str, Any], held: torch.Tensor 
                 raise InputError(
                     f"argument {name!r} is on {t.device}, and {first[0]} on {first[1].device}: move one of them."
                 )
+
+
+def _bind_sums(sums: list[tuple[str, Any, int]], symbols: dict[Any, int], expected: dict[str, list[Any]]) -> None:
+    """Check sizes such as `past + new` of a mask that comes before the inputs with these sizes.
+
+    Raises:
+        InputError: one is not the sum.
+    """
+    while sums:
+        waiting: list[tuple[str, Any, int]] = []
+        for name, size, value in sums:
+            later: list[tuple[Any, int]] = []
+            wrong = bind([size], [value], symbols, later)
+            if wrong is not None:
+                was = _describe(expected[name])
+                raise InputError(f"argument {name!r} was captured as {was}, and a size does not fit: {wrong}.")
+            waiting += [(name, *pair) for pair in later]
+        if len(waiting) == len(sums):
+            name, size, value = sums[0]
+            raise InputError(f"argument {name!r} has the size {value} for {size}: no input has its parts as a size.")
+        sums = waiting
 
 
 def _expected(graph: fx.Graph) -> tuple[dict[str, list[Any]], dict[str, pytree.TreeSpec]]:
@@ -166,10 +191,13 @@ def _other_structure(value: Any, spec: pytree.TreeSpec, was: str) -> str:
     return f"is a {what}, and was captured as {was} in another structure of lists, tuples and dicts"
 
 
-def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
+def _mismatch(
+    found: list[Any], expected: list[Any], symbols: dict[Any, int], later: list[tuple[Any, int]]
+) -> str | None:
     """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
 
-    A symbolic size fits if it has the same value in all arguments and this value is in its range.
+    A symbolic size fits if it has the same value in all arguments and this value is in its range. `later` gets the
+    sums of symbols that have no value yet.
     """
     if len(found) != len(expected):
         return ""
@@ -179,7 +207,7 @@ def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) ->
                 return ""
         elif (value.dtype, value.dim(), value.layout) != (wanted.dtype, wanted.dim(), wanted.layout):
             return ""
-        elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
+        elif (wrong := bind(wanted.shape, value.shape, symbols, later)) is not None:
             return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
     return None
 

@@ -97,6 +97,33 @@ def test_what_is_captured_keeps_its_symbols(as_module: bool) -> None:
         rewrite(captured, (), call, config=ALWAYS, dynamic_shapes=shapes)
 
 
+class Past(torch.nn.Module):
+    """The mask comes first: its keys are those of the cache and the new ones."""
+
+    def forward(self, mask: Tensor, q: Tensor, new: Tensor, past: Tensor) -> Tensor:
+        key = torch.cat([past, new], 2)
+        return F.scaled_dot_product_attention(q, key, key, attn_mask=mask[:, None, None].bool())
+
+
+@pytest.mark.parametrize("ranges", [(Dim.AUTO, Dim.AUTO), (Dim("new", max=64), Dim("past", max=64))], ids=str)
+def test_a_size_that_is_the_sum_of_those_of_later_arguments(ranges: tuple[Any, Any]) -> None:
+    def call(batch: int, new: int, past: int) -> tuple[Tensor, ...]:
+        mask = torch.ones(batch, new + past, dtype=torch.int64)
+        mask[0, : past // 2] = 0
+        return mask, *(3 * torch.randn(batch, 2, length, 8) for length in (new, new, past))
+
+    model, batch, (new, past) = Past(), Dim("batch", max=8), ranges
+    shapes = ({0: batch, 1: Dim.AUTO}, {0: batch, 2: new}, {0: batch, 2: new}, {0: batch, 2: past})
+    rewritten = rewrite(model, call(3, 12, 20), config=ALWAYS, dynamic_shapes=shapes)
+    assert str(rewritten.report.sites[0].mask) == "key_padding(mask)"
+    for sizes in ((2, 5, 9), (1, 1, 30), (4, 30, 1)):
+        inputs = call(*sizes)
+        assert relative_error(rewritten(*inputs), model(*inputs)) <= TOLERANCES[torch.float32], sizes
+    mask, *others = call(2, 5, 9)
+    with pytest.raises(InputError, match=r"'mask' .* a size does not fit: 13 is not 14\."):
+        rewritten(mask[:, :13], *others)
+
+
 # Small programs: query [batch, 2, q_len, 8], key [batch, 2, kv_len, 8] and a mask [batch, kv_len]
 
 
