@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -119,6 +120,8 @@ class RewrittenModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         copied: Any = super().__deepcopy__(memo)
+        for path, part in copied.named_modules():  # torch forgets which buffers are not part of a state_dict
+            part._non_persistent_buffers_set = self.get_submodule(path)._non_persistent_buffers_set & set(part._buffers)
         copied._hide_layers()
         copied._sign()
         return cast(RewrittenModule, copied)
@@ -323,6 +326,35 @@ class RewrittenModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         """A pickle of a graph has no shapes, and a rewritten model checks its arguments with them."""
         raise RewriteError("a rewritten model can't be pickled: use its save(path), and RewrittenModule.load(path).")
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """The names that a rewritten model has itself, and that none of its tensors or modules can have."""
+    # These two are found among the tensors and modules of the model if it has them.
+    return frozenset(dir(RewrittenModule(nn.Module(), fx.Graph()))) - {"config", "qconfig"}
+
+
+def refuse_names(model: nn.Module | torch.export.ExportedProgram) -> None:
+    """Refuse a model of which a tensor, or a module with weights, has a name that a rewritten model needs itself.
+
+    Raises:
+        InputError: there is one.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        names: Mapping[str, Any] = {**model.state_dict, **model.constants}
+    elif isinstance(model, nn.Module) and not isinstance(model, RewrittenModule):
+        plain = [(name, value) for name, value in vars(model).items() if isinstance(value, torch.Tensor)]
+        names = dict([*plain, *model.named_parameters(), *model.named_buffers()])
+    else:
+        return
+    taken = sorted({name.split(".")[0] for name in names} & _own_names())
+    if taken:
+        raise InputError(
+            f"{type(model).__name__} has a tensor or module named {', '.join(map(repr, taken))}, and a rewritten model "
+            "has an attribute of that name itself. Rename it, or rewrite a module of your own that holds and calls "
+            "the model."
+        )
 
 
 def _with_tensors(
