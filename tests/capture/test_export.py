@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_attn_rewrite import CaptureError, InputError, rewrite
+from neuron_attn_rewrite import CaptureError, InputError, explain, rewrite
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.graph.nodes import mutates, op_name
 from tests.helpers import Function
@@ -199,6 +199,45 @@ def test_what_is_captured_and_does_not_run_is_one_clear_error() -> None:
     model = Function(lambda x: F.scaled_dot_product_attention(x, x, fragile(x)))
     with pytest.raises(CaptureError, match=r"(?s)does not run on the example inputs: RuntimeError: no such.*submodule"):
         rewrite(model, (torch.ones(1, 2, 8, 4),))
+
+
+class Looks(nn.Module):
+    """Looks up its tokens, one further, and its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(10, 8)
+        self.register_buffer("places", torch.randn(1, 32, 8))
+
+    def forward(self, ids: Tensor, positions: Tensor, after: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places[:, positions] + self.tokens.weight.index_select(0, after + 1)
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "words"),
+    [
+        (
+            0,
+            10,
+            r"argument 'ids' holds 10, .* the table 'tokens.weight', which has 10 entries: only 0 to 9 are allowed",
+        ),
+        (0, -1, r"argument 'ids' holds -1, .* only 0 to 9 are allowed"),
+        (1, 32, r"argument 'positions' holds 32, .* which has 32 entries: only -32 to 31 are allowed"),
+        (2, 9, r"computed from 'after' is 10, .* only 0 to 9 are allowed there. Pass other example inputs"),
+        (1, -32, ""),
+        (0, 9, ""),
+    ],
+)
+def test_an_index_out_of_range_is_named(changed: int, value: int, words: str) -> None:
+    inputs = [torch.arange(8)[None], torch.arange(8), torch.arange(8)]
+    inputs[changed].view(-1)[3] = value
+    if not words:
+        assert rewrite(Looks(), tuple(inputs)).report.sites
+        return
+    for way in (lambda: rewrite(Looks(), tuple(inputs)), lambda: explain(Looks(), *inputs)):
+        with pytest.raises(InputError, match=words):
+            way()
 
 
 def test_sizes_that_a_model_makes_numbers_of() -> None:
