@@ -117,7 +117,7 @@ def test_a_pipeline_takes_it(task: str) -> None:
             assert wanted.keys() == given.keys()
             wanted, given = list(wanted.values()), [given[name] for name in wanted]
         assert relative_error(torch.tensor(given), torch.tensor(wanted)) < 1e-4
-    with pytest.raises(InputError, match=r"'input_ids' is int64\[1, \d+\], but was captured as int64\[1, 32\]"):
+    with pytest.raises(InputError, match=r"'input_ids' is int64\[1, \d+\], but was captured as int64\[1, 32\]\. Give"):
         ours("No padding here.")
 
 

@@ -229,8 +229,11 @@ def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
     baked = [
         name
         for name, tensor in weights.items()
-        # torch_xla turns single numbers into constants, like literals.
-        if tensor.dim() and name in (read_weights or ()) and context.tensor_parameter_id(tensor) == -1
+        # torch_xla turns single numbers into constants, like literals. Nobody reads a tensor without elements.
+        if tensor.dim()
+        and tensor.numel()
+        and name in (read_weights or ())
+        and context.tensor_parameter_id(tensor) == -1
     ]
     return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks)
 

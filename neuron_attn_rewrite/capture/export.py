@@ -203,7 +203,8 @@ def _export(
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
     refuse_inputs(model, args, kwargs, first)
     fewer = (
-        "leave fewer sizes open in dynamic_shapes, as the model turns some into numbers (perhaps not with "
+        "open every size in dynamic_shapes that must fit an open one (an attention_mask may be as long as a cache and "
+        "the new tokens: past + 1), or leave fewer open, as the model turns some into numbers (perhaps not with "
         'attn_implementation="sdpa"); '
     )
     tries = "" if dynamic_shapes is None else fewer

@@ -185,16 +185,19 @@ def tensors_of_objects(graph: fx.Graph) -> set[fx.Node]:
 def _other_structure(value: Any, spec: pytree.TreeSpec, was: str) -> str:
     """In which way a value has another structure than the captured one."""
     found = pytree.tree_structure(value)
+    like_it = ". Give an object that is made like the example, or rewrite with an example like this one"
     if found.type is spec.type and _is_opened(spec):
-        return f"is another object than the captured one: {found.context.difference(spec.context)}"
+        return f"is another object than the captured one: {found.context.difference(spec.context)}{like_it}"
     what = type(getattr(value, "whole", value)).__name__
+    if _is_opened(spec):
+        return f"is {'None' if value is None else f'a {what}'}, and was a {spec.context.kind.__name__}{like_it}"
     return f"is a {what}, and was captured as {was} in another structure of lists, tuples and dicts"
 
 
 def _mismatch(
     found: list[Any], expected: list[Any], symbols: dict[Any, int], later: list[tuple[Any, int]]
 ) -> str | None:
-    """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
+    """None if the values fit the captured ones, otherwise the end of a message: a reason or advice, or "" without one.
 
     A symbolic size fits if it has the same value in all arguments and this value is in its range. `later` gets the
     sums of symbols that have no value yet.
@@ -208,7 +211,9 @@ def _mismatch(
         elif (value.dtype, value.dim(), value.layout) != (wanted.dtype, wanted.dim(), wanted.layout):
             return ""
         elif (wrong := bind(wanted.shape, value.shape, symbols, later)) is not None:
-            return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
+            is_open = any(isinstance(size, torch.SymInt) for size in wanted.shape)
+            advice = ". Give it this size (by padding, for instance), or open the size with dynamic_shapes"
+            return f": {wrong}" if is_open else advice
     return None
 
 

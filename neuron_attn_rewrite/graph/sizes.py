@@ -60,6 +60,14 @@ def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:
     return number, found
 
 
+def terms_of(expression: sympy.Expr) -> dict[str, int] | None:
+    """A size as a sum: its terms by name, with their factors. A number is named "1". None if a factor is no integer."""
+    terms = expression.expand().as_coefficients_dict()
+    if not all(factor.is_Integer for factor in terms.values()):
+        return None
+    return {str(term): int(factor) for term, factor in terms.items()}
+
+
 def is_number(size: int) -> bool:
     """Whether a size of the analysis is a plain number, without a symbol."""
     return not parts_of(size)[1]

@@ -37,7 +37,10 @@ def encode(spec: pytree.TreeSpec) -> tuple[Any, list[str]]:
 
     def write(value: Any) -> Any:
         if isinstance(value, (Given, Effects)):
-            raise RewriteError("a graph that takes an object, such as a cache, can't be saved.")
+            raise RewriteError(
+                "a graph that takes an object, such as a cache, can't be saved: wrap the model in a module that takes "
+                "the tensors and makes the object from them."
+            )
         if isinstance(value, Tensor):
             return {"leaf": numbers[id(value)]}
         for name, kind in _DICTS.items():

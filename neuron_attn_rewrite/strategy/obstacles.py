@@ -67,7 +67,7 @@ def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: Rew
         return None
     missing = missing_size(prover.module, site, proof)
     if missing:
-        return Reason("dynamic-kernel", f"the call needs the size {missing}, and no input has it")
+        return Reason("dynamic-kernel", f"the call needs the size {missing}, and it is no sum of sizes of inputs")
     if config.kernels and OURS not in config.kernels:
         return Reason("dynamic-kernel", f"only {OURS} takes sizes that are symbols, and config.kernels leaves it out")
     return None

@@ -128,6 +128,8 @@ def test_an_empty_cache_is_filled() -> None:
         InputError, match=r"another object than the captured one: \.layers\[0\]\.keys is a tensor, and was"
     ):
         rewritten(*args, **kwargs, past_key_values=mine)
+    with pytest.raises(InputError, match=r"'past_key_values' is None, and was a DynamicCache\. Give an object"):
+        rewritten(*args, **kwargs)
     assert_same_tensors(*([t[:1] for t in leaves(cache)] for cache in (mine, its)))  # without the row of padding
 
 

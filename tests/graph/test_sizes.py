@@ -342,6 +342,28 @@ class Cached(torch.nn.Module):
         return F.scaled_dot_product_attention(new, keys, keys, mask[:, None, None].bool())
 
 
+class Growing(torch.nn.Module):
+    """New tokens against two caches and themselves: no input has the number of keys, nor that of heads and queries."""
+
+    def forward(self, new: Tensor, cache: Tensor, older: Tensor) -> Tensor:
+        keys = torch.cat([older, cache, new], 2)
+        heads = torch.cat([new, new.flip(2)], 1)
+        seen = torch.arange(keys.shape[2]) < torch.arange(new.shape[2])[:, None] + keys.shape[2] - new.shape[2] + 1
+        return F.scaled_dot_product_attention(heads, keys, keys, seen, enable_gqa=True)
+
+
+def test_sums_of_the_sizes_of_several_inputs() -> None:
+    def inputs(*sizes: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(2, 2, size, 8) * 3 for size in sizes)
+
+    shapes = tuple({2: Dim(name, min=2, max=64)} for name in ("queries", "past", "older"))
+    rewritten = rewrite(Growing(), inputs(3, 9, 11), config=ALWAYS, dynamic_shapes=shapes)
+    assert len(kernel_calls(rewritten)) == 1, str(rewritten.report)
+    for sizes in ((3, 9, 11), (2, 2, 2), (7, 30, 3), (40, 5, 64)):
+        call = inputs(*sizes)
+        assert relative_error(rewritten(*call), Growing()(*call)) <= TOLERANCES[torch.float32]
+
+
 def test_a_size_that_is_another_one_and_a_number() -> None:
     """`past + 1` of the mask comes before `past` of the cache."""
 

@@ -54,6 +54,14 @@ class Fallback(nn.Module):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0]  # type: ignore[no-any-return]
 
 
+class Grown(nn.Module):
+    """As a cache of transformers does: it starts with a tensor without elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([torch.tensor([], dtype=x.dtype), x], -2)
+        return F.scaled_dot_product_attention(x, x, x)
+
+
 class Naive(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         scores = x @ x.mT * 8**-0.5 + (1.0 - attention_mask[:, None, None].float()) * -1e30
@@ -106,6 +114,7 @@ def main() -> dict[str, Any]:
     lost = rewrite_for_trace(Masked(), (Q, padded()), ALWAYS)
     calls = lost.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default)
     naive = rewrite(Naive(), (Q, padded()), config=ALWAYS)
+    grown = rewrite_for_trace(Grown(), Q, ALWAYS)
     scores = Naive()
     scores.report = naive.report  # type: ignore[assignment]
     calls[1].replace_all_uses_with(calls[0])
@@ -124,7 +133,7 @@ def main() -> dict[str, Any]:
         "fallback": problems(Fallback(), Q),
         "mask that was looked at": problems(Looks(), Q, padded(ones=True)),
         "hashes": hashes(),
-        "clean": problems(two, Q, padded()) + problems(naive, Q, padded()),
+        "clean": problems(two, Q, padded()) + problems(naive, Q, padded()) + problems(grown, Q),
         "scores left": problems(scores, Q, padded()),
         "lost kernel": problems(lost, Q, padded()),
         "bert": problems(FAMILIES[8].build("sdpa"), *FAMILIES[8].call("right").values()),
