@@ -149,7 +149,7 @@ def cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         return None
     dim, index, values = arguments(several)["dim"], node.args[1], several.meta["val"]
     lengths = [value.shape[dim] for value in values]
-    if not all(isinstance(length, int) for length in lengths):
+    if not isinstance(index, int) or not all(isinstance(length, int) for length in lengths):
         return None
     return source(several), dim % values[0].dim(), sum(lengths[:index])
 
