@@ -123,6 +123,7 @@ TEXTS: dict[str, Affine] = {
     "key >= - 3": Affine(-3),
     "key >= b - a": variable(b) - variable(a),
     "key >= b - 2 * a + query - 1": query + variable(b) - variable(a) * 2 - 1,
+    "key >= 2 * a + b": variable(b) + variable(a) * 2,
     "key >= - query + 1": one - query,
     "key >= b - batch": variable(b) - batch,
     "key >= 3 * head": head * 3,
