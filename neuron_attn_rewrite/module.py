@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph.calls import arguments_of
+from neuron_attn_rewrite.graph.calls import arguments_of, check_devices
+from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.storage import file, interface
 from neuron_attn_rewrite.storage import graph as graphs
@@ -106,13 +109,20 @@ class RewrittenModule(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (torch._C._get_tracing_state() or torch.compiler.is_compiling()):
-            args, kwargs = (), arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
             self._check_dtypes()
             self._check_proven_values()
+            return handed.call(self._checked_call, *args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
+        given = arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
+        check_devices(self.graph, given, next(self._tensors(), None))
+        return super().__call__(**given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         copied: Any = super().__deepcopy__(memo)
+        for path, part in copied.named_modules():  # torch forgets which buffers are not part of a state_dict
+            part._non_persistent_buffers_set = self.get_submodule(path)._non_persistent_buffers_set & set(part._buffers)
         copied._hide_layers()
         copied._sign()
         return cast(RewrittenModule, copied)
@@ -250,6 +260,9 @@ class RewrittenModule(fx.GraphModule):
         proven, persistent = list(self.meta.get(PROVEN_VALUES, {})), set(self.state_dict(keep_vars=True))
         parameters = dict(self.named_parameters(remove_duplicate=False))
         tensors = {**parameters, **dict(self.named_buffers(remove_duplicate=False))}
+        for one, two in file.overlapping(tensors):
+            if {one, two} & {str(n.target) for n in changed_in_place(self.graph) if n.op == "get_attr"}:
+                raise RewriteError(f"{one!r} and {two!r} share memory that the model writes: a file would part them.")
         left_out = [] if weights else [name for name in tensors if name in persistent and name not in proven]
         document = {
             "graph": graph,
@@ -317,6 +330,35 @@ class RewrittenModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         """A pickle of a graph has no shapes, and a rewritten model checks its arguments with them."""
         raise RewriteError("a rewritten model can't be pickled: use its save(path), and RewrittenModule.load(path).")
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """The names that a rewritten model has itself, and that none of its tensors or modules can have."""
+    # These two are found among the tensors and modules of the model if it has them.
+    return frozenset(dir(RewrittenModule(nn.Module(), fx.Graph()))) - {"config", "qconfig"}
+
+
+def refuse_names(model: nn.Module | torch.export.ExportedProgram) -> None:
+    """Refuse a model of which a tensor, or a module with weights, has a name that a rewritten model needs itself.
+
+    Raises:
+        InputError: there is one.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        names: Mapping[str, Any] = {**model.state_dict, **model.constants}
+    elif isinstance(model, nn.Module) and not isinstance(model, RewrittenModule):
+        plain = [(name, value) for name, value in vars(model).items() if isinstance(value, torch.Tensor)]
+        names = dict([*plain, *model.named_parameters(), *model.named_buffers()])
+    else:
+        return
+    taken = sorted({name.split(".")[0] for name in names} & _own_names())
+    if taken:
+        raise InputError(
+            f"{type(model).__name__} has a tensor or module named {', '.join(map(repr, taken))}, and a rewritten model "
+            "has an attribute of that name itself. Rename it, or rewrite a module of your own that holds and calls "
+            "the model."
+        )
 
 
 def _with_tensors(

@@ -157,6 +157,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The scores are clamped at a limit that real scores may reach.",
             _LEFT + "Use a lower limit of -1e30 or less and no upper limit: that changes nothing.",
         ),
+        "overflow": Entry(
+            "find",
+            "The softmax subtracts no maximum, so it may give NaN, and the model reads it, as nan_to_num does.",
+            _LEFT + "Use torch.softmax, or subtract the largest of all scores that the softmax gets.",
+        ),
         "sink-shape": Entry(
             "find",
             "The scores are joined with something that is not one sink logit for each head.",

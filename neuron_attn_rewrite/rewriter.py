@@ -16,7 +16,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
-from neuron_attn_rewrite.module import MODEL_CONFIG, PROVEN_VALUES, SIGNATURE, RewrittenModule
+from neuron_attn_rewrite.module import MODEL_CONFIG, PROVEN_VALUES, SIGNATURE, RewrittenModule, refuse_names
 from neuron_attn_rewrite.patterns.find import find
 from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.replace.commit import commit
@@ -60,6 +60,7 @@ def rewrite(
     if isinstance(model, RewrittenModule):
         words = "this model is rewritten already, and its kernel calls stay. Rewrite the original to choose again."
         warnings.warn(words, RewriteWarning, stacklevel=2)
+    refuse_names(model)
     captured = capture(model, args, kwargs, dynamic_shapes)
     drift = capture_error(model, captured) if config.verify else None
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
@@ -67,7 +68,9 @@ def rewrite(
     for text in (*report.warnings, *unmatched_sites(report, config)):
         warnings.warn(text, RewriteWarning, stacklevel=2)
     if captured.signature is not None:  # a graph that is rewritten again keeps what it has
-        captured.module.meta |= {SIGNATURE: captured.signature, MODEL_CONFIG: getattr(model, "config", None)}
+        model_config = getattr(model, "config", None)
+        is_weight = isinstance(model_config, (torch.Tensor, nn.Module))
+        captured.module.meta |= {SIGNATURE: captured.signature, MODEL_CONFIG: None if is_weight else model_config}
     return RewrittenModule.wrap(captured.module, report)
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from neuron_attn_rewrite import InputError, RewriteError, RewrittenModule, rewrite
+from neuron_attn_rewrite import InputError, RewriteError, RewrittenModule, explain, rewrite
 from tests.helpers import ALWAYS, relative_error
 
 FIXED = {"padding": "max_length", "max_length": 32, "truncation": True}
@@ -30,6 +30,11 @@ class Layer(nn.Module):
         return nn.functional.scaled_dot_product_attention(q * scale, k, v, attn_mask=mask)
 
 
+class Plain(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 @pytest.fixture
 def rewritten() -> RewrittenModule:
     return rewrite(Layer().eval(), (torch.randn(1, 8, 16),), config=ALWAYS)
@@ -40,6 +45,57 @@ def bert(**options: Any) -> nn.Module:
     sizes = {"vocab_size": 30522, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     config = transformers.BertConfig(**sizes, num_attention_heads=2, **options)
     return transformers.BertForSequenceClassification(config).eval()
+
+
+class Named(nn.Module):
+    """Its parameter, buffer, constant or submodule has this name."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.name, value = name, torch.randn(16)
+        if kind == "buffer":
+            self.register_buffer(name, value)
+        else:
+            values = {"parameter": nn.Parameter(value), "constant": value, "submodule": nn.Linear(16, 16, bias=False)}
+            setattr(self, name, values[kind])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, own = nn.functional.scaled_dot_product_attention(x, x, x), getattr(self, self.name)
+        return x * (own.weight.sum() if isinstance(own, nn.Module) else own)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "constant", "submodule"])
+@pytest.mark.parametrize("name", ["config", "qconfig", "_codegen", "weights"])
+def test_a_tensor_of_a_name_that_is_free(name: str, kind: str, tmp_path: Path) -> None:
+    model, x = Named(name, kind), torch.randn(1, 2, 8, 16)
+    new = rewrite(model, (torch.randn_like(x),), config=ALWAYS)
+    new.save(tmp_path / "model")
+    for module in (new, copy.deepcopy(new), RewrittenModule.load(tmp_path / "model")):
+        assert relative_error(module(x), model(x)) < 1e-5
+        assert module.state_dict().keys() == model.state_dict().keys()
+        assert isinstance(getattr(module, name), nn.Module if kind == "submodule" else Tensor)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "constant", "submodule"])
+@pytest.mark.parametrize(
+    "name", ["dtype", "device", "save", "load", "report", "can_generate", "graph", "meta", "_seen"]
+)
+def test_a_tensor_of_a_name_that_is_taken(name: str, kind: str) -> None:
+    """Refused at once. Under a module of the caller's own, every name is free."""
+    model, x = Named(name, kind), torch.randn(1, 2, 8, 16)
+    for way in (rewrite, explain):
+        with pytest.raises(InputError, match=f"Named has a tensor or module named '{name}', and a rewritten model has"):
+            way(model, x)
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held(x)  # type: ignore[no-any-return]
+
+    assert relative_error(rewrite(Holder(), (x,), config=ALWAYS)(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("task", ["feature-extraction", "text-classification"])
@@ -61,7 +117,7 @@ def test_a_pipeline_takes_it(task: str) -> None:
             assert wanted.keys() == given.keys()
             wanted, given = list(wanted.values()), [given[name] for name in wanted]
         assert relative_error(torch.tensor(given), torch.tensor(wanted)) < 1e-4
-    with pytest.raises(InputError, match=r"'input_ids' is int64\[1, \d+\], but was captured as int64\[1, 32\]"):
+    with pytest.raises(InputError, match=r"'input_ids' is int64\[1, \d+\], but was captured as int64\[1, 32\]\. Give"):
         ours("No padding here.")
 
 
@@ -115,6 +171,30 @@ def test_what_keeps_the_dtype_is_taken(rewritten: RewrittenModule) -> None:
     assert rewritten.float() is rewritten and rewritten.to("cpu").to(torch.float32) is rewritten
     assert torch.equal(rewritten(x), before)
     assert rewritten.to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to_sparse(), "is sparse_coo float32.* but was captured as float32"),
+        (lambda x: x.to("meta"), "'x' is on meta, and the weights are on cpu"),
+    ],
+)
+def test_another_layout_or_device_is_refused(rewritten: RewrittenModule, change: Any, words: str) -> None:
+    x = torch.randn(1, 8, 16)
+    with pytest.raises(InputError, match=words):
+        rewritten(change(x))
+    assert rewritten.to("meta")(x.to("meta")).is_meta
+    with pytest.raises(InputError, match="'x' is on cpu, and the weights are on meta"):
+        rewritten(x)
+
+
+def test_without_weights_the_inputs_are_on_one_device() -> None:
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    new = rewrite(Plain(), (q, k, v), config=ALWAYS)
+    assert new(*(t.to("meta") for t in (q, k, v))).is_meta
+    with pytest.raises(InputError, match="'v' is on meta, and argument 'q' is on cpu"):
+        new(q, k, v.to("meta"))
 
 
 def test_the_original_in_another_dtype_is_noticed() -> None:

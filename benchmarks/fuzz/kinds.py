@@ -18,10 +18,10 @@ KINDS: dict[str, Callable[[int], Outcome]] = {
 
 
 def attack(kind: str, seed: int) -> tuple[str, int, str, str | None, tuple[str, ...]]:
-    """The outcome of one program, without its module: "replaced", "kept", "refused" or "no program"."""
+    """The outcome of one program, without its module: "replaced", "kept", "refused (why)", or "no program"."""
     torch.set_num_threads(1)
     found = KINDS[kind](seed)
-    ended = "no program" if not found.words else "refused" if found.rewritten is None else "kept"
+    ended = "no program" if not found.words else f"refused ({found.cause})" if found.rewritten is None else "kept"
     if found.rewritten is not None and found.rewritten.report.replaced:
         ended = "replaced"
     return kind, seed, ended, found.wrong, found.words

@@ -1,8 +1,8 @@
 """Attentions drawn from a grammar.
 
-Sizes that coincide, layouts, grouped heads, scales, softcap, masks as trees over indices, buffers and inputs, biases,
-sinks, spellings of the softmax, and writes in place. Gradients are compared too, unless `memory` puts copies, views and
-writes through views between the mask, the scores, the operands and the output.
+Sizes that coincide, layouts, grouped heads, scales, softcap, masks, biases that hide keys or are rounded, sinks,
+spellings of the softmax, readers of NaN, and writes in place. Gradients are compared too, unless `memory` puts copies,
+views and writes through views between the mask, the scores, the operands and the output.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fuzz.steps import Memory, Outcome, draw_places
-from neuron_attn_rewrite import RewriteConfig, rewrite
+from benchmarks.fuzz.abuse import edited
+from benchmarks.fuzz.masks import draw_mask
+from benchmarks.fuzz.steps import BIASES, COARSE, DTYPES, ENDS, RANGES, Memory, Outcome, draw_places
+from neuron_attn_rewrite import RewriteConfig, RewriteError, RewrittenModule, rewrite
 
 TIMES = 3
 """On how many hostile inputs a program is compared."""
 CONFIG = RewriteConfig(policy="always", verify=False)
-TOLERANCE = 1e-3
-"""Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less."""
+TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
+"""Of the largest number in an output or gradient: wrong masks are off by far more, sums by far less. The second one is
+for scores in 16 bits."""
 ROUNDING = (-1e9, -1e4)
 """Fills that leave some digits of a score."""
+LOW = -2_000_000_000
+"""Twice it leaves int32."""
+APPLY = ("fill", "where", "half where", "add", "mul add", "int add", "sdpa", "sdpa add", "inplace")
 FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
 
 
@@ -46,10 +52,14 @@ class Program(nn.Module):
         self.register_buffer("tril", torch.ones(9, 9, dtype=torch.bool).tril())
         self.register_buffer("steps", torch.arange(9))
         self.per_head = nn.Parameter(torch.linspace(0.5, 1.5, self.h * self.group)[:, None, None])
-        self.mask = self._mask(draw.choice([0, 1, 1, 2, 3]))
+        self.mask = draw_mask(self, draw, (self.s, self.t), draw.choice([0, 1, 1, 2, 3]), self._say)
         self.parts = self._parts()
         self.places = draw_places(Random(-1 - seed)) if memory and self.fill not in ROUNDING else {}
         self.memory = Memory({})
+        self.mask_dtype = draw.choice(DTYPES) if draw.random() < 0.4 else torch.int64
+        self.low = draw.choice([0.0, 0.0, 0.0, *FILLS[:2]])
+        """What hostile biases hold beside ordinary numbers."""
+        self._say(f"attention_mask {self.mask_dtype} bias {self.low}")
 
     def inputs(self, seed: int | None) -> tuple[Tensor, ...]:
         """Benign ones for None."""
@@ -58,13 +68,14 @@ class Program(nn.Module):
         q, k, v = torch.randn(b, h * self.group, s, self.d), torch.randn(b, h, t, self.d), torch.randn(b, h, t, self.dv)
         bias = torch.randn(self.draw_shape)
         if seed is None:
-            ones = torch.ones(b, t, dtype=torch.int64)
-            order = torch.arange(s).expand(b, s).contiguous()
-            return 2 * q, 2 * k, v, ones, ones.bool(), order, torch.full((b,), t), ones.clone(), bias
+            ones, order = torch.ones(b, t, dtype=torch.int64), torch.arange(s).expand(b, s).contiguous()
+            mask, length = ones.to(self.mask_dtype), torch.full((b,), t)
+            return 2 * q, 2 * k, v, mask, ones.bool(), order, length, ones.clone(), bias
         rate = torch.rand(())
         kept = [torch.rand(b, t) < rate for _ in range(2)]
         order, ids = torch.randint(-2, t + 2, (b, s)), torch.randint(-1, 3, (b, t))
-        return 2 * q, 2 * k, v, kept[0].long(), kept[1], order, torch.randint(0, t + 1, (b,)), ids, bias
+        bias = torch.where(torch.rand(self.draw_shape) < rate, bias, self.low)
+        return 2 * q, 2 * k, v, kept[0].to(self.mask_dtype), kept[1], order, torch.randint(0, t + 1, (b,)), ids, bias
 
     def forward(
         self,
@@ -88,63 +99,8 @@ class Program(nn.Module):
         """The mask, True where a key is seen."""
         return self.mask(dict(zip(("attention_mask", "keep", "order", "length", "ids"), leaves, strict=True)))
 
-    # The grammar
-
     def _say(self, word: object) -> None:
         self.words.append(str(word))
-
-    def _mask(self, depth: int) -> Callable[[dict[str, Tensor]], Tensor]:
-        """Bool that broadcasts against [batch, heads, q_len, kv_len], True where a key is seen."""
-        draw, c = self.draw, self.draw.randint(-2, 3)
-        if depth and draw.random() < 0.75:
-            a, b = self._mask(depth - 1), self._mask(depth - 1)
-            how = draw.choice(["and", "and", "and", "or", "xor", "not", "where"])
-            self._say(how)
-            if how == "not":
-                return lambda x: ~a(x)
-            if how == "where":
-                return lambda x: torch.where(a(x), b(x), False)
-            return {
-                "and": lambda x: a(x) & b(x),
-                "or": lambda x: a(x) | b(x),
-                "xor": lambda x: a(x) ^ b(x),
-            }[how]
-        s, t = self.s, self.t
-        rows, keys = (lambda: torch.arange(s)[:, None]), (lambda: torch.arange(t))
-        leaves: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-            "all": lambda x: torch.ones(s, t, dtype=torch.bool),
-            "<=": lambda x: (keys() <= rows() + c)[None, None],
-            "<": lambda x: (keys() < rows() + c)[None, None],
-            ">": lambda x: (keys() > rows() - c)[None, None],
-            "tril": lambda x: torch.ones(s, t, dtype=torch.bool).tril(c)[None, None],
-            "triu": lambda x: torch.ones(s, t).triu(c)[None, None].bool(),
-            "buffer": lambda x: self.tril[:s, :t],
-            "buffer end": lambda x: self.tril[max(0, t - s) : max(0, t - s) + s, :t][None, None],
-            "steps": lambda x: self.steps[:t][None, :] <= self.steps[:s][:, None],
-            "near": lambda x: (rows() - keys()).abs() <= abs(c),
-            "chunk": lambda x: rows() // (abs(c) + 1) == keys() // (abs(c) + 1),
-            "padding": lambda x: x["attention_mask"][:, None, None, :].bool(),
-            "padding > 0": lambda x: (x["attention_mask"] > 0)[:, None, None, :],
-            "1 - padding": lambda x: (1.0 - x["attention_mask"][:, None, None, :].float()) == 0,
-            "keep": lambda x: x["keep"][:, None, None, :],
-            "keep first": lambda x: x["keep"][:1, None, None, :],
-            "keep flipped": lambda x: x["keep"].flip(draw_dim)[:, None, None, :],
-            "order": lambda x: keys()[None, None, None] <= x["order"][:, None, :, None] + c,
-            "order >": lambda x: keys()[None, None, None] > x["order"][:, None, :, None] - c,
-            "order //": lambda x: keys()[None, None, None] <= (x["order"] // 2)[:, None, :, None],
-            "order clamp": lambda x: keys()[None, None, None] >= x["order"].clamp(min=c)[:, None, :, None],
-            "length": lambda x: keys() < x["length"][:, None, None, None],
-            "length from the left": lambda x: keys() >= t - x["length"][:, None, None, None],
-            "ids": lambda x: (x["ids"] != c)[:, None, None, :],
-            "ids bool": lambda x: x["ids"].bool()[:, None, None, :],
-            "ids sum": lambda x: x["ids"].cumsum(-1)[:, None, None, :] > c,
-            "segments": lambda x: x["ids"][:, None, None, :] == x["ids"][:, None, :1, None],
-            "last": lambda x: keys() <= x["order"].amax(-1)[:, None, None, None],
-        }
-        draw_dim = draw.choice([0, 1])
-        name = draw.choice(list(leaves))
-        self._say(f"{name}({c})")
-        return leaves[name]
 
     def _parts(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         draw, n = self.draw, self.h * self.group
@@ -153,16 +109,22 @@ class Program(nn.Module):
         number = draw.choice([0.5, -0.3, 2.0, self.d**-0.5])
         pick: dict[str, str] = {
             "heads": draw.choice(["interleave", "repeat", "expand", "gqa"]) if self.group > 1 else "same",
-            "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none"]),
+            "scale": draw.choice(["number", "tensor", "query", "key", "both", "head", "none", *RANGES]),
+            "bias": draw.choice(["", "", "", *BIASES]),
             "order": draw.choice(["mask bias", "bias mask", "mask", "bias", "none", "mask mask"]),
-            "apply": draw.choice(["fill", "where", "add", "mul add", "sdpa", "sdpa add", "inplace"]),
+            "coarse": draw.choice([""] * 9 + list(COARSE)),
+            "apply": draw.choice(APPLY),
             "cap": draw.choice(["", "", "", "cap", "shifted cap"]),
             "shift": draw.choice(["", "", "max", "detached max", "number"]),
             "softmax": draw.choice(["softmax", "softmax", "float", "exp", "log", "transposed", "later", "sink"]),
             "after": draw.choice(["", "", "", "nan_to_num", "again", "scaled", "clone", "detach"]),
             "layout": draw.choice(["BHSD", "BSHD", "folded", "einsum"]),
+            "end": draw.choice(["", "", "", "", *ENDS]),
         }
-        fill = self.fill = draw.choice(FILLS)
+        fill = draw.choice(FILLS)
+        is_half = pick["coarse"] or pick["apply"] == "half where"
+        self.fill = -torch.inf if pick["apply"] == "half where" and fill < -1e5 else fill  # as float16 has it
+        self.tolerance = TOLERANCE_OF_HALF if is_half else TOLERANCE
         for word in (*pick.items(), fill, self.draw_shape, (self.b, self.h, self.group, self.s, self.t, self.d)):
             self._say(word)
 
@@ -171,6 +133,11 @@ class Program(nn.Module):
                 return torch.where(mask, x, fill)
             if pick["apply"] in ("add", "sdpa add"):
                 return x + torch.zeros(mask.shape).masked_fill(~mask, fill)
+            if pick["apply"] == "int add":  # where both hide, the sum wraps
+                hidden = [torch.ones(self.s, self.t).triu(far).to(torch.int32) for far in (1, 2)]
+                return x + (hidden[0] * LOW + hidden[1] * LOW)
+            if pick["apply"] == "half where":
+                return torch.where(mask, x.half(), torch.full((), fill))
             if pick["apply"] == "mul add" and fill > -torch.inf:
                 return x + (1.0 - mask.float()) * fill
             return x.masked_fill_(~mask, fill) if pick["apply"] == "inplace" else x.masked_fill(~mask, fill)
@@ -206,6 +173,11 @@ class Program(nn.Module):
             return torch.softmax(x, -1)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+            bias = BIASES[pick["bias"]](bias) if pick["bias"] else bias
+            out = attention(q, k, v, mask, bias)
+            return ENDS[pick["end"]](out) if pick["end"] else out
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
             if pick["layout"] == "BSHD":
                 q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
             if pick["apply"].startswith("sdpa"):
@@ -219,7 +191,8 @@ class Program(nn.Module):
             k = k / 2 if how in ("key", "both") else k
             x = product(q, k.mT)
             x = x * number if how == "number" else x * torch.tensor(number) if how == "tensor" else x
-            x = x * self.per_head if how == "head" else x
+            x = RANGES[how](x) if how in RANGES else x * self.per_head if how == "head" else x
+            x = COARSE[pick["coarse"]](x) if pick["coarse"] else x
             if pick["cap"]:
                 x = 3 * torch.tanh((x + 1 if pick["cap"] == "shifted cap" else x) / 3)
             for step in pick["order"].split():
@@ -229,9 +202,9 @@ class Program(nn.Module):
                 x = x - (largest.detach() if pick["shift"] == "detached max" else largest)
             x = x - 1 if pick["shift"] == "number" else x
             if pick["softmax"] == "later":
-                e = torch.exp(x - x.amax(-1, keepdim=True))
+                e = torch.exp(x - x.amax(-1, keepdim=True)).to(v.dtype)
                 return product(e, v) / e.sum(-1, keepdim=True)
-            w = self.memory.touch("weights", weights(self.memory.touch("scores", x), v))
+            w = self.memory.touch("weights", weights(self.memory.touch("scores", x), v).to(v.dtype))
             w = w.nan_to_num(0.0) if pick["after"] == "nan_to_num" else w
             w = w.masked_fill(~mask, 0.0) if pick["after"] == "again" else w
             w = w * self.per_head if pick["after"] == "scaled" else w
@@ -241,11 +214,11 @@ class Program(nn.Module):
         return attend
 
 
-def differs(old: Tensor, new: Tensor) -> bool:
+def differs(old: Tensor, new: Tensor, tolerance: float) -> bool:
     """Where the model gives a number. Outputs and gradients are of the order of 1."""
     number = old.isfinite()
     old, new = (torch.where(number, x.double(), 0) for x in (old, new))
-    return not bool(((old - new).abs() <= TOLERANCE * old.abs().max().clamp_min(1.0)).all())
+    return not bool(((old - new).abs() <= tolerance * old.abs().max().clamp_min(1.0)).all())
 
 
 def run(module: nn.Module, inputs: tuple[Tensor, ...], with_gradients: bool) -> list[Tensor]:
@@ -275,19 +248,35 @@ def attack(seed: int, memory: bool = False) -> Outcome:
             rewritten = rewrite(program, program.inputs(None), config=CONFIG)
         except Exception as error:
             return Outcome(words, None, f"{type(error).__name__}: {error}")
+    wrong = None
     for other in (None, *range(1, TIMES + 1)):
-        inputs = program.inputs(other)
-        old = run(program, inputs, with_gradients=not memory)
+        wrong = wrong or compared(program, rewritten, other, memory)
+    draw = Random(-2 - seed)
+    if wrong or draw.random() < 0.5:
+        return Outcome(words, rewritten, wrong)
+    with edited(program, rewritten, draw) as how:
+        return Outcome(words, rewritten, compared(program, rewritten, 1, memory, how))
+
+
+def compared(program: Program, rewritten: RewrittenModule, seed: int | None, memory: bool, how: str = "") -> str | None:
+    """How the rewritten program differs from the program on the inputs of a seed. None if it does not.
+
+    `how` says how the program was changed since the rewrite: then the call may be refused.
+    """
+    inputs, where = program.inputs(seed), f"inputs {seed} {how}"
+    old = run(program, inputs, with_gradients=not memory)
+    try:
         new = run(rewritten, inputs, with_gradients=not memory)
-        # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
-        # are rounded to what is left of them beside a large number.
-        sees = program.seen(*inputs[3:8]).any(-1, keepdim=True)
-        means = bool(sees.all()) and bool(old[0].isfinite().all())
-        if program.fill in ROUNDING:
-            old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
-        for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
-            if differs(a, b):
-                return Outcome(
-                    words, rewritten, f"inputs {other}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
-                )
-    return Outcome(words, rewritten)
+    except Exception as error:
+        return None if how and isinstance(error, RewriteError) else f"{where}: {type(error).__name__}: {error}"
+    # A row that sees no key, or gives NaN, has no gradient that means something. Nor an output, where the scores
+    # are rounded to what is left of them beside a large number.
+    sees = program.seen(*inputs[3:8])
+    sees = (sees & (inputs[8] > ROUNDING[0]) if program.low else sees).any(-1, keepdim=True)
+    means = bool(sees.all()) and bool(old[0].isfinite().all())
+    if program.fill in ROUNDING:
+        old[0], new[0] = (torch.where(sees, out, 0) for out in (old[0], new[0]))
+    for i, (a, b) in enumerate(zip(old if means else old[:1], new, strict=False)):
+        if differs(a, b, program.tolerance):
+            return f"{where}: {'output' if i == 0 else f'gradient {i - 1}'} differs"
+    return None

@@ -71,18 +71,52 @@ INTEGERS: dict[str, Callable[[Tensor], object]] = {
     "add_": lambda x: x.add_(1),
     "setitem": lambda x: x.__setitem__(0, 0),
 }
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
 FOLDS: dict[str, Step] = {
     "double": lambda x: x + x,
     "half": lambda x: x / 2 if x.is_floating_point() else x,
     "negate twice": lambda x: x.neg().neg() if x.dtype != torch.bool else x.logical_not().logical_not(),
     "from one": lambda x: 1 - x if x.dtype != torch.bool else ~x,
     "times": lambda x: x * 3,
+    "wrap": lambda x: x * 64 * 4,
+    "up and down": lambda x: x + 100 - 100 if x.dtype != torch.bool else x + x,
+    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30 if x.dtype == torch.float32 else x,
     "clamp": lambda x: x.clamp(-1, 1) if x.dtype != torch.bool else x | x,
     "fill low": lambda x: x.masked_fill(x > 0, -30000.0) if x.is_floating_point() else x,
     "nan_to_num": lambda x: x.nan_to_num(0.5) if x.is_floating_point() else x,
 }
-"""Each gives other numbers of the same shape and, but for bools, of the same dtype."""
+"""Each gives other numbers of the same shape and, but for bools, of the same dtype. Some leave the range of a dtype."""
+
+
+RANGES: dict[str, Step] = {
+    "underflow": lambda x: x * 1e-30 * 1e-30 * 1e30 * 1e30,
+    "there and back": lambda x: x / 1e15 * 1e15,
+}
+"""Scales whose product is about 1, and whose parts leave the range of the dtype, or not."""
+COARSE: dict[str, Step] = {
+    "to float16": lambda x: x.half(),
+    "range of float16": lambda x: x.half() / 300 / 300 * 300 * 300,
+    "far in bfloat16": lambda x: x.bfloat16() + 500 - 500,
+}
+"""What else is done to scores, in 16 bits."""
+BIASES: dict[str, Step] = {
+    "far in bfloat16": lambda x: x.bfloat16() + 1000 - 1000,
+    "far in float16": lambda x: x.half() + 3000 - 3000,
+    "two in bfloat16": lambda x: (x * 99).bfloat16() + (x * -98).bfloat16(),
+    "two in float32": lambda x: x + x.flip(-1),
+    "in float16": lambda x: x.half(),
+    "in int8": lambda x: (x.clamp(-3, 3) * 60).to(torch.int8).float() / 60,
+    "wrapping in int8": lambda x: ((x.clamp(-3, 3) * 30).to(torch.int8) * 8).float() / 99,
+}
+ENDS: dict[str, Step] = {
+    "nan_to_num 1": lambda x: x.nan_to_num(1.0),
+    "where isnan": lambda x: torch.where(x.isnan(), 0.5, x),
+    "x == x": lambda x: x.masked_fill(x != x, 2.0),
+}
+"""What reads NaN behind the attention."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,8 @@ class Outcome:
     rewritten: RewrittenModule | None = None
     """None if the program was refused."""
     wrong: str | None = None
+    cause: str = ""
+    """Why the program was refused, if that is right."""
 
 
 class Memory:
@@ -130,14 +166,16 @@ class Memory:
         return live[end]
 
     def _other_numbers(self, draw: Random, x: Tensor, said: list[str]) -> Tensor:
-        how = draw.choice(["cast", "fold", "fold", "read"])
+        how = draw.choice(["cast", "fold", "fold", "carried", "read"])
         if how == "read":
             self.read_again.append(x.to(torch.float32).nan_to_num(7.0).clamp(-9.0, 9.0))
             said.append("read")
             return x
-        name = draw.choice([str(kind) for kind in DTYPES] if how == "cast" else list(FOLDS))
-        said.append(name)
-        return x.to(getattr(torch, name.removeprefix("torch."))).to(x.dtype) if how == "cast" else FOLDS[name](x)
+        kind = x.dtype if how == "fold" else draw.choice(DTYPES)
+        name = "cast" if how == "cast" else draw.choice(list(FOLDS))
+        said.append(name if how == "fold" else f"{name} in {str(kind).removeprefix('torch.')}")
+        moved = x.to(kind)
+        return (moved if how == "cast" else FOLDS[name](moved)).to(x.dtype)
 
 
 def draw_places(draw: Random) -> dict[str, float]:

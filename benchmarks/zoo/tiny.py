@@ -26,6 +26,7 @@ from neuron_attn_rewrite.cli.shrink import (
     Sizes,
     arguments,
     no_extras,
+    sections,
     shrink,
 )
 
@@ -94,16 +95,8 @@ def tiny(model_type: str, sizes: Sizes, unset: bool) -> PretrainedConfig:
             own["backbone_kwargs"] = None
             own = {name: value for name, value in own.items() if name in arguments(type(config))}
             own["backbone_config"] = dict(RESNET)
-        for name in ("rope_parameters", "rope_scaling"):
-            rope = vars(config).get(name, 0) or {}
-            if unset and name in arguments(type(config)) and "mrope_section" not in rope and not _nested(rope):
-                rotary = HEAD * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
-                own[name] = {
-                    "rope_type": "default",
-                    "rope_theta": 1e4,
-                    **rope,
-                    "mrope_section": _thirds(int(rotary / 2)),
-                }
+        if unset:
+            own |= sections(config)
         return {**own, **FIELDS.get(config.model_type, {})}
 
     return no_extras(shrink(CONFIG_MAPPING[model_type](**MADE_OF.get(model_type, {})), sizes, given))
@@ -111,14 +104,6 @@ def tiny(model_type: str, sizes: Sizes, unset: bool) -> PretrainedConfig:
 
 def _lacks(config: PretrainedConfig, name: str) -> bool:
     return vars(config).get(name, 0) is None
-
-
-def _nested(rope: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, dict) for value in rope.values())
-
-
-def _thirds(total: int) -> list[int]:
-    return [total - 2 * (total // 3), total // 3, total // 3]
 
 
 def _kind(config: Any) -> str:

@@ -27,6 +27,7 @@ from neuron_attn_rewrite.capture.autocast import Autocast, current, insert_casts
 from neuron_attn_rewrite.capture.dialects import EXPANSIONS
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.capture.normalise import PASSES, follow_input_device, normalise
+from neuron_attn_rewrite.graph.held import IS_PARAMETER
 from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.reasons import Reason
 
@@ -68,6 +69,7 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new._rename(_readable(old))
         new.meta.setdefault("val", value(old))
+        new.meta[IS_PARAMETER] = isinstance(value(old), torch.nn.Parameter)
     insert_casts(traced, lambda node: node.meta.get(AUTOCAST) or {})
     # This graph is compiled for the devices of one call, so its devices are fixed.
     return normalise(traced, tuple(p for p in PASSES if p is not follow_input_device))

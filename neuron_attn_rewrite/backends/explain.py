@@ -12,6 +12,7 @@ from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.capture.failures import refuse_inputs
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteError
+from neuron_attn_rewrite.module import refuse_names
 from neuron_attn_rewrite.reasons import LOG
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.rewriter import rewrite_graph
@@ -37,6 +38,7 @@ def explain(model: nn.Module, *args: Any, config: RewriteConfig | None = None, *
     if not isinstance(model, nn.Module):
         raise InputError(f"explain needs a model, an nn.Module, not {type(model).__name__}.")
     model = getattr(model, "_orig_mod", model)
+    refuse_names(model)
     try:
         captured = capture(model, args, kwargs)
         report = rewrite_graph(captured.module, captured.inputs, config)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.activations import restore_activations
+from neuron_attn_rewrite.capture.handed import objects
 from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import InputError, TraceError
@@ -50,8 +51,14 @@ def rewrite_for_trace(
         softmax are called by name, for torch_neuronx to replace.
 
     Raises:
+        InputError: an example input is an object, such as a cache: a trace takes tensors.
         InputError, CaptureError, RewriteError: as `rewrite`.
     """
+    for value in objects(example_inputs):
+        raise InputError(
+            f"an example input is a {type(value).__name__}, and a trace takes tensors: pass the tensors that it holds "
+            "to a module of your own that makes it from them and calls the model."
+        )
     if isinstance(example_inputs, Mapping):
         rewritten = rewrite(model, (), example_inputs, config=config)
     elif isinstance(example_inputs, (Tensor, tuple, list)):
@@ -111,8 +118,8 @@ class TraceCheck:
     expected_kernels: int | None
     """Number of kernel calls in the graph of the module; None if it has no graph."""
     score_buffers: tuple[str, ...]
-    """Shapes of intermediate results that hold a score for each query and key of a replaced attention. Empty for sizes
-    that a dense bias, or an attention that was not replaced, also has."""
+    """Shapes of products that give a score for each query and key of a replaced attention. Empty for an attention with
+    a dense bias, and for sizes that an attention that was not replaced also has."""
     max_error: float | None
     """Largest difference from the module on the CPU, relative to the largest magnitude. None if it was not run."""
     tolerance: float
@@ -222,8 +229,11 @@ def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
     baked = [
         name
         for name, tensor in weights.items()
-        # torch_xla turns single numbers into constants, like literals.
-        if tensor.dim() and name in (read_weights or ()) and context.tensor_parameter_id(tensor) == -1
+        # torch_xla turns single numbers into constants, like literals. Nobody reads a tensor without elements.
+        if tensor.dim()
+        and tensor.numel()
+        and name in (read_weights or ())
+        and context.tensor_parameter_id(tensor) == -1
     ]
     return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks)
 
@@ -283,20 +293,35 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
 
 
 def _without_scores(sites: Sequence[SiteReport]) -> list[SiteReport]:
-    """The replaced attentions of a size that no dense bias and no kept attention has."""
-    others = {(s.q_len, s.kv_len) for s in sites if s.bias is not None or not s.is_replaced}
-    return [site for site in sites if site.is_replaced and (site.q_len, site.kv_len) not in others]
+    """The replaced attentions of a size that no kept attention has."""
+    kept = {(s.q_len, s.kv_len) for s in sites if not s.is_replaced}
+    return [site for site in sites if site.is_replaced and (site.q_len, site.kv_len) not in kept]
+
+
+PRODUCT = re.compile(
+    r"\b((?:f32|bf16|f16|f64)\[([\d,]+)\])\S* dot\(\w+\[([\d,]+)\].*lhs_batch_dims=.*lhs_contracting_dims=\{(\d+)\}"
+)
+"""A batched product in HLO text: its shape, its dims, those of its first operand, and the dim that is summed."""
 
 
 def score_buffers(hlo: str, site: SiteReport) -> list[str]:
-    """Shapes in HLO text with a score, or a mask, for each query and key of a replaced attention."""
-    if site.bias is not None or site.kv_len in (site.head_dim, site.v_head_dim) or not site.batch or not site.num_heads:
+    """Shapes of products in HLO text that give a score for each head, query and key of a replaced attention.
+
+    Only a product is told from a bias or a mask of the same shape. An attention with a bias is left out, because a
+    product with the query may make it.
+    """
+    if site.bias is not None or not site.batch or not site.num_heads or site.q_len is None:
         return []
-    found = []
-    for kind, dims in set(re.findall(r"\b(pred|f32|bf16|f16|f64)\[([\d,]+)\]", hlo)):
-        *lead, rows, keys = [0, 0, *map(int, dims.split(","))]
-        count = torch.Size(n for n in lead if n).numel()
-        by_head = len(lead) - 2 >= 2 or count == site.batch * site.num_heads
-        if (rows, keys) == (site.q_len, site.kv_len) and by_head and len(lead) > 2:
-            found.append(f"{kind}[{dims}]")
+    if site.kv_len == site.head_dim == site.v_head_dim:  # as the product with the value
+        return []
+    found = set()
+    for shape, dims, first, summed in PRODUCT.findall(hlo):
+        *lead, rows, keys = map(int, dims.split(","))
+        is_whole = torch.Size(lead).numel() == site.batch * site.num_heads
+        if (
+            is_whole
+            and (rows, keys) == (site.q_len, site.kv_len)
+            and int(first.split(",")[int(summed)]) == site.head_dim
+        ):
+            found.add(shape)
     return sorted(found)

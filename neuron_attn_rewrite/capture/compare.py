@@ -7,19 +7,21 @@ Each call has the example inputs, but positions such as `cache_position` go on w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from enum import Enum
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.capture.dialects import plain_transformers
 from neuron_attn_rewrite.capture.export import Captured
 from neuron_attn_rewrite.capture.objects import leaves
+from neuron_attn_rewrite.capture.state import state
 from neuron_attn_rewrite.errors import CaptureError
-from neuron_attn_rewrite.graph.nodes import draws, tensor
+from neuron_attn_rewrite.graph.nodes import attribute, draws, tensor
 from neuron_attn_rewrite.graph.writes import buffers_restored, changed_in_place
 
 CALLS = 3
@@ -42,19 +44,21 @@ def capture_error(model: Any, captured: Captured) -> float | None:
     """
     if captured.call is None or captured.example is None or not isinstance(model, nn.Module):
         return None
-    twin = _copy_of(model)
+    graph = captured.module.graph
+    changed = changed_in_place(graph)
+    parameters = {id(t): t for n in changed if n.op == "get_attr" and isinstance(t := attribute(n), nn.Parameter)}
+    twin = _copy_of(model, parameters)
     if twin is None:
         return None
-    graph = captured.module.graph
     limit = LARGEST_ERROR_OF_HALF if any(_is_half(node) for node in graph.nodes) else LARGEST_ERROR
     is_random = any(draws(node) for node in graph.nodes)
     worst: float | None = None
-    with buffers_restored(captured.module, changed_in_place(graph)), torch.random.fork_rng(devices=[]):
+    with buffers_restored(captured.module, changed), torch.random.fork_rng(devices=[]):
         for call in range(CALLS):
             counters = _counters(twin)
             old = _outputs(twin, captured.example, call)
-            writes = {} if call else _writes(model, twin)
-            new = _outputs(captured.module, captured.call, call)
+            writes = {} if call else _writes(model, twin, parameters)
+            new = _outputs(partial(handed.call, captured.module), captured.call, call)
             if old is None or new is None or [t.shape for t in old] != [t.shape for t in new]:
                 return worst
             _check_writes(writes, captured.module, torch.inf if is_random else limit)
@@ -85,11 +89,14 @@ def _another(error: float, call: int) -> CaptureError:
     )
 
 
-def _copy_of(model: nn.Module) -> nn.Module | None:
-    """A copy with the model's parameters, and with buffers and other state of its own. None if it can't be made."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+def _copy_of(model: nn.Module, written: Collection[int]) -> nn.Module | None:
+    """A copy with the model's parameters, and with buffers and other state of its own. None if it can't be made.
+
+    Parameters whose ids are in `written` are copied too.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in written}
     try:
-        for _, part in _state(model):
+        for _, part in state(model):
             if isinstance(part, Tensor) and id(part) not in memo:
                 memo[id(part)] = copy.deepcopy(part.detach(), memo)
         return copy.deepcopy(model, memo)
@@ -97,49 +104,24 @@ def _copy_of(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each tensor and each plain value that is reachable from the model, but its parameters. Buffers come first."""
-    yield from model.named_buffers()
-    seen = {id(t) for t in (*model.parameters(), *model.buffers())}
-    inside = ("_parameters", "_buffers", "_modules")
-    stack = [
-        (f"{name}.{key}" if name else key, value)
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key not in inside and not isinstance(module, fx.GraphModule)
-    ]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, (int, float, str, type(None))):
-            yield path, value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, Tensor):
-                yield path, value
-            elif isinstance(value, Mapping):
-                stack += [(f"{path}[{key!r}]", part) for key, part in value.items()]
-            elif isinstance(value, (list, tuple)):
-                stack += [(f"{path}[{i}]", part) for i, part in enumerate(value)]
-            elif hasattr(value, "__dict__") and not isinstance(value, (type, Enum, nn.Module)) and not callable(value):
-                stack += [(f"{path}.{key}", part) for key, part in vars(value).items()]
-
-
 def _counters(model: nn.Module) -> dict[str, Any]:
     """What tells whether a call changed the state: a version of each tensor, and each plain value."""
     return {
         path: (id(part), None if part.is_inference() else part._version) if isinstance(part, Tensor) else part
-        for path, part in _state(model)
+        for path, part in state(model)
     }
 
 
-def _writes(model: nn.Module, called: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def _writes(model: nn.Module, called: nn.Module, written: Collection[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Each tensor of the model that a call of a copy has changed: a copy of its value before, and its value after."""
-    after = dict(_state(called))
+    after = {**dict(called.named_parameters()), **dict(state(called))}
+    parameters = [(name, p.detach()) for name, p in model.named_parameters() if id(p) in written]
     buffers = {id(b) for b in model.buffers()}
     memory = {b.untyped_storage()._cdata for b in model.buffers() if type(b) is Tensor}
     changed = {}
-    for path, was in _state(model):
+    for path, was in (*parameters, *state(model)):
         now = after.get(path)
+        now = now.detach() if isinstance(now, nn.Parameter) else now
         if type(was) is not Tensor or type(now) is not Tensor:
             continue
         is_view = id(was) not in buffers and was.untyped_storage()._cdata in memory
@@ -154,7 +136,10 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
     Raises:
         CaptureError: it has not.
     """
-    buffers = dict(module.named_buffers(remove_duplicate=False))
+    buffers = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     for path, (was, now) in writes.items():
         written = buffers.get(path)
         if written is None or _is_equal(was, written) or relative_difference(now, written) > limit:
@@ -166,13 +151,19 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
             )
 
 
-def _outputs(run: nn.Module, call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int) -> list[Tensor] | None:
-    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails."""
+def _outputs(
+    run: Callable[..., Any], call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int
+) -> list[Tensor] | None:
+    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails.
+
+    Tensors of objects among the inputs count as outputs: the call may change the objects.
+    """
     try:
-        args, kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number), call))
+        given = pytree.tree_map_only(Tensor, lambda t: _advanced(t.detach(), number).clone(), handed.opened(call))
+        args, kwargs = handed.closed(given)
         torch.manual_seed(number)
         with torch.no_grad(), plain_transformers():  # the fast path of torch.nn gives other numbers where padding is
-            found = leaves(run(*args, **kwargs))
+            found = leaves([run(*args, **kwargs), *handed.objects((args, kwargs))])
     except Exception:  # whatever the model's own operators raise
         return None
     return [t.clone() for t in found if isinstance(t, Tensor) and t.is_floating_point()]

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import arguments, attribute, op_name
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.graph.nodes import arguments, aten, attribute, fake_mode, op_name
 
 
 @contextlib.contextmanager
@@ -35,6 +36,26 @@ def plain_transformers() -> Iterator[None]:
     finally:
         layers._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def data_detached() -> Iterator[None]:
+    """Trace `x.data` as `x.detach()`, which it is but for checks of autograd. torch.export makes a constant of it."""
+    plain: Any = Tensor.data
+
+    def read(x: Tensor) -> Any:
+        return x.detach() if isinstance(x, FakeTensor) else plain.__get__(x)
+
+    def assign(x: Tensor, value: Tensor) -> None:
+        if isinstance(x, FakeTensor):
+            raise CaptureError("the model assigns to .data of a tensor, and no graph can hold that: use copy_()")
+        plain.__set__(x, value)
+
+    Tensor.data = property(read, assign)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del Tensor.data
 
 
 @contextlib.contextmanager
@@ -212,6 +233,31 @@ def _value(module: fx.GraphModule, known: Mapping[fx.Node, Tensor], leaf: Any) -
     if not isinstance(leaf, fx.Node):
         return leaf
     return known[leaf] if leaf in known else module.get_submodule(str(leaf.target))
+
+
+# Numbers
+
+PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+
+
+def scale_by_tensors(module: fx.GraphModule) -> None:
+    """Let products with `t.item()` read a copy of the tensor: no rule reads a number that only a call knows."""
+    graph, mode = module.graph, fake_mode(module.graph)
+    for node in [n for n in graph.nodes if n.target in (aten.item.default, aten._local_scalar_dense.default)]:
+        read = node.args[0].meta["val"]
+        users = [u for u in node.users if u.target in PRODUCTS and u.args[1] is node]
+        if not users or read.dtype == torch.bool or read.is_complex():
+            continue
+        with graph.inserting_before(node), mode:
+            number = graph.call_function(aten.detach.default, (node.args[0],))
+            shaped = graph.call_function(aten.reshape.default, (number, []))
+            copied = graph.call_function(aten.clone.default, (shaped,))
+            number.meta["val"] = read.detach()
+            shaped.meta["val"] = copied.meta["val"] = read.detach().reshape([]).clone()
+        for user in users:
+            kind = torch.result_type(user.args[0].meta["val"], copied.meta["val"])
+            if kind == user.meta["val"].dtype and kind.is_floating_point:
+                user.args = (user.args[0], copied)
 
 
 # Shapes

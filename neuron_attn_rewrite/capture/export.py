@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental import _config as symbolic_config
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.dialects import open_masks, plain_transformers, refresh_shapes
-from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs
+from neuron_attn_rewrite.capture.dialects import data_detached, open_masks, plain_transformers, refresh_shapes
+from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs, value_needed
+from neuron_attn_rewrite.capture.handed import closed, objects_opened, opened, shapes_of_tensors
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
-from neuron_attn_rewrite.capture.objects import holds_tensors, objects_opened
+from neuron_attn_rewrite.capture.state import state_kept
 from neuron_attn_rewrite.errors import CaptureError, InputError
 
-COUNTERS, MOST_COUNTERS = (torch.int64, torch.int32), 2**16
-"""The dtypes and the most elements of a buffer that may hold the length of a cache."""
+TRACERS = (
+    ("torch.export", False, False),
+    ("torch.export, an open size is neither 0 nor 1", False, True),
+    ("Dynamo full graph", True, False),
+)
+"""The ways to make a graph, in this order: a name, whether Dynamo is used, and whether an open size counts as different
+from 0 and 1 without a guard. Such a guard may be more than torch can show to hold for all sizes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Captured:
     @property
     def inputs(self) -> tuple[Any, ...] | None:
         """A value for each placeholder."""
-        return None if self.call is None else tuple(pytree.tree_leaves(self.call))
+        return None if self.call is None else tuple(pytree.tree_leaves(opened(self.call)))
 
 
 def capture(
@@ -69,6 +77,7 @@ def capture(
     program: torch.export.ExportedProgram | fx.GraphModule
     if isinstance(model, torch.export.ExportedProgram):
         program, training = model, False
+        _refuse_fake_constants(program)
         if not given and model.example_inputs:
             (args, kwargs), given = model.example_inputs, True
             example = args, kwargs
@@ -84,7 +93,6 @@ def capture(
         args = args if given else _zeros_from_shapes(model)
         example = args, kwargs
         kwargs = _in_signature_order(model, args, kwargs)
-        _refuse_objects(model, args, kwargs)
         args, kwargs = _distinct(model, args, kwargs)
         program, training = _export(model, args, kwargs, dynamic_shapes), model.training
     if dynamic_shapes is not None and program is model:
@@ -97,7 +105,7 @@ def capture(
     module = normalise(module)
     for part in module.modules():
         part.training = training
-    tensors = [*pytree.tree_leaves((args, kwargs)), *module.parameters(), *module.buffers()]
+    tensors = [*pytree.tree_leaves(opened((args, kwargs))), *module.parameters(), *module.buffers()]
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
     given_forward = model.forward if isinstance(model, nn.Module) and program is not model else None
     signature = inspect.signature(given_forward) if given_forward else None
@@ -144,21 +152,6 @@ def _in_signature_order(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return {name: kwargs[name] for name in [*(p for p in signature.parameters if p in kwargs), *kwargs]}
 
 
-def _refuse_objects(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Name an input that no graph can take.
-
-    Raises:
-        InputError: an input is, or holds, an object with tensors among its attributes.
-    """
-    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
-        kinds = [type(leaf).__name__ for leaf in pytree.tree_leaves(value) if holds_tensors(leaf)]
-        if kinds:
-            raise InputError(
-                f"the example input {name!r} is a {kinds[0]}, and a graph takes tensors: pass the tensors that it "
-                "holds to a module of your own that makes it from them and calls the model."
-            )
-
-
 def _distinct(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,44 +160,57 @@ def _distinct(
     A tracer makes one input of two that are the same tensor. Then the result would ignore the other one.
     """
     seen = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(opened((args, kwargs)))
     if len(seen | {id(leaf) for leaf in leaves}) == len(seen) + len(leaves):
         return args, kwargs
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             leaves[i] = leaf.detach().clone().requires_grad_(leaf.requires_grad) if id(leaf) in seen else leaf
             seen.add(id(leaf))
-    distinct: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    distinct: tuple[tuple[Any, ...], dict[str, Any]] = closed(pytree.tree_unflatten(leaves, spec))
     return distinct
 
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
-    """torch.export without Dynamo, and if that fails with it."""
+    """torch.export without Dynamo, and if that fails with it. Objects among the inputs are opened."""
     check_dynamic_shapes(args, kwargs, dynamic_shapes)
+    named = opened(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
+    args, kwargs = opened((args, kwargs))
     if dynamic_shapes is not None:  # torch.export marks the tensors whose sizes are open, and the marks stay
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs)
         )
+    by_position = (*args, *kwargs.values())
+    dynamic_shapes = shapes_of_tensors(named if isinstance(dynamic_shapes, Mapping) else by_position, dynamic_shapes)
     causes: list[str] = []
     first: Exception | None = None
-    for how, strict in (("torch.export", False), ("Dynamo full graph", True)):
+    for how, strict, oblivious in TRACERS:
+        if oblivious and dynamic_shapes is None:
+            continue
         try:
-            masks = contextlib.nullcontext() if dynamic_shapes is None else open_masks()
-            with quiet(), plain_transformers(), masks, _counters_kept(model), objects_opened(model):
-                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            open_sizes = contextlib.nullcontext() if dynamic_shapes is None else _open_sizes(oblivious)
+            data = contextlib.nullcontext() if strict else data_detached()
+            with quiet(), plain_transformers(), open_sizes, data, state_kept(model), objects_opened(model):
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            _refuse_fake_constants(program)
+            return program
+        except CaptureError as error:  # what one tracer refuses, the other one may leave out
+            raise CaptureError(f"{type(model).__name__} could not be captured as one graph: {error}.") from None
         except Exception as error:  # any failure of a tracer is a failed capture
             first = first or error
             causes.append(f"{how}: {type(error).__name__}: {first_line(error)}")
     refuse_inputs(model, args, kwargs, first)
-    sizes = (
-        "leave fewer sizes open in dynamic_shapes, as the model turns some into numbers (perhaps not with "
+    fewer = (
+        "open every size in dynamic_shapes that must fit an open one (an attention_mask may be as long as a cache and "
+        "the new tokens: past + 1), or leave fewer open, as the model turns some into numbers (perhaps not with "
         'attn_implementation="sdpa"); '
     )
-    tries = "" if dynamic_shapes is None else sizes
+    tries = "" if dynamic_shapes is None else fewer
     raise CaptureError(
         f"{type(model).__name__} could not be captured as one graph.\n  "
+        + value_needed(first)
         + "\n  ".join(causes)
         + f"\nTry: {tries}rewrite the part of the model (a submodule) that holds its attention; remove what branches "
         "on tensor values, or pass inputs that avoid it; or hand in a torch.export.ExportedProgram of your own. "
@@ -214,16 +220,27 @@ def _export(
 
 
 @contextlib.contextmanager
-def _counters_kept(model: nn.Module) -> Iterator[None]:
-    """Restore small integer buffers: export runs a write into a buffer if an object outside the model holds it too."""
-    small = [b for b in model.buffers() if b.dtype in COUNTERS and b.numel() <= MOST_COUNTERS and not b.is_meta]
-    saved = [(buffer, buffer.clone(), buffer._version) for buffer in small]
-    try:
+def _open_sizes(oblivious: bool) -> Iterator[None]:
+    """Settings for a capture with open sizes. Torch 2.9 can't trace sizes of tensors that its fake cache has made."""
+    import torch._dynamo  # takes a second
+
+    sizes = symbolic_config.patch(backed_size_oblivious=oblivious)  # type: ignore[attr-defined]
+    with open_masks(), sizes, torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
-    finally:
-        for buffer, value, version in saved:
-            if buffer._version != version:
-                buffer.copy_(value)
+
+
+def _refuse_fake_constants(program: torch.export.ExportedProgram) -> None:
+    """torch.export makes a constant without values of what it can't trace, and the graph would ignore the real tensor.
+
+    Raises:
+        CaptureError: there is such a constant.
+    """
+    fake = [name for name, value in program.constants.items() if is_fake(value)]
+    if fake:
+        raise CaptureError(
+            f"a tensor that the model computes became a constant without values ({fake[0]}), as torch.func.grad makes "
+            "them in torch.export"
+        )
 
 
 def first_line(error: Exception) -> str:

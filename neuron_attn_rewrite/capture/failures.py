@@ -5,19 +5,24 @@ from __future__ import annotations
 import io
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.capture.handed import closed
 from neuron_attn_rewrite.errors import InputError
 
 TRACERS = r"torch\.(export|_export|fx|_dynamo|_functorch|_higher_order_ops|_subclasses)\b"
 """The modules of torch whose warnings are about tensors and nodes that a caller does not know."""
+_PACKAGES = tuple(str(Path(path).parent) + os.sep for path in (str(torch.__file__), str(Path(__file__).parent)))
+"""Where the lines are that are not the model's."""
 MOST_WEIGHTS = 2**28
 """The most weights of a model that is run once to see whether it fails without a tracer too."""
 
@@ -39,6 +44,19 @@ def quiet() -> Iterator[None]:
         finally:
             for logger in shown:
                 logger.disabled = False
+
+
+def value_needed(error: Exception | None) -> str:
+    """A sentence about the line of the model that needs values while it is traced. Empty if that is not the error."""
+    if error is None or type(error).__name__ != "GuardOnDataDependentSymNode":
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*_PACKAGES, "<"))]
+    where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}" if own else "some line"
+    return (
+        f"At {where}, the model needs the value of a tensor (of item(), int() or bool(), or of a mask as an index), "
+        "and a graph has no values: compute with the tensor itself, or choose with torch.where.\n  "
+    )
 
 
 def check_dynamic_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> None:
@@ -112,7 +130,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     if sum(t.numel() for t in tensors) > MOST_WEIGHTS or any(t.is_meta for t in tensors):
         return
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    copies = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+    copies = closed(pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs))))
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")

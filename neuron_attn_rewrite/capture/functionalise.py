@@ -12,11 +12,11 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from neuron_attn_rewrite.capture.scatters import Scatter, scatter
 from neuron_attn_rewrite.graph.memory import Memory, memory
-from neuron_attn_rewrite.graph.nodes import fake_mode, mutates
+from neuron_attn_rewrite.graph.nodes import attribute, fake_mode, mutates
 from neuron_attn_rewrite.graph.strides import memory_order, same_strides, with_strides
 from neuron_attn_rewrite.graph.writes import written
 
@@ -46,7 +46,9 @@ def functionalise(module: fx.GraphModule) -> None:
     if any(node.target in METADATA for node in graph.nodes):
         _resized_by_views(graph, where)
         where = memory(graph)
-    _Functionalisation(graph, where).run()
+    gradients = _gradients(graph, where)
+    _drop_idle_copies(graph, where, gradients)
+    _Functionalisation(graph, where, gradients).run()
 
 
 def _resized_by_views(graph: fx.Graph, where: Memory) -> None:
@@ -63,11 +65,47 @@ def _resized_by_views(graph: fx.Graph, where: Memory) -> None:
             now[where.objects[node]] = node
 
 
+def _gradients(graph: fx.Graph, where: Memory) -> set[int]:
+    """The storages of tensors through which a gradient may flow to an input or a parameter."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        is_given = node.op == "placeholder" or (node.op == "get_attr" and isinstance(attribute(node), nn.Parameter))
+        reads = [n for n in node.all_input_nodes if n.target is not aten.detach.default and _is_real(n)]
+        if is_given or any(not where.of(n).isdisjoint(found) for n in reads):
+            found |= {s for n in (node, *written(node)) if _is_real(n) for s in where.of(n)}
+    return found
+
+
+def _is_real(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def _drop_idle_copies(graph: fx.Graph, where: Memory, gradients: set[int]) -> None:
+    """Remove copies of a tensor to where it lies already: `x[0] += 1` makes one after it has added.
+
+    Autograd would take such a copy for a change of a tensor that it has saved.
+    """
+
+    def place(node: Any) -> Any:
+        if mutates(node) and list(written(node)) == [node.args[0]]:
+            return place(node.args[0])
+        is_idle = node.target is aten.detach.default and where.of(node).isdisjoint(gradients)
+        if is_idle or not where.is_view(node):
+            return place(node.args[0]) if is_idle else node.target if node.op == "get_attr" else node
+        return node.target, place(node.args[0]), node.args[1:], node.kwargs
+
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default and place(node.args[0]) == place(node.args[1]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
 class _Functionalisation:
     """Walks a graph in order and tracks which node holds the present value of each original node."""
 
-    def __init__(self, graph: fx.Graph, where: Memory) -> None:
-        self.graph, self.memory, self.mode = graph, where, fake_mode(graph)
+    def __init__(self, graph: fx.Graph, where: Memory, gradients: set[int]) -> None:
+        self.graph, self.memory, self.mode, self.gradients = graph, where, fake_mode(graph), gradients
         self.source: dict[fx.Node, fx.Node] = {}
         """For each view, and each result of a write: the tensor that it is a view of, or that was written."""
         for node in graph.nodes:
@@ -111,7 +149,8 @@ class _Functionalisation:
         if write not in self.source or _functional(write) is None:
             return False
         path = self._path(self.source[write])
-        if any(node.target is aten.detach.default for node in path) and first.meta["val"].requires_grad:
+        stops = any(node.target is aten.detach.default or not _is_real(node) for node in path)
+        if stops and not self.memory.of(first).isdisjoint(self.gradients):
             return False  # a new tensor would take the gradient away
         for view in path[:-1]:
             if not _is_several(view) and view not in self.scatters:
@@ -154,7 +193,7 @@ class _Functionalisation:
 
         path = self._path(self.source[write])
         target, base = path[0], path[-1]
-        value = self._call(_functional(write), *write.args, like=write, **write.kwargs)
+        value = self._new_value(write)
         kind = write.meta["val"].dtype
         value = value if value.meta["val"].dtype == kind else call(aten.to.dtype, value, kind)
         written_value = value
@@ -171,6 +210,18 @@ class _Functionalisation:
         if same_strides(written_value.meta["val"], self.memory.values[target]) and target is not base:
             self.stale.discard(target)
             self.present[target] = written_value
+
+    def _new_value(self, write: fx.Node) -> fx.Node:
+        """What is written, before a cast. Autograd knows no gradient of `aten.copy`."""
+        if write.target is not aten.copy_.default:
+            return self._call(_functional(write), *write.args, like=write, **write.kwargs)
+        source: Any = write.args[1]
+        new: torch.Tensor = write.meta["val"]
+        if source.meta["val"].shape != new.shape:
+            source = self._call(aten.expand_as.default, source, write.args[0], like=write)
+        if source.meta["val"].dtype != new.dtype:
+            return self._call(aten.to.dtype, source, new.dtype, like=write)
+        return self._call(aten.clone.default, source, like=write)
 
     def _call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -189,5 +240,7 @@ def _functional(write: fx.Node) -> Any:
     """The operator without a write that computes the same, up to a cast; None if there is none."""
     assert isinstance(write.target, torch._ops.OpOverload)
     name = write.target.overloadpacket.__name__
+    if name in ("set_", "resize_", "resize_as_"):  # they change which memory the tensor shows
+        return None
     plain = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
     return getattr(getattr(aten, plain, None), write.target._overloadname, None)

@@ -15,9 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.autocast import Autocast, current, devices_of, insert_casts
-from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused
+from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused, scale_by_tensors
 from neuron_attn_rewrite.capture.functionalise import functionalise
-from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode
+from neuron_attn_rewrite.graph.memory import Memory, memory
+from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode, tensor
+from neuron_attn_rewrite.graph.writes import written
 
 aten = torch.ops.aten
 
@@ -57,6 +59,8 @@ def inline_regions(module: fx.GraphModule, autocast: Autocast | None = None) -> 
         body = module.get_submodule(node.args[lead].target)
         assert isinstance(body, fx.GraphModule)
         inline_regions(body, _autocast_in(node, around) if name == "wrap_with_autocast" else around)
+        if name == "wrap_with_set_grad_enabled" and not node.args[0]:
+            _end_gradients(body.graph)
         for inner in body.graph.find_nodes(op="get_attr"):
             value = _attribute(body, inner.target)
             inner.target = f"{node.args[lead].target}_{inner.target}".replace(".", "_")
@@ -64,8 +68,6 @@ def inline_regions(module: fx.GraphModule, autocast: Autocast | None = None) -> 
         inputs = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[lead + 1 :], strict=True))
         with module.graph.inserting_before(node):
             result = module.graph.graph_copy(body.graph, inputs)
-            if name == "wrap_with_set_grad_enabled" and not node.args[0]:
-                result = pytree.tree_map_only(fx.Node, lambda n: _detach(module.graph, n), result)
         for user in list(node.users):
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
             module.graph.erase_node(user)
@@ -82,7 +84,31 @@ def _autocast_in(region: fx.Node, around: Autocast) -> Autocast:
     return {**others, device: to or torch.get_autocast_dtype(device)}
 
 
+def _end_gradients(graph: fx.Graph) -> None:
+    """Detach the results of a region without gradients, and what it writes into tensors from outside.
+
+    Such a write changes the tensor, and its gradient is that of the tensor before.
+    """
+    tensors = [n for n in graph.find_nodes(op="placeholder") if tensor(n) is not None]
+    where = memory(graph) if tensors else Memory()
+    inputs = {where.objects[n]: n for n in tensors}
+    outside = {storage for node in tensors for storage in where.of(node)}
+    for node in list(graph.nodes):
+        if any(not where.of(n).isdisjoint(outside) for n in written(node)):
+            for given in node.all_input_nodes:
+                with graph.inserting_before(node):
+                    node.replace_input_with(given, _detach(graph, given))
+    (output,) = graph.find_nodes(op="output")
+    for node in output.all_input_nodes:
+        with graph.inserting_before(output):
+            same = inputs.get(where.objects.get(node, -1))
+            output.replace_input_with(node, _detach(graph, node) if same is None else same)
+
+
 def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A detached tensor. Anything else as it is."""
+    if tensor(node) is None:
+        return node
     detached = graph.call_function(aten.detach.default, (node,))
     detached.meta = dict(node.meta)
     return detached
@@ -201,6 +227,7 @@ PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
     drop_guards,
     flatten_vmap,
     expand_fused,
+    scale_by_tensors,
     register_constants,
     functionalise,
     follow_input_device,

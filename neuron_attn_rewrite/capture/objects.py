@@ -1,17 +1,15 @@
-"""Outputs that torch.export can't handle, such as the caches of transformers, keep their class in a captured graph.
+"""Objects that torch.export can't handle, such as the caches of transformers, taken apart and put together again.
 
-torch.export takes nested lists, tuples, dicts and registered classes apart into tensors, and refuses any other object
-that holds tensors. Here each such object among the outputs is taken apart by its attributes while the model is
-captured, and put together again from the tensors that the graph gives. No class of another package is registered.
+torch.export takes nested lists, tuples, dicts and registered classes apart into tensors, and refuses any other object.
+Here such an object is taken apart by its attributes, and put together again from the tensors of a call. No class of
+another package is registered.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -20,12 +18,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 ATOMS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-"""What a graph can give."""
+"""What a graph can take and give."""
 Atoms: TypeAlias = tuple[type, ...]
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """The place of the i-th atom."""
 
     index: int
@@ -39,107 +37,155 @@ class _Within:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """An object without its atoms."""
+class _Device:
+    """A device. Any other one is as good: weights and inputs may move together after the capture."""
+
+    device: torch.device = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An object, list, tuple or dict without its atoms."""
 
     kind: type
     parts: Any
-    """A dict of the attributes for an object. A list or dict of the entries for a list, tuple or dict."""
+    """A list of the items for a list or tuple. A dict of the entries for a dict, of the attributes for an object."""
 
     def __hash__(self) -> int:
         return hash(self.kind)
 
+    def difference(self, other: Any, name: str = "") -> str:
+        """Where this object differs from `other`, as it was captured, in words. Empty if only in its tensors."""
+        if not isinstance(other, Parts) or self.kind is not other.kind:
+            return f"{name or 'it'} is {_in_words(self)}, and was {_in_words(other)}"
+        mine, its = (p.parts if isinstance(p.parts, dict) else dict(enumerate(p.parts)) for p in (self, other))
+        is_object = isinstance(self.parts, dict) and not issubclass(self.kind, dict)
+        for key in [*mine, *its]:
+            place = f"{name}.{key}" if is_object else f"{name}[{key!r}]"
+            if key not in mine or key not in its:
+                return f"{place} {'is new' if key in mine else 'is missing'}"
+            found: str = mine[key].difference(its[key], place) if isinstance(mine[key], Parts) else ""
+            if found:
+                return found
+            if not isinstance(mine[key], Parts) and mine[key] != its[key]:
+                return f"{place} is {_in_words(mine[key])}, and was {_in_words(its[key])}"
+        return ""
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Slot):
+        return "a tensor"
+    return f"a {value.kind.__name__}" if isinstance(value, Parts) else repr(value)
+
+
+@dataclass
+class Pieces:
+    """What `take_apart` found."""
+
+    kinds: Atoms = ATOMS
+    atoms: list[Any] = field(default_factory=list)
+    """Each atom once, also if it is in several places."""
+    names: list[str] = field(default_factory=list)
+    """Where each atom is in the object: `_layers_0_keys`."""
+
+    def slot(self, atom: Any, name: str) -> Slot:
+        for index, known in enumerate(self.atoms):
+            if known is atom:
+                return Slot(index)
+        self.atoms.append(atom)
+        self.names.append(name)
+        return Slot(len(self.atoms) - 1)
+
 
 class Opened:
-    """An object that is to be taken apart by `_flatten`."""
+    """An object among the outputs. A pytree of it is made into the object."""
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
 
 
+class Given(Opened):
+    """An object among the inputs. A pytree of it stays one: torch.export makes and flattens inputs several times."""
+
+
 def holds_tensors(value: Any) -> bool:
     """Whether this is an object, and no tensor itself, with tensors among its attributes or their parts."""
-    atoms: list[Any] = []
+    pieces = Pieces()
     if not isinstance(value, ATOMS):
-        _take_apart(value, atoms, ATOMS)
-    return bool(atoms)
+        take_apart(value, pieces)
+    return bool(pieces.atoms)
 
 
-@contextlib.contextmanager
-def objects_opened(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` returns an `Opened` for each output that `holds_tensors`."""
-    forward, had_own = model.forward, "forward" in vars(model)
-
-    @functools.wraps(forward)
-    def opening(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_map(lambda leaf: Opened(leaf) if holds_tensors(leaf) else leaf, forward(*args, **kwargs))
-
-    model.forward = opening
-    try:
-        yield
-    finally:
-        if had_own:
-            model.forward = forward
-        else:
-            del model.forward
-
-
-def leaves(outputs: Any, kinds: Atoms = ATOMS) -> list[Any]:
-    """All leaves of the outputs. An object with atoms of these kinds counts as its atoms."""
-    found: list[Any] = []
-    for leaf in pytree.tree_leaves(outputs):
-        atoms: list[Any] = []
-        _take_apart(leaf, atoms, kinds)
-        found += atoms or [leaf]
-    return found
-
-
-def _take_apart(value: Any, atoms: list[Any], kinds: Atoms, within: tuple[int, ...] = ()) -> Any:
-    """The value with a slot in place of each atom. Adds the atoms to `atoms`. A value without atoms is not changed."""
-    if isinstance(value, kinds):
-        atoms.append(value)
-        return _Slot(len(atoms) - 1)
-    if id(value) in within:
-        return _Within(within.index(id(value)))
-    before, inner = len(atoms), (*within, id(value))
-    parts: Any = None
-    if isinstance(value, (list, tuple)):
-        parts = [_take_apart(part, atoms, kinds, inner) for part in value]
-    elif isinstance(value, dict) or _has_attributes(value):
-        named = value if isinstance(value, dict) else vars(value)
-        parts = {name: _take_apart(part, atoms, kinds, inner) for name, part in named.items()}
-    return value if len(atoms) == before else _Parts(type(value), parts)
-
-
-def _has_attributes(value: Any) -> bool:
+def has_attributes(value: Any) -> bool:
+    """Whether an object is what its attributes are."""
     return hasattr(value, "__dict__") and not isinstance(value, (type, Enum, nn.Module)) and not callable(value)
 
 
-def _put_together(value: Any, atoms: list[Any], around: tuple[Any, ...] = ()) -> Any:
+def leaves(values: Any, kinds: Atoms = ATOMS) -> list[Any]:
+    """All leaves of a pytree. An object with atoms of these kinds counts as its atoms."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(values):
+        pieces = Pieces(kinds)
+        take_apart(leaf, pieces)
+        found += pieces.atoms or [leaf]
+    return found
+
+
+def take_apart(value: Any, pieces: Pieces, name: str = "", within: tuple[int, ...] = ()) -> Any:
+    """The value with a `Slot` in place of each atom. The atoms are added to `pieces`."""
+    if isinstance(value, pieces.kinds):
+        return pieces.slot(value, name)
+    if isinstance(value, torch.device):
+        return _Device(value)
+    if id(value) in within:
+        return _Within(within.index(id(value)))
+    inner = (*within, id(value))
+    if isinstance(value, (list, tuple)):
+        return Parts(type(value), [take_apart(v, pieces, f"{name}_{i}", inner) for i, v in enumerate(value)])
+    if isinstance(value, dict):
+        return Parts(type(value), {k: take_apart(v, pieces, f"{name}_{k}", inner) for k, v in value.items()})
+    if has_attributes(value):
+        return Parts(type(value), {k: take_apart(v, pieces, f"{name}_{k}", inner) for k, v in vars(value).items()})
+    return copy.deepcopy(value) if isinstance(value, set) else value
+
+
+def put_together(value: Any, atoms: list[Any], around: tuple[Any, ...] = ()) -> Any:
     """A new object from its parts. Apart from the atoms, it shares no mutable value with the objects of other calls."""
-    if isinstance(value, _Slot):
+    if isinstance(value, Slot):
         return atoms[value.index]
+    if isinstance(value, _Device):
+        return value.device
     if isinstance(value, _Within):
         return around[value.depth]
-    if not isinstance(value, _Parts):
-        return copy.deepcopy(value) if isinstance(value, (list, dict, set)) or _has_attributes(value) else value
+    if not isinstance(value, Parts):
+        return copy.deepcopy(value) if isinstance(value, set) else value
     if isinstance(value.parts, list):
-        items = [_put_together(part, atoms, (*around, None)) for part in value.parts]
+        items = [put_together(part, atoms, (*around, None)) for part in value.parts]
         return value.kind(*items) if hasattr(value.kind, "_fields") else value.kind(items)
     whole: Any = object.__new__(value.kind) if not issubclass(value.kind, dict) else dict.__new__(value.kind)
-    named = {name: _put_together(part, atoms, (*around, whole)) for name, part in value.parts.items()}
+    named = {name: put_together(part, atoms, (*around, whole)) for name, part in value.parts.items()}
     (whole if isinstance(whole, dict) else vars(whole)).update(named)
     return whole
 
 
 def _flatten(opened: Opened) -> tuple[list[Any], Any]:
-    atoms: list[Any] = []
-    parts = _take_apart(opened.whole, atoms, ATOMS)
-    return atoms, parts
+    pieces = Pieces()
+    parts = take_apart(opened.whole, pieces)
+    return pieces.atoms, parts
 
 
-def _unflatten(atoms: Any, parts: Any) -> Any:
-    return _put_together(parts, list(atoms))
+def _flatten_with_keys(opened: Opened) -> tuple[list[tuple[Any, Any]], Any]:
+    pieces = Pieces()
+    parts = take_apart(opened.whole, pieces)
+    names = [re.sub(r"\W", "_", name[1:]) for name in pieces.names]
+    return [(pytree.GetAttrKey(name), atom) for name, atom in zip(names, pieces.atoms, strict=True)], parts
 
 
-pytree.register_pytree_node(Opened, _flatten, _unflatten, serialized_type_name=f"{__name__}.Opened")
+for _kind, _make in ((Opened, put_together), (Given, lambda parts, atoms: Given(put_together(parts, atoms)))):
+    pytree.register_pytree_node(
+        _kind,
+        _flatten,
+        lambda atoms, parts, make=_make: make(parts, list(atoms)),  # type: ignore[misc]
+        serialized_type_name=f"{__name__}.{_kind.__name__}",
+        flatten_with_keys_fn=_flatten_with_keys,
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuron_attn_rewrite.cli.configs import first_line, import_transformers
+from neuron_attn_rewrite.cli.configs import import_transformers, why
 from neuron_attn_rewrite.errors import InputError
 
 
@@ -48,18 +49,20 @@ def build(
     options: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
         options["attn_implementation"] = attn
-    auto = _auto_class(transformers, config)
     torch.manual_seed(0)
     try:
+        kind = _model_class(transformers, config)
         if weights is not None:
-            model = auto.from_pretrained(weights, config=config, **options)
+            model = kind.from_pretrained(weights, config=config, **options)
         elif numbers:
-            model = auto.from_config(config, **options)
+            model = kind._from_config(config, **options)
         else:
             with Weightless():
-                model = auto.from_config(config, **options)
+                model = kind._from_config(config, **options)
+    except InputError:
+        raise
     except Exception as error:  # transformers raises many kinds of errors
-        raise InputError(f"transformers can't build {name}: {first_line(error)}") from error
+        raise InputError(f"transformers can't build {name}: {why(error)}") from error
     give_stand_ins(model)
     model.eval()
     assert isinstance(model, nn.Module)
@@ -69,11 +72,12 @@ def build(
 def give_stand_ins(model: nn.Module) -> None:
     """Replace every tensor on the meta device by a parameter, whose values no proof reads.
 
-    All of them share the memory of the largest one. Nothing writes to it, so the system never provides the pages.
+    All of them share zeros of the size of the largest one. Nothing writes to them, so the system provides no pages.
     """
     places = [(m, name) for m in model.modules() for name in (*m._parameters, *m._buffers)]
     found = [(m, name, t) for m, name in places if isinstance(t := getattr(m, name), Tensor) and t.is_meta]
-    memory = torch.empty(max((t.nbytes for _, _, t in found), default=0), dtype=torch.uint8)
+    size = max((t.nbytes for _, _, t in found), default=1)
+    memory = torch.frombuffer(mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)
     made: dict[int, nn.Parameter] = {}
     for module, name, tensor in found:
         if id(tensor) not in made:
@@ -83,28 +87,24 @@ def give_stand_ins(model: nn.Module) -> None:
         module._parameters[name] = made[id(tensor)]
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
-    """The class that the config names, else the class with a language head, else the model without a head."""
-    named = next(iter(getattr(config, "architectures", None) or ()), "")
-    if hasattr(transformers, named):
-        return _FromClass(getattr(transformers, named))
-    kinds = transformers.models.auto.modeling_auto
-    kind = config.model_type
-    has_head = kind in kinds.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    if config.is_encoder_decoder or (has_head and kind not in kinds.MODEL_MAPPING_NAMES):
-        return transformers.AutoModelForSeq2SeqLM if has_head else transformers.AutoModel
-    is_decoder = kind in kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in kinds.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return transformers.AutoModelForCausalLM if is_decoder else transformers.AutoModel
+def _model_class(transformers: Any, config: Any) -> Any:
+    """The class that the config names, else one with a language head, else the model without a head, else any.
 
-
-@dataclass(frozen=True)
-class _FromClass:
-    """A model class with the interface of an auto class."""
-
-    kind: Any
-
-    def from_config(self, config: Any, **options: Any) -> Any:
-        return self.kind._from_config(config, **options)
-
-    def from_pretrained(self, path: str, **options: Any) -> Any:
-        return self.kind.from_pretrained(path, **options)
+    A class made for this kind of config comes first: the one with a language head may be the text model alone.
+    """
+    tables = transformers.models.auto.modeling_auto
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    seq2seq, causal, bare = (
+        getattr(tables, f"MODEL{task}_MAPPING_NAMES") for task in ("_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_CAUSAL_LM", "")
+    )
+    kind, masked = config.model_type, tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_seq2seq = getattr(config, "is_encoder_decoder", False) or kind not in bare
+    order = [seq2seq] if is_seq2seq else [] if kind in masked else [causal]
+    others = [table for name, table in vars(tables).items() if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)]
+    names = [named, *(table.get(kind) for table in (*order, bare, *others))]
+    each = [one for name in names for one in (name if isinstance(name, (list, tuple)) else (name,))]
+    found = [made for one in each if (made := getattr(transformers, one or "", None)) is not None]
+    fitting = [made for made in found if isinstance(config, getattr(made, "config_class", None) or ())]
+    if not found:
+        raise InputError(f"transformers has no model class for a config of {kind}.")
+    return next(iter(fitting or found))

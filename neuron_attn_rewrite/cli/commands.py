@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
 from neuron_attn_rewrite.cli import doctor as diagnosis
+from neuron_attn_rewrite.cli.inputs import OWN
 from neuron_attn_rewrite.cli.models import Loaded, is_function, load, memory_note
 from neuron_attn_rewrite.cli.options import (
     CONFIG,
@@ -29,12 +31,12 @@ from neuron_attn_rewrite.cli.options import (
     config_of,
     refuse_given,
 )
-from neuron_attn_rewrite.cli.parts import not_run
+from neuron_attn_rewrite.cli.parts import not_run, reads, runs
 from neuron_attn_rewrite.cli.progress import note, quiet, working
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.rules import SDKS
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
-from neuron_attn_rewrite.errors import CaptureError, RewriteError
+from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required
@@ -181,8 +183,10 @@ def verify(require: int | str | None, **given: Any) -> int:
     Exit code 1 if they differ by more than the tolerance, or if nothing was replaced.
     """
     config, loaded = config_of(given, True), _loaded(given, numbers=True)
-    with working(f"rewriting {type(loaded.model).__name__}"), quiet():
+    with working(f"rewriting {type(loaded.model).__name__}"), quiet(), _own_inputs(loaded):
         rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
+    for text in not_run(loaded.model, reads(loaded.model, rewritten)):
+        note(text)
     report, limit = rewritten.report, config.tolerance(_dtype_of(loaded))
     put_back = [s for s in report.kept if any(r.code == "put-back" for r in s.reasons)]
     if not report.replaced and not put_back:
@@ -361,19 +365,31 @@ def _report(given: dict[str, Any]) -> RewriteReport:
     """What would be replaced. A small model that has no single graph is run once through torch.compile."""
     config, loaded = config_of(given, False), _loaded(given, numbers=False)
     kind = type(loaded.model).__name__
-    with working(f"rewriting {kind}"), quiet():
+    with working(f"rewriting {kind}"), quiet(), _own_inputs(loaded):
         try:
             rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
-            report, left_out = rewritten.report, not_run(loaded.model, rewritten)
+            report, read = rewritten.report, reads(loaded.model, rewritten)
         except CaptureError:
             if not loaded.is_small:
                 raise
-            report, left_out = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config), ()
-    if left_out:
-        note(f"these inputs do not run {', '.join(left_out)}: the report does not cover it.")
+            report = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config)
+            read = runs(loaded.model, loaded.args, loaded.kwargs)
+    for text in not_run(loaded.model, read):
+        note(text)
     if not report.sites:
         note(f"no attention was found in {kind}.")
     return report
+
+
+@contextmanager
+def _own_inputs(loaded: Loaded) -> Iterator[None]:
+    """Where inputs by convention do not work, say how to pass others."""
+    try:
+        yield
+    except InputError as error:
+        if not loaded.by_convention:
+            raise
+        raise InputError(f"{error} These were made by convention. To pass others, {OWN}") from error
 
 
 def _dtype_of(loaded: Loaded) -> torch.dtype:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuron_attn_rewrite.cli.shrink import COUNTS, WIDTHS, arguments, shrink
+from neuron_attn_rewrite.cli.shrink import COUNTS, WIDTHS, Given, Sizes, arguments, sections, shrink
 from neuron_attn_rewrite.errors import InputError, RewriteError
 
 FULL: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +75,13 @@ def read(word: str) -> Any:
             )
         hint = f"did you mean {', '.join(close)}?" if close else "give a model type such as llama or bert."
         raise InputError(f"{word!r} is not a file, a directory or a model type: {hint}")
-    return transformers.AutoConfig.for_model(word)
+    try:
+        return transformers.AutoConfig.for_model(word)
+    except Exception as error:  # a config that is made of others
+        raise InputError(
+            f"transformers {transformers.__version__} has no default config of {word}: {first_line(error)}. Pass a "
+            "directory with its config.json."
+        ) from error
 
 
 def misspelt_fields(config: Any, path: Path) -> tuple[str, ...]:
@@ -95,6 +102,12 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def why(error: Exception) -> str:
+    """What an error of transformers says; of a missing package, how to install it."""
+    install = re.search(r"requires the (\S+) library.*?pip install ([^`\s]+)", str(error), re.DOTALL)
+    return f"it needs {install[1]}: pip install {install[2]}" if install else first_line(error)
+
+
 def make_full(config: Any, model_type: str) -> None:
     """Give a config the sizes of `FULL`."""
     for name, value in FULL.get(model_type, {}).items():
@@ -102,10 +115,16 @@ def make_full(config: Any, model_type: str) -> None:
         setattr(functools.reduce(getattr, parts, config), field, value)
 
 
-def tiny(config: Any, model: str) -> Any:
+Way = tuple[Sizes, Given]
+"""What is made small, and what is given besides."""
+TINY: Sequence[Way] = ((COUNTS + WIDTHS, lambda _: {}), (COUNTS + WIDTHS, sections), (COUNTS, lambda _: {}))
+"""The ways to make a config tiny, the first with which a model runs is taken."""
+
+
+def tiny(config: Any, model: str, way: Way) -> Any:
     """A small copy of a config. The sizes that decide the masks (windows, image sizes) do not change."""
     try:
-        return shrink(config, COUNTS + WIDTHS)
+        return shrink(config, *way)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"the config of {model} can't be made tiny: {first_line(error)}. Use --size full.") from error
 
@@ -127,6 +146,12 @@ def change(config: Any, changes: Sequence[tuple[str, str]]) -> None:
                 except ValueError:
                     continue
         setattr(config, name, value)
+
+
+def name_image_token(config: Any) -> None:
+    """Give a config a token for the pieces of an image if it needs one and has none: the last one."""
+    if getattr(config, "image_token_index", 0) is None:
+        config.image_token_index = getattr(config, "text_config", config).vocab_size - 1
 
 
 def make_room(config: Any, length: int, exactly: bool) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from neuron_attn_rewrite.cli import configs
 from neuron_attn_rewrite.cli.build import build
 from neuron_attn_rewrite.cli.functions import from_function
-from neuron_attn_rewrite.cli.inputs import inputs
+from neuron_attn_rewrite.cli.inputs import inputs, parts
 from neuron_attn_rewrite.cli.shrink import no_extras
 from neuron_attn_rewrite.errors import InputError
 
@@ -53,6 +53,8 @@ class Loaded:
     """What the user may not expect, one sentence each."""
     is_small: bool = False
     """Whether the model is small enough to be run here."""
+    by_convention: bool = False
+    """Whether the command line made the inputs, and not a function of the user."""
     fresh: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     """Other inputs of the same shapes, positional and by keyword. Token ids have padding in their mask."""
 
@@ -77,22 +79,61 @@ def load(asked: Asked) -> Loaded:
         raise InputError(
             f"{asked.model} is a Python file. Name its function that returns (model, inputs): {asked.model}:make."
         )
-    config, size = _config(asked)
+    is_tiny = _size(asked) == "tiny"
+    config, model = _that_runs(asked) if is_tiny else _built(asked)
     notes = () if configs.is_type(asked.model) else configs.misspelt_fields(config, Path(asked.model))
-    weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
-    model = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=weights, numbers=asked.numbers)
     part = model if asked.part is None else _part(model, asked.part)
     given = inputs(part, asked.batch, asked.seq_len, asked.mask)
-    if part is model:
-        notes += _towers_without_input(model, given)
     return Loaded(
         part,
         (),
         given,
         notes,
-        size == "tiny",
-        lambda: ((), _padded(inputs(part, asked.batch, asked.seq_len, asked.mask))),
+        is_small=is_tiny,
+        by_convention=True,
+        fresh=lambda: ((), _padded(inputs(part, asked.batch, asked.seq_len, asked.mask))),
     )
+
+
+def _built(asked: Asked, way: configs.Way | None = None) -> tuple[Any, nn.Module]:
+    """The config and the model, made tiny in this way."""
+    config = _config(asked, way)
+    weights = asked.model if asked.numbers and Path(asked.model).is_dir() else None
+    model = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=weights, numbers=asked.numbers)
+    return config, model
+
+
+def _that_runs(asked: Asked) -> tuple[Any, nn.Module]:
+    """The first way to make it tiny with which it runs on short inputs, or can at least be built."""
+    usable: list[configs.Way] = []
+    failure: InputError | None = None
+    for way in configs.TINY:
+        try:
+            config, model = _built(replace(asked, numbers=False), way)
+        except InputError as error:
+            failure = failure or error
+            continue
+        usable.append(way)
+        if _runs(model, asked):
+            return _built(asked, way) if asked.numbers else (config, model)
+    if failure and not usable:
+        raise failure
+    return _built(asked, usable[0])
+
+
+def _runs(model: nn.Module, asked: Asked) -> bool:
+    """Whether a model, or the part that is asked for, runs on short inputs."""
+    try:
+        part = model if asked.part is None else _part(model, asked.part)
+        with torch.no_grad():
+            part(**inputs(part, 1, min(asked.seq_len, SHORT), asked.mask))
+    except Exception:  # a model can fail in any way
+        return False
+    return True
+
+
+SHORT = 64
+"""Tokens with which a tiny model is tried."""
 
 
 def _padded(given: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +154,9 @@ def memory_note(asked: Asked) -> str:
     Raises:
         InputError: this machine has less memory.
     """
-    config, size = _config(asked)
-    if size == "tiny":
+    if _size(asked) == "tiny":
         return ""
+    config = _config(asked)
     shapes = build(config, asked.model, DTYPES[asked.dtype], asked.attn, weights=None, numbers=False)
     needed = sum(parameter.nbytes for parameter in shapes.parameters())
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -127,41 +168,29 @@ def memory_note(asked: Asked) -> str:
     return f"{words}. Running both models may take long: {smaller}." if needed > LARGE else ""
 
 
-def _config(asked: Asked) -> tuple[Any, str]:
-    """The config of the model, and its size, "tiny" or "full"."""
-    is_type = configs.is_type(asked.model)
+def _size(asked: Asked) -> str:
+    """The size of the model, "tiny" or "full"."""
+    return asked.size or ("tiny" if configs.is_type(asked.model) else "full")
+
+
+def _config(asked: Asked, way: configs.Way | None = None) -> Any:
+    """The config of the model, made tiny in this way."""
     config = configs.read(asked.model)
-    size = asked.size or ("tiny" if is_type else "full")
-    if size == "full" and is_type:
+    if way is not None:
+        config = configs.tiny(config, asked.model, way)
+    elif configs.is_type(asked.model):
         configs.make_full(config, asked.model)
-    if size == "tiny":
-        config = configs.tiny(config, asked.model)
     configs.change(config, asked.changes)
-    configs.make_room(config, asked.seq_len, size == "tiny")
-    no_extras(config)
-    return config, size
+    configs.name_image_token(config)
+    configs.make_room(config, asked.seq_len, way is not None)
+    return no_extras(config)
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:
-    known = [path for path, part in model.named_modules() if path and hasattr(part, "main_input_name")]
-    if name not in known:
+    part = dict(model.named_modules()).get(name)
+    if not name or not hasattr(part, "main_input_name"):
         raise InputError(
             f"--part {name}: {type(model).__name__} has no such part. The parts with inputs of their own are "
-            f"{', '.join(known) or 'none'}."
+            f"{parts(model)}."
         )
     return model.get_submodule(name)
-
-
-def _towers_without_input(model: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """One note for each vision or audio tower that does not run, because the inputs are text only."""
-    if {"pixel_values", "input_features", "input_values"} & given.keys():
-        return ()
-    parts: list[Any] = [getattr(model.config, name, None) for name in ("vision_config", "audio_config")]
-    kinds = {part.model_type for part in parts if hasattr(part, "model_type")}
-    towers: list[str] = []
-    for name, part in model.named_modules():
-        is_tower = getattr(getattr(part, "config", None), "model_type", None) in kinds
-        is_inside = name.startswith(tuple(f"{tower}." for tower in towers))
-        if name and is_tower and hasattr(part, "main_input_name") and not is_inside:
-            towers.append(name)
-    return tuple(f"{name} is not run, because the inputs are text: --part {name} explains it." for name in towers)

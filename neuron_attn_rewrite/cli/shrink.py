@@ -13,6 +13,11 @@ HEAD = WIDTH // HEADS
 MOST_KINDS = 4
 """A list with one entry for each layer names kinds of layers if it has at most this many different values."""
 
+LISTED_LAYERS = r"cross_attention_layers|global_attn_indexes|fullatt_block_indexes"
+"""Fields that list the numbers of the layers of one kind."""
+SHARING = "num_kv_shared_layers"
+"""The field that says how many of the last layers take the key and value of an earlier one."""
+
 Sizes = tuple[tuple[int, str], ...]
 Given = Callable[[Any], Mapping[str, Any]]
 
@@ -56,8 +61,10 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
     inner = [name for name, value in vars(config).items() if _is_config(value)]
     old = {name: _field(config, name) for name in dict.fromkeys([*names, *inner]) if _has(config, name)}
     old = {name.removeprefix("_"): value for name, value in old.items()}  # _out_features is given as out_features
-    count = old.get("num_hidden_layers")
-    kept = _layers(old, count)
+    layers = "num_hidden_layers" if "num_hidden_layers" in old else "depth"
+    count = old.get(layers)
+    kinds = _kinds(old, count)
+    kept = _layers({**old, **kinds}, count)
 
     def small(fields: Mapping[str, Any]) -> dict[str, Any]:
         made = {name: _smaller(name, value, sizes, given) for name, value in fields.items()}
@@ -69,7 +76,10 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
         new |= {"out_features": None, "out_indices": None}
     if kept:
         new |= {name: type(v)(v[i] for i in kept) for name, v in old.items() if _is_list(v) and len(v) == count}
-        new["num_hidden_layers"] = len(kept)
+        for name, kind in kinds.items():
+            its = [n for n, i in enumerate(kept) if kind[i]]
+            new[name] = len(its) if name == SHARING else type(old[name])(its)
+        new[layers] = len(kept)
     for name in ("rope_parameters", "rope_scaling"):
         rope = new.get(name)
         if isinstance(rope, dict) and _is_list(rope.get("mrope_section")):
@@ -88,15 +98,32 @@ def shrink(config: Any, sizes: Sizes, given: Given = lambda config: {}) -> Any:
     return made
 
 
+def sections(config: Any) -> Mapping[str, Any]:
+    """The sections of a rotation by time, height and width, where a class leaves them to the code of its model.
+
+    That code then takes the sections of the published model, which do not fit a small head.
+    """
+    made: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = vars(config).get(name, 0) or {}
+        is_nested = any(isinstance(value, dict) for value in rope.values())
+        if name in arguments(type(config)) and "mrope_section" not in rope and not is_nested:
+            share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+            parts = _portions((1, 1, 1), int(HEAD * share / 2))[::-1]
+            made[name] = {"rope_type": "default", "rope_theta": 1e4, **rope, "mrope_section": parts}
+    return made
+
+
 def _stage(name: Any) -> int:
     return int(name.removeprefix("stage")) if re.fullmatch(r"stage\d+", str(name)) else 0
 
 
 def no_extras(config: Any) -> Any:
-    """The same config, changed in place: no cache, attentions or hidden states among the outputs, in no part of it."""
+    """The same config, changed in place, and all parts of it: no cache, attentions or hidden states among the outputs,
+    and no weights from the network."""
     for part in filter(_is_config, list(vars(config).values())):
         no_extras(part)
-    for name in ("use_cache", "output_attentions", "output_hidden_states"):
+    for name in ("use_cache", "output_attentions", "output_hidden_states", "use_pretrained_backbone"):
         if getattr(config, name, False):
             setattr(config, name, False)
     return config
@@ -178,6 +205,16 @@ def _layers(old: Mapping[str, Any], count: Any) -> list[int]:
     first = {kind: i for i, kind in reversed(list(enumerate(zip(*kinds, strict=True))))}
     others = [i for i in range(count or 0) if i not in first.values()]
     return sorted([*first.values(), *others[: max(0, LAYERS - len(first))]]) if lists else []
+
+
+def _kinds(old: Mapping[str, Any], count: Any) -> dict[str, list[bool]]:
+    """For each field that chooses some of the layers: whether each layer is one of them."""
+    if not isinstance(count, int):
+        return {}
+    listed = {name: v for name, v in old.items() if re.fullmatch(LISTED_LAYERS, name) and _is_list(v)}
+    chosen = {name: [i in v for i in range(count)] for name, v in listed.items()}
+    sharing = old.get(SHARING) or 0
+    return chosen | ({SHARING: [i >= count - sharing for i in range(count)]} if sharing else {})
 
 
 def _portions(parts: Iterable[int], total: int) -> list[int]:

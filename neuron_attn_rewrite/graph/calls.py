@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def arguments_of(
                 "Pass it as an example input and rewrite again."
             )
     symbols: dict[Any, int] = {}
+    sums: list[tuple[str, Any, int]] = []
     for name, values in expected.items():
         was, is_left_out = _describe(values), name not in given
         if is_left_out:
@@ -52,16 +54,63 @@ def arguments_of(
                 raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
             given[name] = defaults[name] if name in defaults else values[0] if values else ()
         found = pytree.tree_leaves(given[name])
-        if name in specs and len(found) == len(values) and not _has_structure(given[name], specs[name]):
-            raise InputError(
-                f"argument {name!r} is a {type(given[name]).__name__}, and was captured as {was} in another structure "
-                "of lists, tuples and dicts."
-            )
-        wrong = _mismatch(found, values, symbols)
+        comparable = name in specs and (len(found) == len(values) or _is_opened(specs[name]))
+        if comparable and not _has_structure(given[name], specs[name]):
+            raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], was)}.")
+        later: list[tuple[Any, int]] = []
+        wrong = _mismatch(found, values, symbols, later)
+        sums += [(name, size, value) for size, value in later]
         if wrong is not None:
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
             raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
+    _bind_sums(sums, symbols, expected)
     return {name: given[name] for name in expected}
+
+
+def check_devices(graph: fx.Graph, given: Mapping[str, Any], held: torch.Tensor | None) -> None:
+    """Check that the arguments are on one device, that of a tensor of the module, if all were when it was captured.
+
+    A tensor without dims may be anywhere, as for the operators of torch.
+
+    Raises:
+        InputError: they are not.
+    """
+    sources = (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"))
+    captured = {t.device for node in sources if isinstance(t := node.meta.get("val"), torch.Tensor) and t.dim()}
+    if len(captured) > 1:
+        return
+    first = ("the weights are", held)
+    for name, value in given.items():
+        for t in pytree.tree_leaves(value):
+            if not isinstance(t, torch.Tensor) or not t.dim():
+                continue
+            if first[1] is None:
+                first = (f"argument {name!r} is", t)
+            elif t.device != first[1].device:
+                raise InputError(
+                    f"argument {name!r} is on {t.device}, and {first[0]} on {first[1].device}: move one of them."
+                )
+
+
+def _bind_sums(sums: list[tuple[str, Any, int]], symbols: dict[Any, int], expected: dict[str, list[Any]]) -> None:
+    """Check sizes such as `past + new` of a mask that comes before the inputs with these sizes.
+
+    Raises:
+        InputError: one is not the sum.
+    """
+    while sums:
+        waiting: list[tuple[str, Any, int]] = []
+        for name, size, value in sums:
+            later: list[tuple[Any, int]] = []
+            wrong = bind([size], [value], symbols, later)
+            if wrong is not None:
+                was = _describe(expected[name])
+                raise InputError(f"argument {name!r} was captured as {was}, and a size does not fit: {wrong}.")
+            waiting += [(name, *pair) for pair in later]
+        if len(waiting) == len(sums):
+            name, size, value = sums[0]
+            raise InputError(f"argument {name!r} has the size {value} for {size}: no input has its parts as a size.")
+        sums = waiting
 
 
 def _expected(graph: fx.Graph) -> tuple[dict[str, list[Any]], dict[str, pytree.TreeSpec]]:
@@ -118,10 +167,40 @@ def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
     return len(value) == len(children) and all(map(_has_structure, value, children))
 
 
-def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) -> str | None:
-    """None if the values fit the captured ones, otherwise the end of a message: ": " and a reason, or "" without one.
+def _is_opened(spec: pytree.TreeSpec) -> bool:
+    """Whether this is the structure of an object that was taken apart, and can say how it differs from another one."""
+    return hasattr(spec.context, "difference")
 
-    A symbolic size fits if it has the same value in all arguments and this value is in its range.
+
+def tensors_of_objects(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs of the graph that are tensors of an object, such as a cache."""
+    info, inputs = getattr(graph._codegen, "pytree_info", None), graph.find_nodes(op="placeholder")
+    found: set[fx.Node] = set()
+    for spec in [] if info is None else _per_argument(info.in_spec):
+        mine, inputs = inputs[: spec.num_leaves], inputs[spec.num_leaves :]
+        found.update(mine if _is_opened(spec) else ())
+    return found
+
+
+def _other_structure(value: Any, spec: pytree.TreeSpec, was: str) -> str:
+    """In which way a value has another structure than the captured one."""
+    found = pytree.tree_structure(value)
+    like_it = ". Give an object that is made like the example, or rewrite with an example like this one"
+    if found.type is spec.type and _is_opened(spec):
+        return f"is another object than the captured one: {found.context.difference(spec.context)}{like_it}"
+    what = type(getattr(value, "whole", value)).__name__
+    if _is_opened(spec):
+        return f"is {'None' if value is None else f'a {what}'}, and was a {spec.context.kind.__name__}{like_it}"
+    return f"is a {what}, and was captured as {was} in another structure of lists, tuples and dicts"
+
+
+def _mismatch(
+    found: list[Any], expected: list[Any], symbols: dict[Any, int], later: list[tuple[Any, int]]
+) -> str | None:
+    """None if the values fit the captured ones, otherwise the end of a message: a reason or advice, or "" without one.
+
+    A symbolic size fits if it has the same value in all arguments and this value is in its range. `later` gets the
+    sums of symbols that have no value yet.
     """
     if len(found) != len(expected):
         return ""
@@ -129,17 +208,20 @@ def _mismatch(found: list[Any], expected: list[Any], symbols: dict[Any, int]) ->
         if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
             if isinstance(value, torch.Tensor) or isinstance(wanted, torch.Tensor) or value != wanted:
                 return ""
-        elif value.dtype != wanted.dtype or value.dim() != wanted.dim():
+        elif (value.dtype, value.dim(), value.layout) != (wanted.dtype, wanted.dim(), wanted.layout):
             return ""
-        elif (wrong := bind(wanted.shape, value.shape, symbols)) is not None:
-            return f": {wrong}" if any(isinstance(size, torch.SymInt) for size in wanted.shape) else ""
+        elif (wrong := bind(wanted.shape, value.shape, symbols, later)) is not None:
+            is_open = any(isinstance(size, torch.SymInt) for size in wanted.shape)
+            advice = ". Give it this size (by padding, for instance), or open the size with dynamic_shapes"
+            return f": {wrong}" if is_open else advice
     return None
 
 
 def _describe(values: list[Any]) -> str:
     def one(value: Any) -> str:
         if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+            kind = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+            return f"{kind}{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
         return repr(value)
 
     return ", ".join(map(one, values)) or "nothing"

@@ -12,6 +12,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import attribute
 
+IS_PARAMETER = "neuron_attn_rewrite.is_parameter"
+"""The key in the metadata of an input that is a parameter of the model: torch.compile does not give its value."""
 VALUE_READ = "neuron_attn_rewrite.value_read"
 """The key in the metadata of a `get_attr` node whose value an analysis has read."""
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.graph.nodes import attribute, fake_mode, mutates
+from neuron_attn_rewrite.graph.nodes import attribute, fake_mode, mutates, op_name
 
 UNTRACED = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Operators whose result has sizes that only a run on real values gives."""
@@ -42,7 +42,7 @@ class Memory:
 
 
 def memory(graph: fx.Graph) -> Memory:
-    """Run the graph on fresh fake tensors. Each input and each attribute has a storage of its own.
+    """Run the graph on fresh fake tensors. Each input has a storage of its own, and attributes share those they share.
 
     A node that does not run on fake tensors has new memory, or that of its first argument if its schema says so.
     """
@@ -50,6 +50,8 @@ def memory(graph: fx.Graph) -> Memory:
     shapes = fake_mode(graph).shape_env
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     same: dict[int, int] = {}
+    held: dict[int, int] = {}
+    """For each storage of an attribute the first one of the run."""
     with mode, torch.no_grad(), contextlib.ExitStack() as without:
         if shapes:  # torch 2.9 makes a symbol a number where an operator of the run asks for its value
             without.enter_context(shapes.suppress_guards())
@@ -69,12 +71,17 @@ def memory(graph: fx.Graph) -> Memory:
             if not tensors:
                 continue
             ids = [t.untyped_storage()._cdata for t in tensors]
+            if node.op == "get_attr" and type(attribute(node)) in (torch.Tensor, torch.nn.Parameter):
+                same[ids[0]] = held.setdefault(attribute(node).untyped_storage()._cdata, ids[0])
             source = node.args[0] if node.args else None
             if not ran and isinstance(source, fx.Node) and _may_alias(node):
                 same |= dict.fromkeys(ids, min(found.of(source), default=ids[0]))
             found.storages[node] = frozenset(same.get(i, i) for i in ids)
             if isinstance(value, torch.Tensor):
                 found.objects[node] = id(value)
+    for node, moved in [(n, n.args[0]) for n in found.objects if op_name(n) == "set_"]:  # it shows other memory now
+        both = found.of(node) | found.of(moved)  # type: ignore[arg-type]
+        found.storages.update((n, both) for n, value in found.objects.items() if value == found.objects[node])
     return found
 
 

@@ -60,6 +60,14 @@ def parts_of(number: int) -> tuple[int, list[sympy.Expr]]:
     return number, found
 
 
+def terms_of(expression: sympy.Expr) -> dict[str, int] | None:
+    """A size as a sum: its terms by name, with their factors. A number is named "1". None if a factor is no integer."""
+    terms = expression.expand().as_coefficients_dict()
+    if not all(factor.is_Integer for factor in terms.values()):
+        return None
+    return {str(term): int(factor) for term, factor in terms.items()}
+
+
 def is_number(size: int) -> bool:
     """Whether a size of the analysis is a plain number, without a symbol."""
     return not parts_of(size)[1]
@@ -125,15 +133,27 @@ def _solved(expression: Any, given: int) -> tuple[Any, int | None]:
     return symbol, None if remainder else value
 
 
-def bind(expected: Iterable[int | torch.SymInt], found: Iterable[int], values: dict[sympy.Symbol, int]) -> str | None:
-    """Solve expected = found for the symbols, and add them to `values`; return an error if that fails."""
+def bind(
+    expected: Iterable[int | torch.SymInt],
+    found: Iterable[int],
+    values: dict[sympy.Symbol, int],
+    later: list[tuple[torch.SymInt, int]] | None = None,
+) -> str | None:
+    """Solve expected = found for the symbols, and add them to `values`; return an error if that fails.
+
+    A sum of several symbols without a value is added to `later`, with the size that is found, if there is such a list.
+    """
     for size, given in zip(expected, found, strict=True):
         if isinstance(size, int):
             if size != given:
                 return f"{given} is not {size}"
             continue
         expression: Any = size.node.expr
-        symbol, solution = _solved(expression.subs(values), given)
+        known = expression.subs(values)
+        if later is not None and len(known.free_symbols) > 1:
+            later.append((size, given))
+            continue
+        symbol, solution = _solved(known, given)
         if symbol is not None:
             lower, upper = limits_of(size.node.shape_env.var_to_range.get(symbol))
             if solution is None or solution < lower or (upper is not None and solution > upper):

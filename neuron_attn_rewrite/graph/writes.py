@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.graph.memory import Memory, memory
-from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, mutates, op_name
+from neuron_attn_rewrite.graph.nodes import WRITTEN, arguments, attribute, mutates, op_name
 
 HIDDEN_WRITES = {
     "batch_norm": ("training", "running_mean", "running_var"),
@@ -90,11 +90,12 @@ def changed_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
 
 @contextmanager
 def buffers_restored(module: fx.GraphModule, changed: frozenset[fx.Node]) -> Iterator[None]:
-    """Within the block the graph may run. Afterwards each of its buffers that is among `changed` has its old value."""
-    names = {str(n.target) for n in changed if n.op == "get_attr"}
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False) if name in names}
+    """Within the block the graph may run. Afterwards each of its buffers and parameters that is among `changed` has its
+    old value."""
+    tensors = {id(t): t.detach() for n in changed if n.op == "get_attr" and isinstance(t := attribute(n), torch.Tensor)}
+    saved = [(tensor, tensor.clone()) for tensor in tensors.values()]
     try:
         yield
     finally:
-        for name, value in saved.items():
-            module.get_buffer(name).copy_(value)
+        for tensor, value in saved:
+            tensor.copy_(value)

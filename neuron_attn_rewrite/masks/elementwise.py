@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, tensor
 from neuron_attn_rewrite.masks.affine import Affine, Element, Floor, Guard, variable
@@ -55,7 +56,7 @@ DECIDES = {
 def elementwise(e: Elements, node: fx.Node, at: At) -> Cases:
     """One element of the result of an elementwise operator."""
     name = op_name(node)
-    operands = [v for v in _flat(node.args) if is_tensor(v)]
+    operands = [v for v in pytree.tree_leaves((node.args, dict(node.kwargs))) if is_tensor(v)]
     if name in CASTS:
         operands = operands[:1]
     found = {n: e.cases(n, aligned(at, n)) for n in dict.fromkeys(operands)}
@@ -200,10 +201,6 @@ def _integer(e: Elements, value: Any, kind: torch.dtype) -> Affine:
     if not math.isfinite(number):
         raise Unknown("a number that varies is not an integer")
     return Affine(int(number))
-
-
-def _flat(args: Any) -> list[Any]:
-    return [v for a in args for v in (a if isinstance(a, (list, tuple)) else (a,))]
 
 
 def _varies(value: Value) -> bool:

@@ -71,9 +71,9 @@ def _slice(e: Elements, node: fx.Node, at: At) -> Cases:
     size = e.size(tensor(source).shape[dim])  # type: ignore[union-attr]
     start = Affine() if values["start"] is None else e.size(values["start"])
     if not e.always(start):
-        start = start + size
-        if not e.always(start) or not e.always(size - 1 - start):
+        if not e.always(negated(start)) or not e.always(start + size):
             raise Unknown(f"{node.name} may start before the first element")
+        start = start + size
     if not e.always(size - start):
         raise Unknown(f"{node.name} may start after the last element")
     if not isinstance(values["step"], int):

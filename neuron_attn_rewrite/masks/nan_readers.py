@@ -9,31 +9,45 @@ from __future__ import annotations
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, values_read
+from neuron_attn_rewrite.graph.writes import written
 
 READERS = frozenset(
     """
-    isnan nan_to_num isfinite isinf isposinf isneginf isclose allclose equal nansum nanmean nanmedian nanquantile
-    fmax fmin eq ne lt le gt ge sign sgn heaviside logical_not logical_and logical_or logical_xor any all
-    nonzero count_nonzero argmax argmin argsort searchsorted bucketize
+    nan_to_num nansum nanmean nanmedian nanquantile fmax fmin eq ne lt le gt ge sign sgn heaviside logical_not
+    logical_and logical_or logical_xor sort msort topk kthvalue histc _unique2 unique_dim unique_consecutive
+    scaled_dot_product_attention
     """.split()
 )
-"""Operators whose result is an ordinary number or bool where an operand is NaN."""
+"""Operators with an ordinary floating-point number where an operand is NaN, or that move other numbers because of it.
+
+torch's fused attention gives zeros for a query of NaN on a CPU.
+"""
 
 
 def nan_is_read(start: fx.Node) -> bool:
-    """Whether some node behind this one gives an ordinary number for its NaN. It looks at all nodes behind it."""
+    """Whether some node behind this one gives an ordinary number for its NaN. It looks at all nodes behind it.
+
+    Integers and bools that are computed from a real number always are such numbers.
+    """
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()
-        if not is_tensor(node) or dtype(node).is_floating_point:
-            for user in (u for u in node.users if u.op != "call_function" or node in values_read(u)):
-                if op_name(user).rstrip("_") in READERS or _casts_to_integers(user):
-                    return True
-                if user not in seen:
-                    seen.add(user)
-                    stack.append(user)
+        for user in (u for u in node.users if u.op != "call_function" or node in values_read(u)):
+            if op_name(user).rstrip("_") in READERS or (is_tensor(user) and not _is_real(user)):
+                return True
+            behind = [user, *(held for target in written(user) for held in _readers_of(target))]
+            stack += [n for n in behind if n not in seen and (not is_tensor(n) or _is_real(n))]
+            seen.update(behind)
     return False
 
 
-def _casts_to_integers(node: fx.Node) -> bool:
-    return op_name(node) in ("to", "_to_copy", "type_as") and not dtype(node).is_floating_point
+def _is_real(node: fx.Node) -> bool:
+    return dtype(node).is_floating_point or dtype(node).is_complex
+
+
+def _readers_of(written: fx.Node) -> list[fx.Node]:
+    """What reads the memory of a tensor that is written: in this call, or for a buffer in the next one."""
+    while written.op == "call_function" and written.args and isinstance(written.args[0], fx.Node):
+        written = written.args[0]
+    same = written.graph.find_nodes(op="get_attr", target=written.target) if written.op == "get_attr" else [written]
+    return list(same)

@@ -18,7 +18,7 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, grad_modes, is_tensor, op_name, shape
 from neuron_attn_rewrite.graph.sizes import has_symbols, is_number
 from neuron_attn_rewrite.graph.writes import Writes
-from neuron_attn_rewrite.masks.addends import fills_of_addends, may_hide
+from neuron_attn_rewrite.masks.addends import fills_of_addends, may_hide, rounds_alike
 from neuron_attn_rewrite.masks.bounds import KeyBound
 from neuron_attn_rewrite.masks.conditions import Conditions, conditions
 from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value
@@ -29,7 +29,7 @@ from neuron_attn_rewrite.masks.read import read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size, layout_steps
-from neuron_attn_rewrite.patterns.site import AttentionSite, Term, hides
+from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term, hides
 from neuron_attn_rewrite.patterns.views import broadcast
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.evaluator import Evaluator
@@ -136,7 +136,9 @@ class Prover:
         for kind, mask, bias, value in overwrites.get(name, []):
             number = self.evaluator.constant(given.get(value))
             fill = None if number is None else term.hiding(number_in(dtype(node), number))
-            if fill is not None and hides(fill) and is_tensor(given[bias]) and is_tensor(given[mask]):
+            if fill is None or not hides(fill) or not is_tensor(given[bias]) or not is_tensor(given[mask]):
+                continue
+            if self.ranges.of(given[bias]).highest < torch.inf:  # a kernel adds the bias to hidden scores as well
                 return part("add", given[bias]), part(kind, given[mask], fill)
         return ()
 
@@ -218,22 +220,30 @@ class Prover:
         )
         if not possible:
             given = EmptyRows.NEVER
-        elif site.sink is not None:
+        elif site.sink is not None and self.ranges.factor(site.sink.node).lowest > MASKED:
             given = EmptyRows.ZERO  # the sink takes the whole probability
         elif self.config.empty_rows == "any":
             given = EmptyRows.ANY
+        elif site.sink is not None:
+            given = EmptyRows.OTHER  # the sink may be as low as the hidden scores
         else:
             given = empty_row_value(effects, site)
+            is_dense = any(effect.is_dense and effect.hides for effect in effects)
+            if is_dense and not rounds_alike(site, self._fills(site), self.ranges):
+                given = EmptyRows.OTHER
             if given is EmptyRows.ANY and nan_is_read(site.output):
                 given = EmptyRows.OTHER
         return replace(proof, empty_rows=given)
 
+    def _fills(self, site: AttentionSite) -> list[float | None]:
+        """The number by which each term of the site hides keys, None where that is not known."""
+        claims = [self._claim_once(term, site.dims) for term in site.terms]
+        return [claim.fill if isinstance(claim, _Claimed) else None for claim in claims]
+
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as a dense operand, so that a row that sees no key gets the softmax that the model computes."""
         layouts = [layout_steps(term.dims, site.dims) for term in site.terms]
-        claims = [self._known[term, site.dims] for term in site.terms]
-        found = [c.fill if isinstance(c, _Claimed) else None for c in claims]
-        fills = fills_of_addends(site, found, self.ranges, nan_is_read(site.output))
+        fills = fills_of_addends(site, self._fills(site), self.ranges, nan_is_read(site.output))
         if None in layouts or fills is None:
             return None
         each = zip(site.terms, layouts, fills, strict=True)

@@ -16,6 +16,7 @@ from neuron_attn_rewrite.masks.affine import Affine, negated
 from neuron_attn_rewrite.masks.cases import INTEGERS, At, Case, Cases, Unknown, exact
 from neuron_attn_rewrite.masks.fit import fit_rows, row_intervals
 from neuron_attn_rewrite.masks.spec import Band
+from neuron_attn_rewrite.values.exact import same
 
 
 def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
@@ -31,8 +32,10 @@ def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
         raise Unknown(f"{node.name} has no values")
     if all(i.is_constant for i in at):
         return (Case(frozenset(), exact(held[tuple(i.constant for i in at)])),)
+    if held.isnan().any():
+        raise Unknown(f"{node.name} holds NaN")
     first = held.reshape(-1)[:1]
-    if held.numel() and bool((held == first).all()):
+    if held.numel() and bool(same(held, first).all()):
         return (Case(frozenset(), exact(first)),)
     wide = [d for d, size in enumerate(held.shape) if size > 1]
     if len(wide) == 1 and held.dtype in INTEGERS:
@@ -48,9 +51,9 @@ def stored(module: fx.GraphModule, node: fx.Node, at: At) -> Cases:
 def _banded(held: Tensor, i: Affine, j: Affine) -> Cases:
     """Element [i, j] of a matrix with one value inside of a band and one value outside."""
     first = held[0, 0]
-    others = held[held != first]
-    for inside, outside in ((first, others[0]), (others[0], first)) if bool((others == others[0]).all()) else ():
-        rows = row_intervals(held == inside)
+    others = held[~same(held, first)]
+    for inside, outside in ((first, others[0]), (others[0], first)) if bool(same(others, others[0]).all()) else ():
+        rows = row_intervals(same(held, inside))
         claims = () if rows is None else fit_rows(rows, held.shape[1])
         if len(claims) == 1 and isinstance(claims[0], Band):
             within = _within(claims[0], i, j)

@@ -11,8 +11,8 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, op_name, shape
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, dim_size, layout_steps, merged
-from neuron_attn_rewrite.patterns.operands import Stage, View, chain
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, dim_size, layout_steps
+from neuron_attn_rewrite.patterns.operands import Stage, View, chain, features
 from neuron_attn_rewrite.patterns.peel import TensorScale
 from neuron_attn_rewrite.patterns.roles import assign_roles
 from neuron_attn_rewrite.patterns.site import (
@@ -70,13 +70,6 @@ def _operand(stages: list[Stage], target: Dims, fixed: Collection[fx.Node]) -> O
     return Operand(last.view.node, last.view.dims, target) if possible else None
 
 
-def _features(a: Dims, b: Dims, scores: Dims) -> Dim:
-    """The axes that both tensors run over and the scores do not: the features."""
-    known = {atom.axis for atom in atoms(scores)}
-    common = {atom.axis for atom in atoms(b)} - known
-    return merged(atom for atom in atoms(a) if atom.axis in common)
-
-
 def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttention:
     """Name the axes and lay out the operands; `UnknownAttention` if that can't be done exactly."""
     name = module_path(found.anchor)
@@ -87,11 +80,15 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
     if any(0 in shape(view.node) for view in (found.query, found.key, found.value)):
         return unknown(NO_ELEMENTS)
     query, key, value = (chain(view, evaluator) for view in (found.query, found.key, found.value))
-    roles = assign_roles(found.scores, found.key_dim, query[-1].view.dims, key[-1].view.dims, value[-1].view.dims)
+    terms = tuple(_narrowed(term, evaluator) for term in found.terms)
+    of_query, of_key, of_value = (stages[-1].view.dims for stages in (query, key, value))
+    masks = [term.dims for term in terms if _may_be_mask(term, evaluator)]
+    of_sink = found.sink.dims if found.sink else ()
+    roles = assign_roles(found.scores, found.key_dim, of_query, of_key, of_value, masks, of_sink)
     if isinstance(roles, Reason):
         return unknown(roles)
-    feature = _features(found.query.dims, found.key.dims, found.scores)
-    v_feature = _features(found.output.dims, found.value.dims, found.scores)
+    feature = features(found.query.dims, found.key.dims, found.scores)
+    v_feature = features(found.output.dims, found.value.dims, found.scores)
     dims = roles.scores
     operands = (
         _operand(query, (roles.batch, roles.heads, roles.rows, feature), evaluator.changed),
@@ -137,7 +134,7 @@ def build(found: Found, evaluator: Evaluator) -> AttentionSite | UnknownAttentio
         operand_scales=tuple(s for s in scales if s),
         sink=sink,
         readers=found.readers,
-        **found.facts() | {"terms": tuple(_narrowed(term, evaluator) for term in found.terms)},
+        **found.facts() | {"terms": terms},
     )
 
 
@@ -152,8 +149,13 @@ def _placed(scale: TensorScale, places: tuple[tuple[str, Dims], ...]) -> Operand
 def _sink(view: View | None, heads: Dim, evaluator: Evaluator) -> Operand | None:
     if view is None:
         return None
-    stages = chain(view, evaluator)
-    return _operand(stages, (heads,), evaluator.changed) if stages[-1].scale == 1.0 else None
+    stages = [stage for stage in chain(view, evaluator) if stage.scale == 1.0]
+    return _operand(stages, (heads,), evaluator.changed)
+
+
+def _may_be_mask(term: Term, evaluator: Evaluator) -> bool:
+    """Whether the term hides scores, or is made of constants and 0/1 tensors alone."""
+    return term.kind != "add" or not evaluator.is_opaque(term.node)
 
 
 def _narrowed(term: Term, evaluator: Evaluator) -> Term:

@@ -26,13 +26,22 @@ from neuron_attn_rewrite.patterns.products import Product
 
 @dataclass(frozen=True, order=True)
 class Piece:
-    """The scores of some keys: `start` to `stop` along a dim. Without a tensor: one key whose score is `number`."""
+    """The scores of some keys: `start` to `stop` along a dim.
+
+    Two others are one key whose score is the same for many rows, a sink: a `number`, if there is no tensor, and a
+    tensor that does not run over keys, whose dims run over `rows`.
+    """
 
     node: fx.Node | None
     dim: int = 0
     start: int = 0
     stop: int = 0
     number: float = 0.0
+    rows: Dims | None = None
+
+    @property
+    def is_sink(self) -> bool:
+        return self.node is None or self.rows is not None
 
     def overlaps(self, other: Piece) -> bool:
         same = (self.node, self.dim) == (other.node, other.dim)
@@ -40,8 +49,8 @@ class Piece:
 
 
 Pieces: TypeAlias = frozenset[Piece]
-Bases: TypeAlias = frozenset[Pieces]
-"""The keys of the maxima and sums in all exponents so far. One that lacks a key of the whole softmax may be -inf."""
+Bases: TypeAlias = frozenset[tuple[str, Pieces]]
+"""The maxima and sums in all exponents so far. One that lacks a key of the whole softmax may be -inf."""
 ZERO = Piece(None)
 MAXIMUM, DETACHED, SUM = "maximum", "detached maximum", "log-sum-exp"
 
@@ -57,7 +66,7 @@ def merged(pieces: Iterable[Piece]) -> Pieces:
     found: list[Piece] = []
     for piece in sorted(pieces, key=lambda p: (p.node.name if p.node else "", p.dim, p.start, p.number)):
         last = found[-1] if found else None
-        joins = last is not None and piece.node is not None and (last.node, last.dim) == (piece.node, piece.dim)
+        joins = last is not None and not piece.is_sink and (last.node, last.dim) == (piece.node, piece.dim)
         if joins and found[-1].stop == piece.start:
             piece = replace(found.pop(), stop=piece.stop)
         found.append(piece)
@@ -110,7 +119,7 @@ class Form:
 
     @property
     def bases(self) -> Bases:
-        return frozenset(pieces for _, pieces, _ in self.terms)
+        return frozenset((kind, of) for kind, of, _ in self.terms if not all(piece.is_sink for piece in of))
 
     def as_sum(self) -> tuple[Pieces, Form]:
         """`exp(form)` as the sum of exponentials of some scores, times the exponential of the rest."""
@@ -122,6 +131,9 @@ class Form:
     def added(self, other: Form) -> Form | None:
         """`log(exp(self) + exp(other))`; None if it is no such form."""
         (one, rest), (two, same) = self.as_sum(), other.as_sum()
+        divisor, more = (-rest).as_sum()
+        if not other.terms and not more.terms:
+            two, same = divisor, rest  # 1 is a sum divided by itself
         both = union(one, two) if rest == same else None
         return None if both is None else Form.of(SUM, both) + rest
 
@@ -186,4 +198,11 @@ class Output:
         return None if twice else merged(given)
 
 
-Meaning: TypeAlias = Rows | Exponentials | Output
+@dataclass(frozen=True)
+class Filled:
+    """A tensor that holds one number, such as a running maximum, sum or output before the first block of keys."""
+
+    number: float
+
+
+Meaning: TypeAlias = Rows | Exponentials | Output | Filled

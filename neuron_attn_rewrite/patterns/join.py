@@ -19,13 +19,12 @@ from neuron_attn_rewrite.patterns.axes import (
     Atom,
     Dim,
     Dims,
-    Layout,
     atoms,
     axis_dim,
     dim_size,
     layout_steps,
-    run_layout,
 )
+from neuron_attn_rewrite.patterns.moved import cast, moved, uncut
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.products import Product
@@ -34,7 +33,6 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 
 aten = torch.ops.aten
-LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ def joined_operand(parts: Sequence[tuple[list[Stage], Dim]], whole: Dim, at: fx.
         pieces = [
             node if order == sorted(order) else draft(at, aten.permute.default, node, order) for node, order in kept
         ]
-        return View(draft(at, aten.cat.default, pieces, at_dim), (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
+        node = uncut(at, pieces, at_dim) or draft(at, aten.cat.default, pieces, at_dim)
+        return View(node, (*dims[:at_dim], whole, *dims[at_dim + 1 :]))
     return None
 
 
@@ -225,21 +224,25 @@ def _terms(outer: Scores, given: list[tuple[Term, ...]], parts: Sequence[Part], 
 
 def _alike(one: Term, other: Term) -> bool:
     """Whether two terms do the same with their tensors."""
-    same = one.kind == other.kind and one.fill == other.fill and one.multiplier == other.multiplier
-    return same and one.limit == other.limit and (one.kind != "add" or dtype(one.node) == dtype(other.node))
+    names = ("kind", "fill", "multiplier", "limit", "rounds_alike")
+    same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return same and (one.kind != "add" or dtype(one.node) == dtype(other.node))
 
 
 def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at: fx.Node) -> Term:
     term = next(iter(slot.values()))
     kind = dtype(term.node) if term.kind == "add" else torch.bool
+    cut = _uncut_term(outer, slot, parts, at)
+    if cut is not None:
+        return cut
     pieces: dict[int, fx.Node] = {}
     for i, given in slot.items():
         axes = tuple(parts[i].keys if d == outer.key_dim else dim for d, dim in enumerate(outer.axes))
         layout = layout_steps(given.dims, axes)
         if layout is None:
             raise Blocked(at, Reason("mask-axes", f"{given.node.name} does not run along the axes of the scores"))
-        node = _moved(at, given.node, layout)
-        pieces[i] = node if dtype(node) == kind else draft(at, aten.to.dtype, node, kind)
+        node = moved(at, given.node, layout)
+        pieces[i] = cast(at, node, kind)
     sizes = [max(shape(node)[d] for node in pieces.values()) for d in range(len(outer.axes))]
     whole = []
     for i, part in enumerate(parts):
@@ -257,7 +260,14 @@ def _joined_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at
     return replace(term, node=draft(at, aten.cat.default, whole, outer.key_dim), dims=dims)
 
 
-def _moved(at: fx.Node, node: fx.Node, layout: Layout) -> fx.Node:
-    moved = run_layout(layout, node, lambda op, value, arg: draft(at, LAYOUT_OPS[op], value, list(arg)))
-    assert isinstance(moved, fx.Node)
-    return moved
+def _uncut_term(outer: Scores, slot: dict[int, Term], parts: Sequence[Part], at: fx.Node) -> Term | None:
+    """The term of which each part has a piece along its keys."""
+    term = slot[0] if len(slot) == len(parts) else None
+    if term is None or term.dims.count(parts[0].keys) != 1 or not parts[0].keys:
+        return None
+    dim = term.dims.index(parts[0].keys)
+    if any(slot[i].dims != (*term.dims[:dim], part.keys, *term.dims[dim + 1 :]) for i, part in enumerate(parts)):
+        return None
+    node = uncut(at, [slot[i].node for i in range(len(parts))], dim)
+    dims = (*term.dims[:dim], outer.axes[outer.key_dim], *term.dims[dim + 1 :])
+    return None if node is None else replace(term, node=node, dims=dims)

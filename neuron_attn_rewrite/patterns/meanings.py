@@ -10,11 +10,13 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, is_tensor, op_name, permutation, shape, tensor
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, permute
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, dim_size, permute
 from neuron_attn_rewrite.patterns.exponentials import (
     DETACHED,
     MAXIMUM,
+    SUM,
     Exponentials,
+    Filled,
     Form,
     Meaning,
     Output,
@@ -22,8 +24,10 @@ from neuron_attn_rewrite.patterns.exponentials import (
     Rows,
     Summand,
 )
+from neuron_attn_rewrite.patterns.operands import View, chain
 from neuron_attn_rewrite.patterns.peel import Walk
 from neuron_attn_rewrite.patterns.products import as_product
+from neuron_attn_rewrite.patterns.scores import uniform
 
 Rule = Callable[["Reader", fx.Node, Mapping[str, Any]], "Meaning | None"]
 RULES: dict[str, Rule] = {}
@@ -75,11 +79,15 @@ class Reader:
     def frame(self, node: fx.Node, dim: int) -> Dims:
         """What the dims of a tensor of scores run over, the keys last named."""
         at = dim % len(shape(node))
-        sizes = tuple(n for i, n in enumerate(shape(node)) if i != at)
+        return self._along(Piece(node, at, 0, shape(node)[at]))
+
+    def _along(self, piece: Piece) -> Dims:
+        assert piece.node is not None
+        at, sizes = piece.dim, tuple(n for i, n in enumerate(shape(piece.node)) if i != piece.dim)
         if (at, sizes) not in self._rows:
             self._rows[at, sizes] = tuple(axis_dim(next(self.walk.fresh_axes), n) for n in sizes)
         rows = self._rows[at, sizes]
-        return (*rows[:at], self.keys(Piece(node, at, 0, shape(node)[at])), *rows[at:])
+        return (*rows[:at], self.keys(piece), *rows[at:])
 
     def keys(self, piece: Piece) -> Dim:
         """What runs over the keys of a piece."""
@@ -99,7 +107,11 @@ class Reader:
         if node in self.walk.evaluator.changed or not shape(node) or not dtype(node).is_floating_point:
             return None
         at = dims[0] % len(shape(node))
-        return Piece(node, at, 0, shape(node)[at]), self.frame(node, at), at
+        start, stop = 0, shape(node)[at]
+        while (cut := views.cut(node)) is not None and cut[1] == at and cut[0] not in self.walk.evaluator.changed:
+            node, start, stop = views.value_source(cut[0], through_detach), cut[2] + start, cut[2] + stop
+        piece = Piece(node, at, start, stop)
+        return piece, self._along(piece), at
 
     def reduced(self, node: fx.Node, kind: str) -> Rows | None:
         """A maximum or log-sum-exp of scores along one dim."""
@@ -111,6 +123,24 @@ class Reader:
         kept: Dims = ((),) if given.get("keepdim") else ()
         rows = (*dims[:at], *kept, *dims[at + 1 :])
         return Rows(rows, Form.of(kind, frozenset({piece})), is_exp=False)
+
+    def sink(self, value: object, beside: Rows) -> Rows | None:
+        """A tensor that does not run over keys, or its exponential, as one more key beside the scores in `beside`."""
+        if beside.is_exp:
+            value = value.args[0] if isinstance(value, fx.Node) and op_name(value) == "exp" else None
+        if not is_tensor(value) or value in self.known or not dtype(value).is_floating_point:
+            return None
+        rank = len(beside.dims)
+        sizes = tuple(map(dim_size, beside.dims))[rank - len(shape(value)) :]
+        if len(shape(value)) > rank or any(n not in (1, size) for n, size in zip(shape(value), sizes, strict=True)):
+            return None
+        scores = {piece.node for _, pieces, _ in beside.form.terms for piece in pieces if not piece.is_sink}
+        stages = chain(View(value, views.broadcast(value, beside.dims)), self.walk.evaluator)
+        last = [stage.view for stage in stages if stage.scale == 1.0][-1]
+        if scores & {value, views.value_source(value)} or last.node in self.walk.evaluator.changed:
+            return None
+        piece = Piece(last.node, stop=1, rows=last.dims)
+        return Rows(beside.dims, Form.of(SUM, frozenset({piece})), beside.is_exp)
 
     def axes(self) -> set[int]:
         """The axes of the rows and keys of all scores."""
@@ -143,7 +173,13 @@ class Reader:
         return None
 
     def number(self, value: object) -> float | None:
-        return self.walk.constant(value)
+        """A number, or the one that fills a tensor."""
+        known = self.of(value)
+        if isinstance(known, Filled):
+            return known.number
+        while isinstance(value, fx.Node) and (views.keeps_values(value) or op_name(value) in views.MOVES):
+            value = views.source(value)
+        return uniform(self.walk.evaluator, value)
 
 
 def size_of(piece: Piece) -> int:
@@ -152,8 +188,11 @@ def size_of(piece: Piece) -> int:
 
 def _moved(node: fx.Node, given: Meaning) -> Meaning | None:
     """A view or a cast between floats: the same numbers."""
+    if isinstance(given, Filled):
+        return given if views.keeps_values(node) or op_name(node) in views.MOVES else None
     if views.keeps_values(node) and op_name(node) not in views.EXPANDS:
-        return given
+        is_wide = views.value_source(node) is not node or not isinstance(given, Rows) or given.is_exp
+        return given if is_wide else None  # a maximum of -1e9 is -inf in float16
     if op_name(node) in views.EXPANDS:
         added = len(shape(node)) - len(given.dims)
         return replace(given, dims=((),) * added + given.dims) if isinstance(given, Rows) else None

@@ -8,7 +8,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import op_name, shape
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dims, atoms, axis_dim, refine
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, merged, refine
 from neuron_attn_rewrite.patterns.peel import Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
 from neuron_attn_rewrite.patterns.rules import Blocked
@@ -51,6 +51,13 @@ def chain(view: View, evaluator: Evaluator) -> list[Stage]:
             stages.append(Stage(View(*moved), scale))
         else:
             return stages
+
+
+def features(a: Dims, b: Dims, scores: Dims) -> Dim:
+    """The axes that both tensors run over and the scores do not: the features."""
+    known = {atom.axis for atom in atoms(scores)}
+    common = {atom.axis for atom in atoms(b)} - known
+    return merged(atom for atom in atoms(a) if atom.axis in common)
 
 
 def query_and_key(walk: Walk, scores: Scores, product: Product, query: View | None = None) -> tuple[View, View]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from math import copysign, inf, isfinite, prod
+from math import copysign, frexp, inf, isfinite, prod
 from typing import TypeAlias
 
 import torch
@@ -99,7 +99,12 @@ class Scores(SoftmaxFacts):
         if multiplier is None:
             raise Blocked(self.node, Reason("order", "a mask or bias with a factor that leaves the range of its dtype"))
         limit = min(self.limit, largest(dtype(self.node))) * abs(self.multiplier) / self.growth
-        return replace(self, terms=(Term("add", term, dims, multiplier, limit=limit), *self.terms))
+        alike = abs(frexp(self.multiplier)[0]) == 0.5
+        return replace(self, terms=(Term("add", term, dims, multiplier, limit=limit, rounds_alike=alike), *self.terms))
+
+    def shifted(self) -> Scores:
+        """Something that is the same for all scores of a row was added. It changes no softmax, and is left out."""
+        return replace(self, terms=tuple(replace(term, rounds_alike=False) for term in self.terms))
 
     def hidden(self, mask: fx.Node, fill: float, where: bool = True) -> Scores:
         """The scores were replaced by `fill` where the bool `mask` is `where`."""

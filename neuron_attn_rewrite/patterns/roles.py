@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from neuron_attn_rewrite.patterns.axes import Atom, Dim, Dims, atoms, dim_size, merged, refine
@@ -33,19 +34,23 @@ class Roles:
         return (self.batch, self.kv_heads, self.keys)
 
 
-def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims) -> Roles | Reason:
+def assign_roles(
+    scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims, masks: Iterable[Dims] = (), sink: Dims = ()
+) -> Roles | Reason:
     """The roles of the axes, found from what each operand runs over; a reason if the product is not an attention.
 
     The keys are the dim that the softmax runs over: key and value run over all of it, and the query over none. The
     query rows are the last other dim that key and value do not run over. Of the remaining atoms, those that key and
     value do not have are the group of a kv head.
+
+    If all heads share one key, the heads may be the last dim. Then masks run over the rows, and a sink over the heads.
     """
     keys = scores[key_dim]
     if not keys:
         return Reason("one-key", "there is only one key")
     everything = [*atoms(scores), *atoms(query), *atoms(key), *atoms(value)]
 
-    def fine(dims: Dims) -> set[Atom]:
+    def fine(dims: Iterable[Dim]) -> set[Atom]:
         return set(refine(atoms(dims), everything))
 
     of_query, of_key, of_value, key_atoms = fine(query), fine(key), fine(value), set(refine(keys, everything))
@@ -56,6 +61,10 @@ def assign_roles(scores: Dims, key_dim: int, query: Dims, key: Dims, value: Dims
     shared = of_key | of_value
     others = [refine(dim, everything) for i, dim in enumerate(scores) if i != key_dim]
     row_dims = [i for i, dim in enumerate(others) if not set(dim) & shared]
+    if row_dims and others[row_dims[-1]]:
+        row_dims = [i for i in row_dims if not set(others[i]) & fine(sink)] or row_dims
+        masked = fine(dim for dims in masks for dim in dims)
+        row_dims = [i for i in row_dims if set(others[i]) & masked] or row_dims
     rows = others.pop(row_dims[-1]) if row_dims else ()
     batch, heads = _batch_and_heads(others, shared)
     return Roles(

@@ -10,6 +10,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.nodes import arguments, dtype, is_tensor, op_name, shape
 from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import axis_dim
+from neuron_attn_rewrite.patterns.features import peel_and_join
 from neuron_attn_rewrite.patterns.join import Part, join
 from neuron_attn_rewrite.patterns.peel import SCORES, Scores, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.products import Product
@@ -18,7 +19,7 @@ from neuron_attn_rewrite.patterns.site import Term
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
 from neuron_attn_rewrite.values.evaluator import Evaluator
-from neuron_attn_rewrite.values.exact import number_in, sums_are_fine
+from neuron_attn_rewrite.values.exact import largest, number_in, sums_are_fine
 
 LARGEST_SHIFT = 1e3
 """The largest number that may be added to all scores of a row.
@@ -99,16 +100,19 @@ def _add(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]:
         shift = walk.constant(other)
         vanishes = scores.softcap is None and scores.sink is None and not scores.is_part
         if vanishes and shift is not None and _is_small(shift * other_weight, scores):
-            return scores.to(inner, trail="shift").scaled(inner_weight)
+            return scores.shifted().to(inner, trail="shift").scaled(inner_weight)
         if not is_tensor(other):
             continue
         statistic = _row_statistic(other, inner, scores) if vanishes else ""
         if statistic and (inner_weight, other_weight) == (1.0, -1.0):
-            found = scores.to(inner, trail="row maximum")
+            found = scores.shifted().to(inner, trail="row maximum")
+            found = replace(found, limit=largest(dtype(node)))
+            if statistic != "mean" and not scores.terms and scores.multiplier > 0:
+                found = replace(found, overflows=False)
             if statistic != "mean":
                 return found
             peeled = walk.peel(found)
-            if peeled[0].terms == scores.terms:
+            if peeled[0].terms == found.terms:
                 return peeled
             blocked = Blocked(node, Reason("order", "it subtracts the mean of scores that a mask may have lowered"))
             continue
@@ -179,6 +183,8 @@ def uniform(evaluator: Evaluator, value: object) -> float | None:
         number = None if number is None else number_in(dtype(value), number)
     if number is None and isinstance(value, fx.Node) and op_name(value) in ("zeros_like", "zeros", "new_zeros"):
         number = 0.0
+    if number is None and isinstance(value, fx.Node) and op_name(value) in ("ones_like", "ones", "new_ones"):
+        number = 1.0
     return number
 
 
@@ -239,7 +245,7 @@ def _concatenated(walk: Walk, scores: Scores) -> Scores | tuple[Scores, Product]
         own = axis_dim(next(walk.fresh_axes), shape(part)[dim])
         dims = (*scores.dims[:at], own, *scores.dims[at + 1 :])
         start = replace(scores, axes=(*axes[:keys], own, *axes[keys + 1 :]), terms=(), is_part=True)
-        found.append(Part(*walk.peel(start.to(part, dims))))
+        found.append(Part(*peel_and_join(walk, start.to(part, dims))))
     return join(walk, scores, found, node)
 
 

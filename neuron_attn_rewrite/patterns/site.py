@@ -25,6 +25,9 @@ In float32 exp(x) is 0 below x = -104. So the weight is exactly 0 as long as the
 """
 
 
+OVERFLOWS = Reason("overflow", "the model reads the NaN of rows whose exponentials overflow, or are all 0")
+
+
 def hides(number: float) -> bool:
     """Whether a score that is set to a number counts as hidden. False for NaN."""
     return number <= MASKED
@@ -68,6 +71,9 @@ class Term:
     limit: float = torch.inf
     """The magnitude beyond which the model's scores are infinite behind this term: a later cast may have a smaller
     range."""
+    rounds_alike: bool = True
+    """Whether the model rounds the sum of score and term as a kernel does: -1e9 rounds scores to multiples of 64. It
+    does not if it has shifted the score before, or multiplies the sum by something else than a power of two."""
 
     def hiding(self, number: float) -> float:
         """The number by which an `add` term hides a key where its tensor holds `number`, as the model rounds it."""
@@ -116,6 +122,9 @@ class SoftmaxFacts:
     """Whether a row of -inf scores gives zeros (scaled_dot_product_attention) and not NaN (softmax)."""
     floor: float = -torch.inf
     """A lower limit of all scores, applied after the terms."""
+    overflows: bool = False
+    """Whether all exponentials of a row may be 0, or one may be infinite, as without a maximum that is subtracted. The
+    model then gives NaN where a kernel gives numbers."""
 
     def facts(self) -> dict[str, Any]:
         """The fields of `SoftmaxFacts` by name, without those of the subclass."""

@@ -13,6 +13,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.drafts import DRAFT, without_drafts
 from neuron_attn_rewrite.graph.nodes import is_tensor, module_path, op_name, tensor, values_read
 from neuron_attn_rewrite.patterns.build import Found, build
+from neuron_attn_rewrite.patterns.features import peel_and_join
 from neuron_attn_rewrite.patterns.join import joined_deeper
 from neuron_attn_rewrite.patterns.operands import View, divided, query_and_key, value_and_output
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
@@ -37,7 +38,7 @@ def find_softmax_matmul(softmax: fx.Node, start: Scores, walk: Walk) -> list[Att
     """The attentions whose weights `softmax` holds, one for each product; none if there is no product."""
     scores, ends = start, []
     try:
-        scores, first = walk.peel(start)
+        scores, first = peel_and_join(walk, start)
         weights = Weights(softmax, start.dims, scores, start.node, scores.sink is not None)
         ends = _products(walk, weights)
         last = [start.division or product.node for _, product in ends]

@@ -79,9 +79,11 @@ def _normalised_later(walk: Walk, node: fx.Node) -> Scores | None:
             continue
         for division in _divisions(total):
             product = as_product(_unmoved(views.source(division)))
-            if product is not None and node in (views.value_source(product.left), views.value_source(product.right)):
+            operands = () if product is None else (product.left, product.right)
+            if node in map(views.rounded_source, operands):
                 begun = walk.begin(node, node.args[0], int(dim[0]), "exp, sum behind the product")
-                return replace(begun if op_name(node) == "exp" else begun.scaled(math.log(2)), division=division)
+                begun = replace(begun, division=division, overflows=True)
+                return begun if op_name(node) == "exp" else begun.scaled(math.log(2))
     return None
 
 
@@ -90,7 +92,7 @@ def _divisions(total: fx.Node) -> Iterator[fx.Node]:
     for user in total.users:
         if op_name(user) == "div" and user.args[1] is total and isinstance(user.args[0], fx.Node):
             yield user
-        elif op_name(user) in views.RESHAPES | views.EXPANDS | PERMUTES or views.keeps_values(user):
+        elif op_name(user) in views.MOVES or views.keeps_values(user):
             yield from _divisions(user)
 
 
@@ -113,15 +115,15 @@ def _by_hand(walk: Walk, node: fx.Node) -> Scores | None:
             return None
         right = views.source(_unviewed(right))
     total = _reduction(_unguarded(walk, right, left), SUMS, shape(node))
-    if total is None or views.value_source(total[0]) is not views.value_source(left):
+    if total is None or views.rounded_source(total[0]) is not views.rounded_source(left):
         return None
-    return _weights(walk, node, views.value_source(left), total[1])
+    return _weights(walk, node, views.rounded_source(left), total[1])
 
 
 def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | None:
     """The scores behind `weights`, which `node` normalises: exponentials, or weights of which some are set to zero."""
     if op_name(weights) in ("exp", "exp2"):
-        begun = walk.begin(node, weights.args[0], dim, "exp / sum")
+        begun = replace(walk.begin(node, weights.args[0], dim, "exp / sum"), overflows=True)
         return begun if op_name(weights) == "exp" else begun.scaled(math.log(2))
     already = as_softmax(walk, weights)
     if already is not None:
@@ -131,11 +133,11 @@ def _weights(walk: Walk, node: fx.Node, weights: fx.Node, dim: int) -> Scores | 
     if cut is None:
         return None
     inner, mask, where = cut
-    scores = _weights(walk, node, views.value_source(inner), dim)
+    scores = _weights(walk, node, views.rounded_source(inner), dim)
     if scores is None or scores.terms or scores.safe:
         return None
     hidden = scores.hidden(mask, -torch.inf, where)
-    return replace(hidden, trail=("mask", *hidden.trail))
+    return replace(hidden, trail=("mask", *hidden.trail), overflows=True)
 
 
 def as_zero_fill(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
@@ -210,11 +212,11 @@ def _unguarded(walk: Walk, total: fx.Node, weights: fx.Node) -> fx.Node:
         Blocked: the guard may change the sum.
     """
     guarded = _unviewed(total)
-    exponent = views.value_source(weights)
+    exponent = views.rounded_source(weights)
     if op_name(guarded) not in ("add", "clamp", "clamp_min") or op_name(exponent) not in ("exp", "exp2"):
         return total
     reduced = _reduction(views.source(guarded), SUMS, shape(weights)) if is_tensor(guarded.args[0]) else None
-    if reduced is None or views.value_source(reduced[0]) is not exponent:
+    if reduced is None or views.rounded_source(reduced[0]) is not exponent:
         return total
     values, is_sum = arguments(guarded), op_name(guarded) == "add"
     limit = walk.constant(values["other" if is_sum else "min"])
@@ -238,9 +240,13 @@ def _largest_along(node: fx.Node) -> int | None:
     return largest[1]
 
 
-def _unviewed(node: fx.Node, through_detach: bool = False) -> fx.Node:
-    """Like `views.value_source`, and also without the expand that broadcasts a number of each row over the row."""
-    skipped = views.EXPANDS | ({"detach"} if through_detach else set())
-    while views.keeps_values(node) or op_name(node) in skipped:
-        node = views.source(node)
-    return node
+def _unviewed(node: fx.Node, is_maximum: bool = False) -> fx.Node:
+    """A tensor without the expand that broadcasts a number of each row over the row, and without views and casts.
+
+    The sum of a row's weights may be rounded by a cast. Its maximum may have been detached.
+    """
+    while True:
+        inner = views.value_source(node, through_detach=True) if is_maximum else views.rounded_source(node)
+        if op_name(inner) not in views.EXPANDS:
+            return inner
+        node = views.source(inner)

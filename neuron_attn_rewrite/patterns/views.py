@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, op_name, permutation, shape, tensor
+from neuron_attn_rewrite.graph.sizes import is_number
 from neuron_attn_rewrite.patterns.axes import Dims, permute, regroup, split
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"}
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
+MOVES = RESHAPES | EXPANDS | PERMUTES
 IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
 """Operators that return their tensor. detach is not one of them: its gradients differ."""
 CASTS = {"to", "_to_copy", "type_as"}
@@ -49,14 +51,26 @@ def _is_fine(kind: torch.dtype) -> bool:
 
 
 def value_source(node: fx.Node, through_detach: bool = False) -> fx.Node:
-    """The tensor that the values of a node come from, element for element.
+    """The tensor that has the same numbers as a node, element for element.
 
-    On the way lie casts, copies, inactive dropout, and slices and expands that change no size; with `through_detach`
-    also detaches, which give the same numbers but stop gradients.
+    On the way lie widening casts, copies, inactive dropout, and slices and expands that change no size; with
+    `through_detach` also detaches, which give the same numbers but stop gradients. A cast to fewer bits is not on the
+    way: in float16, -1e9 is -inf.
     """
-    while keeps_values(node) or (through_detach and op_name(node) == "detach"):
+    while (keeps_values(node) and not _narrows(node)) or (through_detach and op_name(node) == "detach"):
         node = source(node)
     return node
+
+
+def rounded_source(node: fx.Node) -> fx.Node:
+    """As `value_source`, but through all casts. For weights: numbers from 0 to 1, which a cast rounds and no more."""
+    while keeps_values(node):
+        node = source(node)
+    return node
+
+
+def _narrows(node: fx.Node) -> bool:
+    return op_name(node) in CASTS and not widens(node)
 
 
 def before(node: fx.Node, dims: Dims, evaluator: Evaluator | None = None) -> tuple[fx.Node, Dims] | None:
@@ -116,6 +130,28 @@ def widens(node: fx.Node) -> bool:
     """Whether the node's dtype holds every value of its source's dtype."""
     kinds = dtype(node), dtype(source(node))
     return kinds[0] == kinds[1] or (all(map(_is_fine, kinds)) and torch.promote_types(*kinds) == kinds[0])
+
+
+def cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A piece of a tensor along one dim, as (tensor, dim, first index); None if the node is none.
+
+    The size of that dim is a number.
+    """
+    name = op_name(node)
+    if name in ("slice", "narrow"):
+        of, given = source(node), arguments(node)
+        dim, start = given["dim"] % len(shape(of)), given["start"] or 0
+        if not isinstance(start, int) or given.get("step", 1) != 1 or not is_number(shape(of)[dim]):
+            return None
+        return of, dim, start + shape(of)[dim] if start < 0 else start
+    several = node.args[0] if name == "getitem" else None
+    if not isinstance(several, fx.Node) or op_name(several) not in ("split", "split_with_sizes", "chunk"):
+        return None
+    dim, index, values = arguments(several)["dim"], node.args[1], several.meta["val"]
+    lengths = [value.shape[dim] for value in values]
+    if not isinstance(index, int) or not all(isinstance(length, int) for length in lengths):
+        return None
+    return source(several), dim % values[0].dim(), sum(lengths[:index])
 
 
 def _unrepeat(dims: Dims, inner: tuple[int, ...]) -> Dims | None:

@@ -14,7 +14,7 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size
 from neuron_attn_rewrite.patterns.peel import Scores, TensorScale, Walk, scaled_by_number
 from neuron_attn_rewrite.patterns.rules import DETACHED, Blocked, Rules
-from neuron_attn_rewrite.patterns.site import hides
+from neuron_attn_rewrite.patterns.site import OVERFLOWS, hides
 from neuron_attn_rewrite.patterns.softmaxes import as_zero_fill
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.cells import CellTable, equal
@@ -117,7 +117,7 @@ def _mixed(walk: Walk, weights: Weights, user: fx.Node) -> Weights:
 @WEIGHTS("nan_to_num")
 def _nan_to_zero(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     """A row of -inf scores gives NaN, and this makes it zeros."""
-    return _safe(weights, user) if arguments(user)["nan"] in (None, 0) else None
+    return _without_nan(weights, user) if arguments(user)["nan"] in (None, 0) else None
 
 
 @WEIGHTS("where", "masked_fill")
@@ -127,7 +127,9 @@ def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     if cut is None or cut[0] is not weights.node:
         return None
     _, condition, where = cut
-    if where and (_is_nan(condition, weights.node) or _all_hidden(condition, weights)):
+    if where and _is_nan(condition, weights.node):
+        return _without_nan(weights, user)
+    if where and _all_hidden(condition, weights):
         return _safe(weights, user)
     if not where and _some_seen(condition, weights):
         return _safe(weights, user)
@@ -135,6 +137,12 @@ def _guard(walk: Walk, weights: Weights, user: fx.Node) -> Weights | None:
     if again is None:
         raise Blocked(user, Reason("order", "weights are set to zero after the softmax, without normalising again"))
     return again
+
+
+def _without_nan(weights: Weights, user: fx.Node) -> Weights | None:
+    if weights.scores.overflows:
+        raise Blocked(user, OVERFLOWS)
+    return _safe(weights, user)
 
 
 def _safe(weights: Weights, user: fx.Node) -> Weights | None:

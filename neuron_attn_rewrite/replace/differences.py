@@ -11,6 +11,7 @@ from neuron_attn_rewrite.capture.compare import relative_difference
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.graph.nodes import attribute
 from neuron_attn_rewrite.graph.sizes import at, examples
+from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Padding
 from neuron_attn_rewrite.masks.spec import Band, EmptyRows
 from neuron_attn_rewrite.patterns.axes import Layout, layout_steps, run_layout
@@ -30,6 +31,7 @@ class Measured:
     def __init__(self, graph: fx.Graph, config: RewriteConfig) -> None:
         self.config, self.sizes = config, examples(graph)
         self.extent = cache(lambda graft: inside(graft.verdict.site))
+        self.nan_is_read = cache(lambda graft: nan_is_read(graft.verdict.site.output))
 
     def reads(self, graft: Graft) -> set[fx.Node]:
         """The nodes whose values `error` reads."""
@@ -91,7 +93,9 @@ class Measured:
         site, proof = graft.verdict.site, graft.proof
         counts = torch.ones_like(old, dtype=torch.bool)
         tensors = [values[n] for n in (*(o.node for o in site.operands), *(t.node for t in site.terms))]
-        if proof.empty_rows is EmptyRows.ANY or any(bool(t.isnan().any()) for t in tensors if t.is_floating_point()):
+        from_operands = any(bool(t.isnan().any()) for t in tensors if t.is_floating_point())
+        is_any = proof.empty_rows is EmptyRows.ANY or site.overflows  # the model does not read NaN of either
+        if is_any or (from_operands and not self.nan_is_read(graft)):
             counts = ~old.isnan()
         if self.config.empty_rows == "any":
             empty = self._empty_rows(graft, values)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, fake_mode, shape
-from neuron_attn_rewrite.graph.sizes import input_sizes, is_number, parts_of
+from neuron_attn_rewrite.graph.sizes import input_sizes, is_number, parts_of, terms_of
 from neuron_attn_rewrite.graph.strides import with_strides
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
@@ -23,6 +23,9 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.strategy.choose import Decision
 from neuron_attn_rewrite.strategy.forms import Form
 from neuron_attn_rewrite.strategy.open_sizes import computed_sizes, names_of_input_sizes
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
 
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
@@ -238,8 +241,17 @@ class Emitter:
             return number + more
         total: fx.Node | int = factor
         for expression in expressions:
-            total = self._number(operator.mul, self._named(str(expression)), total)
+            total = self._number(operator.mul, self._sum(expression), total)
         return self._number(operator.add, total, more) if isinstance(total, fx.Node) else total
+
+    def _sum(self, expression: sympy.Expr) -> fx.Node:
+        """The node that has this size as its value, if need be as a sum of sizes of inputs."""
+        terms = terms_of(expression)
+        if terms is None or str(expression) in names_of_input_sizes(self.graph):
+            return self._named(str(expression))
+        constant = terms.pop("1", 0)
+        nodes = [self._number(operator.mul, self._named(name), factor) for name, factor in terms.items()]
+        return self._number(operator.add, reduce(lambda a, b: self._at_top(operator.add, a, b), nodes), constant)
 
     def _named(self, expression: str) -> fx.Node:
         """The node that has this size as its value: a size of an input, or one that the model computes."""

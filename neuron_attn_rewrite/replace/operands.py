@@ -10,8 +10,9 @@ from torch import Generator, Tensor, fx
 
 from neuron_attn_rewrite.graph.drafts import without_drafts
 from neuron_attn_rewrite.graph.held import VALUE_READ
-from neuron_attn_rewrite.graph.nodes import shape, tensor
+from neuron_attn_rewrite.graph.nodes import op_name, shape, tensor
 from neuron_attn_rewrite.graph.sizes import at, number_of
+from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.replace.graft import Graft
 from neuron_attn_rewrite.replace.running import needed
 
@@ -30,7 +31,8 @@ def drawn_operands(
     """The attentions that can be compared on drawn operands, and how each operand is drawn.
 
     An attention is left out if something between its operands and its output is written in place. An operand is
-    computed and not drawn if a mask depends on it, unless it is an input, or if it lies inside another attention.
+    computed and not drawn if a mask depends on it, unless it is an input, if it lies inside another attention, or if it
+    is a piece of another operand: a value may be the first features of the keys.
 
     Args:
         grafts: the kernel calls.
@@ -44,11 +46,20 @@ def drawn_operands(
     for g in grafts:
         own = _operands(g, sizes)
         between = needed((g.verdict.site.output, g.result), own) - own.keys()
-        computed |= between
+        computed |= between | {node for node in own if _is_piece(node, own)}
         if not between & changed:
             fit.append(g)
             makers = own | makers
     return fit, {node: make for node, make in makers.items() if node not in computed}
+
+
+def _is_piece(node: fx.Node, of: Mapping[fx.Node, Maker]) -> bool:
+    """Whether a tensor has elements of one of these tensors, and no others."""
+    while (cut := views.cut(node)) is not None or views.keeps_values(node) or op_name(node) in views.MOVES:
+        node = cut[0] if cut else views.source(node)
+        if node in of:
+            return True
+    return False
 
 
 def _operands(graft: Graft, sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Maker]:

@@ -21,9 +21,10 @@ may give another value for the output of the attention. The run goes on with thi
 class ModelError(Exception):
     """An operator of the model raises an error on these inputs."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, node: fx.Node, values: Values) -> None:
         super().__init__(str(error))
-        self.error = error
+        self.error, self.node = error, node
+        self.values = {n: values[n] for n in node.all_input_nodes if n in values}
 
 
 class Runs:
@@ -113,7 +114,7 @@ class _Beside(fx.Interpreter):
             try:
                 return super().run_node(node)
             except Exception as error:  # whatever an operator raises
-                raise ModelError(error) from error
+                raise ModelError(error, node, self.env) from error
         failed = [v for n in node.all_input_nodes if isinstance(v := self.env[n], Exception)]
         if failed:
             return failed[0]

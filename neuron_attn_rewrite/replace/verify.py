@@ -23,13 +23,14 @@ from torch import Generator, Tensor, fx
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.capture.objects import leaves
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.graph.nodes import tensor
 from neuron_attn_rewrite.graph.sizes import at, number_of
 from neuron_attn_rewrite.reasons import internal_error
 from neuron_attn_rewrite.replace.differences import Measured, output_error
 from neuron_attn_rewrite.replace.draws import Draw, draws
 from neuron_attn_rewrite.replace.graft import Graft
+from neuron_attn_rewrite.replace.lookups import out_of_range
 from neuron_attn_rewrite.replace.operands import drawn_operands
 from neuron_attn_rewrite.replace.running import ModelError, Runs, Values, Visit
 
@@ -67,13 +68,18 @@ def compare(
     The module's buffers, the inputs and the random state are unchanged.
 
     Raises:
-        CaptureError: the graph does not run on the example inputs.
+        InputError: an example input holds an index out of range.
+        CaptureError: the graph does not run on the example inputs for another reason.
     """
     runs, measured = Runs(module, grafts), Measured(module.graph, config)
     try:
         found = _compare_graph(runs, grafts, measured, inputs, "on the example inputs")
     except ModelError as failure:
         error = failure.error
+        named = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        words = out_of_range(failure.node, failure.values, named)
+        if words is not None:
+            raise InputError(words) from error
         raise CaptureError(
             f"the captured graph does not run on the example inputs: {type(error).__name__}: {first_line(error)}\n"
             "Call the model itself with them. If that fails too, pass other example inputs; if it runs, what was "

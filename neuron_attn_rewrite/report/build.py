@@ -14,6 +14,7 @@ from torch import fx
 
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
+from neuron_attn_rewrite.graph.calls import tensors_of_objects
 from neuron_attn_rewrite.graph.nodes import tensor
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.patterns.products import PRODUCTS
@@ -84,6 +85,7 @@ def make_report(
             roles, after = _kept_roles(plan.site, before), ()
         shown = _with_inputs(roles, before, position, operand_roles | roles)
         sites.append(_site_report(plan, graft, shown, after, errors, config))
+    of_objects = tensors_of_objects(graph)
     return RewriteReport(
         sites=tuple(sites),
         target=config.target,
@@ -92,7 +94,9 @@ def make_report(
         nodes_before=len(before),
         nodes_after=len(present),
         unused_inputs=tuple(
-            n.name for n in graph.find_nodes(op="placeholder") if tensor(n) is not None and not users[n.name]
+            n.name
+            for n in graph.find_nodes(op="placeholder")
+            if tensor(n) is not None and not users[n.name] and n not in of_objects
         ),
         made_with=f"neuron_attn_rewrite {__version__}, torch {torch.__version__}",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,23 @@ def write(path: str | Path, saved: Saved) -> None:
 def _is_part(tensor: Tensor) -> bool:
     """Whether a tensor shows only a part of its storage, which safetensors refuses."""
     return tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The names of tensors of which one is a part of the other, or lies partly in it. A file would part them."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.is_meta and type(tensor.detach()) is Tensor and tensor.layout is torch.strided:
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            place = (str(tensor.device), start, start + (last + 1) * tensor.element_size())
+            spans.append((*place, (tensor.shape, tensor.stride(), tensor.dtype), name))
+    spans.sort(key=lambda span: span[:3])
+    return [
+        (one[4], two[4])
+        for one, two in itertools.pairwise(spans)
+        if one[0] == two[0] and two[1] < one[2] and one[1:4] != two[1:4]
+    ]
 
 
 def read(path: str | Path) -> Saved:

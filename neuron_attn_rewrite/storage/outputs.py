@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from neuron_attn_rewrite.capture.objects import Opened
+from neuron_attn_rewrite.capture.handed import Effects
+from neuron_attn_rewrite.capture.objects import Given, Opened
 from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.errors import InputError, RewriteError
 from neuron_attn_rewrite.storage import literals
@@ -26,11 +27,20 @@ _DICTS: dict[str, Any] = {"dict": dict, "ordered": OrderedDict}
 
 
 def encode(spec: pytree.TreeSpec) -> tuple[Any, list[str]]:
-    """A structure as JSON, and the names of the classes in it that a file can't hold."""
+    """A structure as JSON, and the names of the classes in it that a file can't hold.
+
+    Raises:
+        RewriteError: it has objects among its inputs.
+    """
     tensors = [torch.empty(0) for _ in range(spec.num_leaves)]
     numbers, unknown = {id(tensor): i for i, tensor in enumerate(tensors)}, list[str]()
 
     def write(value: Any) -> Any:
+        if isinstance(value, (Given, Effects)):
+            raise RewriteError(
+                "a graph that takes an object, such as a cache, can't be saved: wrap the model in a module that takes "
+                "the tensors and makes the object from them."
+            )
         if isinstance(value, Tensor):
             return {"leaf": numbers[id(value)]}
         for name, kind in _DICTS.items():

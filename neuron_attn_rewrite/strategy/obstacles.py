@@ -9,10 +9,11 @@ from torch import fx
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.graph.strides import memory_order
 from neuron_attn_rewrite.graph.writes import Writes
+from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.patterns.extent import inside
-from neuron_attn_rewrite.patterns.site import AttentionSite
+from neuron_attn_rewrite.patterns.site import OVERFLOWS, AttentionSite
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.legality import OURS
 from neuron_attn_rewrite.strategy.open_sizes import missing_size
@@ -23,6 +24,7 @@ def obstacle(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteC
     return (
         _other_readers(site, config)
         or _write_between(site, prover.writes)
+        or (OVERFLOWS if site.overflows and nan_is_read(site.output) else None)
         or _mixed_gradients(site, prover.grad_modes)
         or _unknown_size(site, proof, prover, config)
     )
@@ -65,7 +67,7 @@ def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: Rew
         return None
     missing = missing_size(prover.module, site, proof)
     if missing:
-        return Reason("dynamic-kernel", f"the call needs the size {missing}, and no input has it")
+        return Reason("dynamic-kernel", f"the call needs the size {missing}, and it is no sum of sizes of inputs")
     if config.kernels and OURS not in config.kernels:
         return Reason("dynamic-kernel", f"only {OURS} takes sizes that are symbols, and config.kernels leaves it out")
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.sizes import at, expression_of, input_sizes, parts_of
+from neuron_attn_rewrite.graph.sizes import at, expression_of, input_sizes, parts_of, terms_of
 from neuron_attn_rewrite.masks.affine import Size
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.patterns.axes import Atom, Dims
@@ -49,11 +49,12 @@ def range_reason(site: AttentionSite) -> Reason:
 
 
 def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:
-    """A size that the kernel call needs and that no input has. None if every size can be read."""
-    given = names_of_input_sizes(module.graph)
+    """A size that the kernel call needs and that is no sum of sizes of inputs. None if every size can be computed."""
+    given = {"1", *names_of_input_sizes(module.graph)}
     layouts = [site.output_layout, *(o.layout for o in site.operands), *(d.layout for d in proof.dense)]
     numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
-    needed = [str(e) for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
+    sizes = [e for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
+    needed = [str(e) for e in sizes if not given.issuperset(terms_of(e) or {str(e)})]
     computed = computed_sizes(module.graph)
     ends = [of.name for bound in proof.key_bounds for of in bound.end.variables() if isinstance(of, Size)]
     needed += [name for name in ends if name not in computed]

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.values.exact import same
+
 CONSTANT, UNKNOWN = -1, -2
 """Values of `CellTable.cell` that are not the number of a cell: the element depends on no cell, or on several."""
 
@@ -107,7 +109,7 @@ def elementwise(node: fx.Node, tables: Sequence[CellTable], args: Any, kwargs: A
         depends = torch.zeros(lo.shape, dtype=torch.bool)
         for choice, outcome in outcomes.items():
             if not choice[i]:
-                depends |= _differs(outcome, outcomes[(*choice[:i], True, *choice[i + 1 :])])
+                depends |= ~same(outcome, outcomes[(*choice[:i], True, *choice[i + 1 :])])
         if table.lo.dtype != torch.bool:
             depends |= table.cell == UNKNOWN  # such a number may be neither lo nor hi
         clash = depends & (cell != CONSTANT) & (cell != table.cell)
@@ -116,11 +118,6 @@ def elementwise(node: fx.Node, tables: Sequence[CellTable], args: Any, kwargs: A
     if lo.dtype == torch.bool and unknown.any():
         lo, hi = lo & ~unknown, hi | unknown
     return CellTable(lo, hi, cell)
-
-
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    different = a != b
-    return different & ~(a.isnan() & b.isnan()) if a.is_floating_point() else different
 
 
 def movement(node: fx.Node, name: str, args: Any, kwargs: Any) -> CellTable | None:

@@ -101,6 +101,10 @@ class Evaluator:
         value = self.value(node, region)
         return value if isinstance(value, Opaque) else as_table(value)
 
+    def is_opaque(self, node: fx.Node) -> bool:
+        """Whether the value depends on anything else than constants and 0/1 tensors. Nothing is computed."""
+        return self._kind_of(node) is Kind.OPAQUE
+
     def forget_regions(self) -> None:
         """Free all values that were computed for regions."""
         self._parts.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 LARGEST_FACTOR = 2.0**64
 """Factors beyond this number, or below its reciprocal, are not joined.
@@ -52,6 +53,13 @@ def sums_are_fine(kind: torch.dtype) -> bool:
 def largest(kind: torch.dtype) -> float:
     """The largest finite number of a floating dtype; infinite for other dtypes."""
     return torch.finfo(kind).max if kind.is_floating_point else math.inf
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors hold the same number, or none. 0.0 and -0.0 are two: one divided by them is inf and -inf."""
+    if not a.is_floating_point():
+        return a == b
+    return torch.where(a.isnan(), b.isnan(), (a == b) & (a.signbit() == b.signbit()))
 
 
 def product(a: float, b: float) -> float | None:

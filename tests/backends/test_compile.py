@@ -344,6 +344,32 @@ def test_buffers_are_inputs_and_not_constants() -> None:
         assert relative_error(call(module, q), module(q)) < 2e-5
 
 
+class Learned(nn.Module):
+    """Attention with a bias that is a product with a parameter, and a sink that is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.sink = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        bias = F.relu(F.layer_norm(x, (8,)) @ self.weight)
+        scores = (x @ x.mT + bias).masked_fill(~mask, -torch.inf)
+        return torch.softmax(torch.cat([scores, self.sink[:, None, None].expand(2, 2, 16, 1)], -1), -1)[..., :-1] @ x
+
+
+def test_parameters_are_learned_although_they_are_inputs() -> None:
+    torch.manual_seed(0)
+    model, mask = Learned(), torch.ones(16, dtype=torch.bool)
+    compiled = torch.compile(model, backend="neuron_attn_rewrite", options={"policy": "always"})
+    with collect_reports() as reports:
+        compiled(torch.randn(2, 2, 16, 8), mask)
+    (site,) = reports.report.sites
+    assert site.kernel == "flash_fwd" and str(site.mask) == "key_padding(mask)", str(reports.report)
+    x = torch.randn(2, 2, 16, 8)
+    for seen in (torch.zeros_like(mask), torch.rand(16) < 0.5):
+        assert relative_error(compiled(x, seen), model(x, seen)) < 2e-5
+
+
 def test_inputs_that_are_written_and_random_numbers_stay_as_they_were() -> None:
     class Cached(nn.Module):
         def forward(self, x: Tensor, cache: Tensor) -> Tensor:

@@ -334,6 +334,8 @@ def test_hazards_are_seen() -> None:
     assert seen["hashes"]["scale"] and seen["hashes"]["same"]
     assert seen["clean"] == []
     assert any("a buffer" in line for line in seen["scores left"])
+    assert seen["bias"] == []
+    assert seen["native beside a bias"] == ["a buffer f32[2,12,12] of scores is left"]
     assert any("1 NKI custom calls, but 2" in line for line in seen["lost kernel"])
 
 

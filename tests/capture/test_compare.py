@@ -149,3 +149,25 @@ def test_a_model_that_can_not_be_copied_is_not_compared() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert rewrite(Locked(), (torch.randn(1, 2, 8, 4),), config=ALWAYS).report.capture_error is None
+
+
+class Averaged(nn.Module):
+    """Scales its input by a parameter that each call changes, as a codebook with moving averages does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(1.5)
+        return nn.functional.scaled_dot_product_attention(x * self.scale, x, x)
+
+
+def test_a_parameter_that_the_model_writes() -> None:
+    model, shares, x = Averaged(), Averaged(), torch.randn(1, 2, 8, 4)
+    rewritten = rewrite(shares, (x,), config=ALWAYS)
+    assert bool((shares.scale == 1).all())
+    for _ in range(2):
+        assert relative_error(rewritten(x), model(x)) < 1e-5
+    assert torch.equal(model.scale, shares.scale)

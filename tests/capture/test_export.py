@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuron_attn_rewrite import CaptureError, InputError, rewrite
+from neuron_attn_rewrite import CaptureError, InputError, explain, rewrite
 from neuron_attn_rewrite.capture.export import capture
 from neuron_attn_rewrite.graph.nodes import mutates, op_name
 from tests.helpers import Function
@@ -201,9 +201,48 @@ def test_what_is_captured_and_does_not_run_is_one_clear_error() -> None:
         rewrite(model, (torch.ones(1, 2, 8, 4),))
 
 
+class Looks(nn.Module):
+    """Looks up its tokens, one further, and its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(10, 8)
+        self.register_buffer("places", torch.randn(1, 32, 8))
+
+    def forward(self, ids: Tensor, positions: Tensor, after: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places[:, positions] + self.tokens.weight.index_select(0, after + 1)
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "words"),
+    [
+        (
+            0,
+            10,
+            r"argument 'ids' holds 10, .* the table 'tokens.weight', which has 10 entries: only 0 to 9 are allowed",
+        ),
+        (0, -1, r"argument 'ids' holds -1, .* only 0 to 9 are allowed"),
+        (1, 32, r"argument 'positions' holds 32, .* which has 32 entries: only -32 to 31 are allowed"),
+        (2, 9, r"computed from 'after' is 10, .* only 0 to 9 are allowed there. Pass other example inputs"),
+        (1, -32, ""),
+        (0, 9, ""),
+    ],
+)
+def test_an_index_out_of_range_is_named(changed: int, value: int, words: str) -> None:
+    inputs = [torch.arange(8)[None], torch.arange(8), torch.arange(8)]
+    inputs[changed].view(-1)[3] = value
+    if not words:
+        assert rewrite(Looks(), tuple(inputs)).report.sites
+        return
+    for way in (lambda: rewrite(Looks(), tuple(inputs)), lambda: explain(Looks(), *inputs)):
+        with pytest.raises(InputError, match=words):
+            way()
+
+
 def test_sizes_that_a_model_makes_numbers_of() -> None:
     model, length = Function(lambda x: x * torch.ones(int(x.shape[0]) // 2 * 2)), torch.export.Dim("length", max=8)
-    with pytest.raises(CaptureError, match=r"(?s)could not be captured.*Try: leave fewer sizes open"):
+    with pytest.raises(CaptureError, match=r"(?s)could not be captured.*Try: open every size .*or leave fewer open"):
         capture(model, (torch.ones(4),), dynamic_shapes=(({0: length},),))
 
 
@@ -230,3 +269,70 @@ def test_wrong_example_inputs(args: Any, kwargs: Any, message: str) -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(InputError, match=r"model must be an nn\.Module"):
         capture(lambda x: x, (torch.ones(1),))  # type: ignore[arg-type]
+
+
+def test_data_is_read_as_a_detached_tensor() -> None:
+    model = nn.Linear(4, 4)
+    model.forward = lambda x: F.linear(x.data, model.weight.data * 2.0)  # type: ignore[method-assign]
+    captured, x = capture(model, (torch.randn(3, 4),)).module, torch.randn(3, 4)
+    assert torch.equal(captured(x), model(x)) and not captured(x).requires_grad
+    assert isinstance(torch.Tensor.data, type(torch.Tensor.grad_fn))
+
+
+def assigned_data(x: Tensor) -> Tensor:
+    y = x * 1.0
+    y.data = x * 2.0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(assigned_data, "assigns to .data"), (torch.func.grad(lambda x: (x * x).sum()), "constant without values")],
+)
+def test_what_torch_export_would_leave_out(function: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(Function(function), (torch.randn(4),))
+
+
+class Held(nn.Module):
+    """Writes into tensors that are no buffers, or that it holds twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.plain, self.listed = torch.zeros(3), [self.count]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.listed[0].add_(1.0)
+        return x + self.plain.add_(1.0) * self.count
+
+
+def test_a_capture_writes_nothing() -> None:
+    model, x = Held(), torch.ones(3)
+    captured = capture(model, (x,)).module
+    assert model.count == 0 and bool((model.plain == 0).all())
+    assert torch.equal(captured(x), Held()(x))
+
+
+def branching(x: Tensor) -> Tensor:
+    return x * 2.0 if x.sum().item() > 0 else x
+
+
+def test_the_line_that_needs_a_value_is_named() -> None:
+    with pytest.raises(
+        CaptureError, match=r"At test_export\.py:\d+ in branching, the model needs the value of a tensor"
+    ):
+        capture(Function(branching), (torch.ones(4),))
+
+
+def test_a_number_is_that_of_the_time_when_it_was_read() -> None:
+    def late(x: Tensor) -> Tensor:
+        y = x[0] * 1.0
+        number = y.item()
+        y.mul_(3.0)
+        return x * number + y
+
+    captured = capture(Function(late), (torch.ones(4),)).module
+    x = torch.randn(4)
+    assert torch.equal(captured(x), late(x))
+    assert not captured.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)

@@ -1,10 +1,14 @@
-"""Random programs of views and writes: the captured graph computes what the model computes, bit for bit."""
+"""Random programs of views and writes: the captured graph computes what the model computes, bit for bit.
+
+It also has the gradients of the model.
+"""
 
 from __future__ import annotations
 
 import random
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,12 @@ from neuron_attn_rewrite.graph.writes import Writes
 
 PROGRAMS = 90
 STEPS = 9
+
+
+def without_gradients(run: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return run()
+
 
 VIEWS: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
     "transpose": lambda r, x: x.transpose(0, -1),
@@ -55,6 +65,9 @@ VIEWS: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
     "as_strided": lambda r, x: x.as_strided((2, 2), (2, 1)),
     "unfold": lambda r, x: x.unfold(-1, 2, 2),
     "bits": lambda r, x: x.view(torch.int32).view(torch.float32),
+    "real": lambda r, x: torch.view_as_real(torch.complex(x, x))[..., 0],
+    "conjugate": lambda r, x: torch.complex(x, x).conj().imag,
+    "no gradient": lambda r, x: without_gradients(lambda: x * 3),
 }
 COPIES: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
     "clone": lambda r, x: x.clone(),
@@ -84,6 +97,18 @@ WRITES: dict[str, Callable[[random.Random, Tensor, Tensor], object]] = {
     "out": lambda r, x, y: torch.add(x, 1, out=x),
     "foreach": lambda r, x, y: torch._foreach_add_([x], 1.0),
     "own": lambda r, x, y: x.add_(x.flip(0)),
+    "copy expanded": lambda r, x, y: x.copy_(y.flatten()[:1].expand(x.shape)),
+    "copy half": lambda r, x, y: x.copy_(x.half()),
+    "setitem of a write": lambda r, x, y: x.__setitem__(0, x[0].add_(2)),
+    "detached": lambda r, x, y: x.detach().mul_(2),
+    "no gradient": lambda r, x, y: without_gradients(lambda: x.mul_(2)),
+    "no gradient of a part": lambda r, x, y: without_gradients(lambda: x.__setitem__(0, y.flatten()[0])),
+    "accumulate": lambda r, x, y: x.index_put_((torch.tensor([0, 0, 1]),), torch.tensor(2.0), accumulate=True),
+    "index_add_": lambda r, x, y: x.index_add_(0, torch.tensor([0, 0]), x[:2] * 1),
+    "masked_scatter_": lambda r, x, y: x.masked_scatter_(x > 0, torch.arange(64.0)),
+    "cumsum_": lambda r, x, y: x.cumsum_(-1),
+    "fill_diagonal_": lambda r, x, y: x.fill_diagonal_(3.0),
+    "lerp_": lambda r, x, y: x.lerp_(x.flip(0), 0.5),
 }
 RESIZES: dict[str, Callable[[random.Random, Tensor], object]] = {
     "unsqueeze_": lambda r, x: x.unsqueeze_(0),
@@ -170,6 +195,32 @@ def test_a_captured_program_writes_what_the_model_writes(start: int) -> None:
     assert stayed < 25
 
 
+def gradients(module: nn.Module) -> list[Tensor]:
+    leaves = tuple(x.requires_grad_() for x in inputs())
+    outputs = module(*(x * 1.0 for x in leaves))
+    weighted = ((x.nan_to_num(0.0, 0.0, 0.0) * (1.0 + torch.arange(x.numel())).view(x.shape)).sum() for x in outputs)
+    return list(torch.autograd.grad(sum(weighted) + sum(x.sum() for x in leaves), leaves))
+
+
+@pytest.mark.parametrize("start", range(0, PROGRAMS, 30))
+def test_a_captured_program_has_the_gradients_of_the_model(start: int) -> None:
+    compared = 0
+    for seed in range(start, start + 30):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = Program(seed)
+            captured = capture(Program(seed), inputs()).module
+            try:
+                old = gradients(model)
+            except RuntimeError:  # autograd does not take every write
+                continue
+            new = gradients(captured)
+        compared += 1
+        for one, two in zip(old, new, strict=True):
+            assert torch.allclose(one, two, 1e-4, 1e-4), f"seed {seed}: {'; '.join(model.words)}\n{captured.graph}"
+    assert compared > 15
+
+
 def graph_of(function: Callable[..., Tensor], *inputs: Tensor) -> torch.fx.Graph:
     class Model(nn.Module):
         def forward(self, *given: Tensor) -> Tensor:
@@ -202,3 +253,18 @@ def half_by_float(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [diagonal_filled, part_scaled, half_by_float], ids=lambda f: f.__name__)
 def test_writes_into_own_tensors_are_gone(function: Callable[..., Tensor]) -> None:
     assert not any(mutates(node) for node in graph_of(function, torch.randn(4, 4)).nodes)
+
+
+def test_a_copy_with_an_open_size() -> None:
+    class Copies(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1.0
+            y.copy_(x[:, :1])
+            y[:, 1:].copy_(x[0, 0])
+            return y
+
+    shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
+    module = capture(Copies(), (torch.randn(3, 4),), dynamic_shapes=shapes).module
+    assert not any(mutates(node) for node in module.graph.nodes)
+    x = torch.randn(5, 4)
+    assert torch.equal(module(x), Copies()(x))

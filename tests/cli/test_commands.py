@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from neuron_attn_rewrite import RewriteConfig, RewriteReport, cli, rewrite
@@ -21,15 +22,17 @@ from neuron_attn_rewrite.cli import commands, doctor, progress
 from neuron_attn_rewrite.cli.build import Weightless, give_stand_ins
 from neuron_attn_rewrite.cli.commands import run
 from neuron_attn_rewrite.cli.models import Asked, load
-from neuron_attn_rewrite.cli.parts import not_run
+from neuron_attn_rewrite.cli.parts import not_run, reads, runs
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.strategy import profile
 from neuron_attn_rewrite.strategy.legality import KERNELS
 
+IS_5 = transformers.__version__ >= "5"
 SHORT = ["--seq-len", "32", "--policy", "always"]
 MODEL_FILE = """
 import torch
+import transformers
 from torch import nn
 
 class Attention(nn.Module):
@@ -119,6 +122,7 @@ def test_verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 OTHER_OUTPUTS = """
 import torch
+import transformers
 from torch import nn
 
 class M(nn.Module):
@@ -353,12 +357,55 @@ def test_notes(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("name", "tower"), [("llava", "vision_tower"), ("qwen2_vl", "visual"), ("qwen2_audio", "audio_tower")]
 )
 def test_a_tower_that_sees_no_input_is_a_part(name: str, tower: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load(Asked(name, seq_len=32)).notes == (
-        f"{tower} is not run, because the inputs are text: --part {tower} explains it.",
-    )
+    note = f"note: these inputs do not run {tower}: the report does not cover it. --part {tower} explains it.\n"
+    assert run(["explain", name, "--policy", "always", "--seq-len", "32"]) == 0
+    assert capsys.readouterr().err == note
+    assert run(["verify", name, "--policy", "always", "--seq-len", "32", "--dtype", "fp32"]) == 0
+    assert note in capsys.readouterr().err
     assert run(["explain", name, "--policy", "always", "--part", tower]) == 0
     printed = capsys.readouterr()
-    assert re.match(r"([12]) of \1 attentions replaced", printed.out) and not printed.err, printed
+    assert re.match(r"(\d+) of \1 attentions replaced", printed.out) and not printed.err, printed
+
+
+def test_every_part_without_input_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of mllama: the vision tower, and the layers that attend to it."""
+    assert run(["explain", "mllama", *SHORT]) == 0
+    printed = capsys.readouterr()
+    assert "do not run language_model.layers.1: " in printed.err and "--part vision_model" in printed.err, printed
+    assert "1 of 1 attentions replaced" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "err"),
+    [
+        ("sam --seq-len 2048", "", "--seq-len does not apply to SamModel, whose input is no text."),
+        ("encodec", "0 of 0", "no attention was found in EncodecModel"),
+        ("blip-2 --seq-len 64", " attentions replaced", ""),
+        (
+            "musicgen --seq-len 32",
+            *((" attentions replaced", "") if IS_5 else ("", "has no default config of musicgen")),
+        ),
+        ("qwen2_5_vl --seq-len 32", "2 of 2", "--part visual"),
+        ("qwen2_5_omni", "", "computes nothing itself: take one of its parts with --part. They are thinker, "),
+        ("perceiver", "", "no inputs are known for PerceiverModel, which needs inputs: write a function"),
+    ],
+)
+def test_model_types_work_or_say_why_not(words: str, out: str, err: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(["explain", *words.split(), "--policy", "always"])
+    printed = capsys.readouterr()
+    assert code == (0 if out else 2) and out in printed.out and err in printed.err, printed
+    assert not printed.out if code else printed.err.startswith("note: ") or not printed.err, printed
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_timm_available", lambda: False)
+    monkeypatch.setitem(
+        transformers.utils.import_utils.BACKENDS_MAPPING,
+        "timm",
+        (lambda: False, transformers.utils.import_utils.TIMM_IMPORT_ERROR),
+    )
+    assert run(["explain", "detr"]) == 2
+    assert capsys.readouterr().err == "error: transformers can't build detr: it needs timm: pip install timm\n"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -542,4 +589,8 @@ def test_parts_that_are_not_run_are_named() -> None:
             return x
 
     model = Model()
-    assert not_run(model, rewrite(model, (torch.randn(2, 4),))) == ("layers.[0, 1].cross_attn",)
+    args = (torch.randn(2, 4),)
+    for read in (reads(model, rewrite(model, args)), runs(model, args, {})):
+        assert not_run(model, read) == (
+            "these inputs do not run layers.[0, 1].cross_attn: the report does not cover it.",
+        )

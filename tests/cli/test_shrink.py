@@ -49,6 +49,17 @@ def test_a_layer_of_each_kind_stays() -> None:
     assert small("gemma3_text", num_hidden_layers=6, layer_types=["full_attention"] * 6).num_hidden_layers == LAYERS
 
 
+def test_a_listed_layer_of_each_kind_stays() -> None:
+    text = small("mllama").text_config
+    assert (text.num_hidden_layers, list(text.cross_attention_layers)) == (2, [1])
+    vision = small("qwen2_5_vl").vision_config
+    assert (vision.depth, list(vision.fullatt_block_indexes)) == (2, [1])
+    assert list(small("sam").vision_config.global_attn_indexes) == [1]
+    text = small("gemma3n_text")
+    assert text.layer_types == ["sliding_attention", "full_attention"] * 2 and text.num_kv_shared_layers == 2
+    assert list(small("sam", vision_config={"global_attn_indexes": []}).vision_config.global_attn_indexes) == []
+
+
 def test_parts_are_small_too() -> None:
     config = small("clip")
     assert config.text_config.hidden_size == config.vision_config.hidden_size == WIDTH

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite import RewriteConfig, rewrite
@@ -180,6 +180,44 @@ def test_what_shares_memory_is_decided_by_storages() -> None:
     writes.mark()
     assert "mul.written" in map(op_name, writes.graph.nodes)
     assert op_name(view) == "reshape"  # a view shows what its source holds
+
+
+class Shared(nn.Module):
+    """Two buffers, of which one is a part of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("whole", torch.randn(2, 1, 2, 6, 4))
+        self.register_buffer("keys", self.whole[0])
+
+    def forward(self, q: Tensor) -> Tensor:
+        weights = torch.softmax(q @ self.keys.mT, -1)
+        self.whole.add_(1.0)
+        return weights @ (self.keys + q)
+
+
+def test_buffers_that_share_memory_are_written_together() -> None:
+    inputs = (torch.randn(1, 2, 6, 4),)
+    captured = capture(Shared(), inputs).module
+    read = {n for n in captured.graph.find_nodes(op="get_attr") if n.target == "keys"}
+    assert read and read <= Writes(captured.graph).changed
+    model, rewritten = Shared(), rewrite(Shared(), inputs, config=RewriteConfig(policy="always", verify=False))
+    for _ in range(2):
+        assert relative_error(rewritten(*inputs), model(*inputs)) < 1e-5, str(rewritten.report)
+
+
+def test_a_tensor_that_shows_other_memory() -> None:
+    def program(q: Tensor, k: Tensor) -> Tensor:
+        keys, others = k * 1.0, k * 2.0
+        weights = torch.softmax(q @ keys.mT, -1)
+        keys.set_(others)
+        others.mul_(2.0)
+        return weights @ keys + torch.softmax(q @ keys.mT, -1) @ k
+
+    inputs = (torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4))
+    rewritten = rewrite(Function(program), inputs, config=RewriteConfig(policy="always", verify=False))
+    assert relative_error(rewritten(*inputs), program(*inputs)) < 1e-5, str(rewritten.report)
 
 
 def test_a_graph_without_writes_is_not_run() -> None:

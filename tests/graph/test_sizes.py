@@ -97,6 +97,33 @@ def test_what_is_captured_keeps_its_symbols(as_module: bool) -> None:
         rewrite(captured, (), call, config=ALWAYS, dynamic_shapes=shapes)
 
 
+class Past(torch.nn.Module):
+    """The mask comes first: its keys are those of the cache and the new ones."""
+
+    def forward(self, mask: Tensor, q: Tensor, new: Tensor, past: Tensor) -> Tensor:
+        key = torch.cat([past, new], 2)
+        return F.scaled_dot_product_attention(q, key, key, attn_mask=mask[:, None, None].bool())
+
+
+@pytest.mark.parametrize("ranges", [(Dim.AUTO, Dim.AUTO), (Dim("new", max=64), Dim("past", max=64))], ids=str)
+def test_a_size_that_is_the_sum_of_those_of_later_arguments(ranges: tuple[Any, Any]) -> None:
+    def call(batch: int, new: int, past: int) -> tuple[Tensor, ...]:
+        mask = torch.ones(batch, new + past, dtype=torch.int64)
+        mask[0, : past // 2] = 0
+        return mask, *(3 * torch.randn(batch, 2, length, 8) for length in (new, new, past))
+
+    model, batch, (new, past) = Past(), Dim("batch", max=8), ranges
+    shapes = ({0: batch, 1: Dim.AUTO}, {0: batch, 2: new}, {0: batch, 2: new}, {0: batch, 2: past})
+    rewritten = rewrite(model, call(3, 12, 20), config=ALWAYS, dynamic_shapes=shapes)
+    assert str(rewritten.report.sites[0].mask) == "key_padding(mask)"
+    for sizes in ((2, 5, 9), (1, 1, 30), (4, 30, 1)):
+        inputs = call(*sizes)
+        assert relative_error(rewritten(*inputs), model(*inputs)) <= TOLERANCES[torch.float32], sizes
+    mask, *others = call(2, 5, 9)
+    with pytest.raises(InputError, match=r"'mask' .* a size does not fit: 13 is not 14\."):
+        rewritten(mask[:, :13], *others)
+
+
 # Small programs: query [batch, 2, q_len, 8], key [batch, 2, kv_len, 8] and a mask [batch, kv_len]
 
 
@@ -313,6 +340,28 @@ class Cached(torch.nn.Module):
     def forward(self, new: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
         keys = torch.cat([cache, new], 2)
         return F.scaled_dot_product_attention(new, keys, keys, mask[:, None, None].bool())
+
+
+class Growing(torch.nn.Module):
+    """New tokens against two caches and themselves: no input has the number of keys, nor that of heads and queries."""
+
+    def forward(self, new: Tensor, cache: Tensor, older: Tensor) -> Tensor:
+        keys = torch.cat([older, cache, new], 2)
+        heads = torch.cat([new, new.flip(2)], 1)
+        seen = torch.arange(keys.shape[2]) < torch.arange(new.shape[2])[:, None] + keys.shape[2] - new.shape[2] + 1
+        return F.scaled_dot_product_attention(heads, keys, keys, seen, enable_gqa=True)
+
+
+def test_sums_of_the_sizes_of_several_inputs() -> None:
+    def inputs(*sizes: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(2, 2, size, 8) * 3 for size in sizes)
+
+    shapes = tuple({2: Dim(name, min=2, max=64)} for name in ("queries", "past", "older"))
+    rewritten = rewrite(Growing(), inputs(3, 9, 11), config=ALWAYS, dynamic_shapes=shapes)
+    assert len(kernel_calls(rewritten)) == 1, str(rewritten.report)
+    for sizes in ((3, 9, 11), (2, 2, 2), (7, 30, 3), (40, 5, 64)):
+        call = inputs(*sizes)
+        assert relative_error(rewritten(*call), Growing()(*call)) <= TOLERANCES[torch.float32]
 
 
 def test_a_size_that_is_another_one_and_a_number() -> None:

@@ -111,7 +111,7 @@ USES: dict[str, Any] = {
     "NaN is read": lambda s, mask: s.masked_fill(mask != 0, -torch.inf).softmax(-1).nan_to_num(0.25),
 }
 
-REFUSED = ("without overflow", "not implemented for")
+REFUSED = ("without overflow", "not implemented for", "with a bool tensor is not supported")
 """What torch says of a literal or a dtype that it takes on fake tensors only. The program is none then."""
 
 
@@ -219,6 +219,10 @@ NAN_READERS: dict[str, Any] = {
     "not equal to itself": lambda x: torch.where(x == x, x, 2.0),
     "nanmean": lambda x: x.nanmean(-1),
     "argmax over the rows": lambda x: x.argmax(2).float(),
+    "bits": lambda x: (x.view(torch.int32) & 0x7F800000 == 0x7F800000).float(),
+    "exponent": lambda x: torch.frexp(x).exponent.float(),
+    "sorted rows": lambda x: x.sort(2).values,
+    "a written buffer": lambda x: torch.zeros_like(x).copy_(x).nan_to_num(2.0),
     "behind other operators": lambda x: (x.transpose(1, 2).relu() * 2).isfinite().float(),
 }
 

@@ -38,9 +38,9 @@ def term(kind: str, value: Tensor | None = None, **options: Any) -> Term:
 
 def site(dtype: torch.dtype = torch.float32, anchor: torch.dtype = torch.float32, **options: Any) -> Any:
     """What is read of a site."""
-    facts = {"pattern": "softmax", "safe": False, "floor": -INF, "is_causal": False, "terms": (), "dtype": dtype}
+    facts = {"pattern": "softmax", "safe": False, "floor": -INF, "is_causal": False, "terms": ()}
     node = held(torch.zeros(2, dtype=anchor))
-    return SimpleNamespace(**{**facts, "anchor": node, "output": node, **options})
+    return SimpleNamespace(**{**facts, "dtype": dtype, "sink": None, "anchor": node, "output": node, **options})
 
 
 def added(fill: float | None, **options: Any) -> Effect:
@@ -138,7 +138,7 @@ def test_the_mean_is_that_of_equal_scores() -> None:
     [(-INF, True), (LOW, True), (-1e9, False), (-1.5 * 2.0**44, True), (-(2.0**44), False), (-1.5 * 2.0**43, False)],
 )
 def test_what_absorbs_a_score(fill: float, does: bool) -> None:
-    assert absorbs(fill) == does
+    assert absorbs(fill, torch.float32) == does
     scores = torch.cat([torch.linspace(-ABSORBS, ABSORBS, 99), torch.tensor([0.0])])
     assert bool((scores + fill == fill).all()) == does
 
@@ -179,6 +179,7 @@ FILLS: dict[str, tuple[Any, list[float | None], bool, tuple[float, ...] | None]]
     "16 bits": (site(torch.bfloat16, terms=(LESS,)), [LOW], False, None),
     "causal": (site(terms=(MASK,), is_causal=True), [LOW], False, None),
     "a floor": (site(terms=(MASK,), floor=LOW), [LOW], False, None),
+    "a sink": (site(terms=(MASK,), sink=held(torch.zeros(2))), [LOW], False, None),
     "weights set to zero": (site(terms=(term("hide", fill=LOW, zeroes_weights=True),)), [LOW], False, None),
     "NaN is read of -inf": (site(terms=(DEEP,)), [-INF], True, None),
     "NaN is read of -inf by a factor": (site(terms=(UPSIDE_DOWN,)), [-INF], True, None),

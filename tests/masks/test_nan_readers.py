@@ -24,6 +24,7 @@ READ: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "behind other operators": lambda x, n: (x.relu() * 2).mT.exp().isfinite(),
     "behind a tuple": lambda x, n: x.max(1)[0].isnan(),
     "behind one of two": lambda x, n: (x.relu(), (x * 2).argmax()),
+    "as places": lambda x, n: x.topk(2)[1] == 3,
     "behind the second of two": lambda x, n: (x.argsort(), x.relu()),
 }
 KEPT: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -34,7 +35,6 @@ KEPT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "only its size": lambda x, n: torch.zeros_like(x).isnan(),
     "another tensor": lambda x, n: (x.relu(), n.bool()),
     "a tuple": lambda x, n: x.max(1)[0] + x.split(2)[0],
-    "places that are no numbers": lambda x, n: x.topk(2)[1] == 3,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ KNOWN: dict[str, Tensor] = {
     "outside of a window ahead": (ONES.tril(2).triu(1) == 0).long(),
     "outside of a wide window": ONES.tril().index_put((torch.tensor(0), torch.tensor(4)), torch.tensor(1.0)),
     "a diagonal": torch.eye(N, dtype=torch.int32),
+    "bands of zeros": torch.where(ONES.tril().bool(), 0.0, -0.0),
     "two rows": torch.tensor([[1, 0, 0], [1, 1, 0]]),
     "two keys": torch.ones(4, 2).tril(),
 }
@@ -49,6 +51,7 @@ UNKNOWN: dict[str, Tensor] = {
     "bands of NaN": torch.where(ONES.tril().bool(), 1.0, torch.nan),
     "a parameter": nn.Parameter(torch.zeros(N)),
     "a tensor without values": torch.zeros(N, device="meta"),
+    "zeros of both signs": torch.tensor([0.0, -0.0]),
     "three dims": torch.ones(2, N, N).tril().mul(torch.tensor([1.0, 2.0])[:, None, None]),
 }
 
@@ -84,6 +87,7 @@ def test_each_element(name: str) -> None:
         numbers = dict(zip(indices, place, strict=True))
         values = [at(value, numbers) for guard, value in found if all(at(g, numbers) >= 0 for g in guard)]
         assert values == [held[place].item()], (name, place)
+        assert math.copysign(1, values[0]) == math.copysign(1, held[place]), (name, place)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

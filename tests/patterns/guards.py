@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.patterns.cases import Keep, Match, Right, with_padding
+from tests.patterns.cases import LOW, Keep, Match, Right, with_padding
 
 PADDED = "key_padding(m)"
 
@@ -30,7 +30,27 @@ def safe_softmax(x: Tensor) -> Tensor:
     return torch.where(empty, torch.zeros_like(p), p)
 
 
+def by_hand(x: Tensor, less: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exponentials of scores less some number of each row, divided by their sum. NaN if all are 0, or one overflows."""
+    e = torch.exp(x - less(x))
+    return e / e.sum(-1, keepdim=True)
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.amax(-1, keepdim=True)
+
+
+def masked_again(p: Tensor, m: Tensor) -> Tensor:
+    """Weights set to zero and normalised again. NaN if those that are left were too small."""
+    w = p * m[:, None, None]
+    return w / w.sum(-1, keepdim=True)
+
+
 MATCH = {
+    "by hand, less the largest, then NaN to zero": Match(
+        lambda q, k, v, m: by_hand(hidden(q, k, m), largest).nan_to_num(0.0) @ v, bool_padding, PADDED
+    ),
+    "by hand, less nothing": Match(lambda q, k, v, m: _unsafe(hidden(q, k, m)) @ v, bool_padding, PADDED),
     "nan_to_num": Match(
         lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).nan_to_num(0.0) @ v, bool_padding, PADDED
     ),
@@ -90,6 +110,11 @@ def _made_twice(q: Tensor, k: Tensor, v: Tensor, again: Callable[[Tensor], Tenso
     return p.masked_fill(again(chosen(q)), 0.0) @ v
 
 
+def _unsafe(x: Tensor) -> Tensor:
+    e = torch.exp(x)
+    return e / e.sum(-1, keepdim=True)
+
+
 def _where_nan(p: Tensor) -> Tensor:
     return torch.where(torch.isnan(p), torch.zeros_like(p), p)
 
@@ -107,6 +132,21 @@ def _largest(x: Tensor) -> Tensor:
 
 
 KEEP = {
+    **{
+        f"by hand, {name}, then NaN to zero": Keep(
+            lambda q, k, v, m, softmax=softmax: softmax(q, k, m).nan_to_num(0.0) @ v, "reads the NaN", bool_padding
+        )
+        for name, softmax in {
+            "less nothing": lambda q, k, m: _unsafe(hidden(q, k, m, LOW)),
+            "less the largest of all, masked or not": lambda q, k, m: _unsafe(
+                (lambda x: x - largest(x))(q @ k.mT * 0.25).masked_fill(~m[:, None, None], LOW)
+            ),
+            "masked after the softmax": lambda q, k, m: masked_again(torch.softmax(q @ k.mT, -1), m),
+        }.items()
+    },
+    "by hand, less nothing, then NaN to one": Keep(
+        lambda q, k, v, m: (_unsafe(hidden(q, k, m, LOW)) @ v).nan_to_num(1.0), "reads the NaN", bool_padding
+    ),
     "another mask after the softmax": Keep(
         lambda q, k, v, m: torch.softmax(hidden(q, k, m), -1).masked_fill(m[:, None, None].roll(1, -1), 0.0) @ v,
         "without normalising again",
@@ -136,6 +176,25 @@ KEEP = {
 }
 
 RIGHT = {
+    **{
+        f"{name}, of scores in {kind}": Right(
+            lambda q, k, v, m, function=function, kind=kind, fill=fill: function(hidden(q, k, m, fill), kind) @ v,
+            bool_padding,
+        )
+        for kind, fill in ((torch.float16, -1e9), (torch.bfloat16, LOW))
+        for name, function in {
+            "all of them": lambda x, kind: torch.softmax(x, -1).masked_fill(
+                (x.to(kind) == -torch.inf).all(-1, keepdim=True), 0.0
+            ),
+            "the largest is -inf": lambda x, kind: torch.where(
+                largest(x.to(kind)) == -torch.inf, 0.0, torch.softmax(x, -1)
+            ),
+            "less the largest": lambda x, kind: by_hand(x, lambda x: largest(x.to(kind)).float()).nan_to_num(0.0),
+            "less the log-sum-exp": lambda x, kind: (
+                (x - x.to(kind).logsumexp(-1, keepdim=True).float()).exp().nan_to_num(0.0)
+            ),
+        }.items()
+    },
     "any score is -inf": Right(lambda q, k, v, m: _any(hidden(q, k, m)) @ v, bool_padding),
     "all over the queries": Right(lambda q, k, v, m: _over_queries(hidden(q, k, m)) @ v, bool_padding),
     "a limit at finfo.min after -inf": Right(

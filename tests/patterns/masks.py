@@ -52,6 +52,27 @@ class Sink(nn.Module):
         return torch.softmax(joined, -1)[..., :-1] @ v
 
 
+def beside_sink(q: Tensor, k: Tensor, v: Tensor, m: Tensor, sink: Tensor) -> Tensor:
+    hidden = scores(q, k).masked_fill(~m[:, None, None], LOW)
+    return torch.softmax(torch.cat([hidden, sink.reshape(1, -1, 1, 1).expand(B, -1, S, 1)], -1), -1)[..., :-1] @ v
+
+
+class SinkUnderPadding(Sink):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+        return beside_sink(q, k, v, m, self.sink)
+
+
+def hidden_rows() -> tuple[Tensor, ...]:
+    """Query, key, value and a mask under which the first batch element sees no key."""
+    *given, mask = with_padding(torch.bool)
+    return (*given, mask.index_fill(0, torch.tensor([0]), False))
+
+
+def low_sinks() -> tuple[Tensor, ...]:
+    """Sinks as low as hidden scores, and lower."""
+    return (*hidden_rows(), torch.tensor([-torch.inf, LOW, -1e9, 0.5]))
+
+
 MATCH = {
     "on the left": Match(
         lambda q, k, v: torch.softmax(additive_causal() + scores(q, k), -1) @ v, mask="causal(offset=0)"
@@ -156,6 +177,10 @@ MATCH = {
         lambda q, k, v: torch.softmax(20.0 * torch.tanh((1 / 20.0) * scores(q, k)), -1) @ v
     ),
     "sink": Match(Sink(), mask="causal(offset=0)"),
+    "a sink that is learned, under padding": Match(SinkUnderPadding(), hidden_rows, "key_padding(m)"),
+    "a sink that is an input with bounds, under padding": Match(
+        lambda q, k, v, m, s: beside_sink(q, k, v, m, s.tanh()), low_sinks, "key_padding(m)"
+    ),
     "a bias that depends on the input": Match(
         lambda q, k, v, b: torch.softmax(scores(q, k) + b * b, -1) @ v, with_bias(B, 1, S, S), bias=(B, 1, S, S)
     ),
@@ -171,12 +196,12 @@ MATCH = {
         bias=(1, H, S, S),
     ),
     "two biases": Match(
-        lambda q, k, v, b: torch.softmax(scores(q, k) + b + b.square() * 0.5, -1) @ v,
+        lambda q, k, v, b: torch.softmax(scores(q, k) + b.tanh() + b.sin() * 0.5, -1) @ v,
         with_bias(H, S, S),
         bias=(1, H, S, S),
     ),
-    "a bias that came out of a product (DeBERTa)": Match(
-        lambda q, k, v, r: torch.softmax(scores(q, k) + q @ r.mT / 8, -1) @ v, with_bias(S, D), bias=(B, H, S, S)
+    "a bias that came out of a product": Match(
+        lambda q, k, v, r: torch.softmax(scores(q, k) + q[:1] @ r.mT / 8, -1) @ v, with_bias(S, D), bias=(1, H, S, S)
     ),
     "ALiBi": Match(lambda q, k, v: torch.softmax(scores(q, k) + torch.arange(S) * SLOPES, -1) @ v, bias=(1, H, 1, S)),
     "a constant such as -5 is no mask": Match(
@@ -232,6 +257,7 @@ KEEP = {
     "inside a softcap": Keep(
         lambda q, k, v: torch.softmax(torch.tanh(scores(q, k) + additive_causal()), -1) @ v, "softcap"
     ),
+    "a sink that is any input, under padding": Keep(beside_sink, "sees no key", low_sinks),
     "two columns of sinks": Keep(
         lambda q, k, v, b: torch.softmax(torch.cat([scores(q, k), b], -1), -1)[..., :-2] @ v,
         "not one column",

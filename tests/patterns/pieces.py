@@ -204,6 +204,13 @@ def one_more(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     return (w @ vc) / (w.sum(-1, True) + torch.exp(0 - largest))
 
 
+def limited(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+    """If all scores are low, all exponentials are 0."""
+    most = torch.maximum(old.amax(-1, True), new.amax(-1, True)).clamp(min=0.0)
+    a, b = (old - most).exp(), (new - most).exp()
+    return (a @ vc + b @ vn) / (a.sum(-1, True) + b.sum(-1, True))
+
+
 def plus_one(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
     w = old.exp()
     return w @ vc / (1 + w.sum(-1, True))
@@ -275,11 +282,22 @@ def weighed(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
 
 
 def two(key: float) -> Pieces:
-    """Two constant keys, or one of another number."""
+    """A number of other keys, whose score is 0: one key whose score is the logarithm."""
 
     def attention(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
         w = (old / 4).exp()
         return w @ vc / (key + w.sum(-1, True))
+
+    return attention
+
+
+def guarded(guard: Callable[[Tensor], Tensor]) -> Pieces:
+    """A guard of the shared sum against division by zero."""
+
+    def attention(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> Tensor:
+        largest = torch.maximum(old.amax(-1, True), new.amax(-1, True))
+        a, b = (old - largest).exp(), (new - largest).exp()
+        return (a @ vc + b @ vn) / guard(a.sum(-1, True) + b.sum(-1, True))
 
     return attention
 
@@ -301,11 +319,18 @@ MATCH = {
     "one maximum and one sum, divided at the end": Match(of(shared_at_the_end), cached(), scale=0.25, bias=BIAS),
     "one maximum and one sum, grouped heads": Match(grouped_split, cached(heads=2), heads=(H, 2), bias=BIAS),
     "no maximum": Match(of(no_maximum), cached(), scale=0.25, bias=BIAS),
+    "one maximum and one sum, then NaN to zero": Match(
+        lambda *given: of(shared)(*given).nan_to_num(0.0), cached(), scale=0.25, bias=BIAS
+    ),
     "merged by log-sum-exp": Match(of(merged), cached(), scale=0.25, bias=BIAS),
     "merged by log-sum-exp, by hand": Match(of(merged_by_hand), cached(), scale=0.25, bias=BIAS),
     "one more key of score 0": Match(of(one_more_key), cached(), scale=0.25, bias=BIAS),
     "one more key of score 0, one product": Match(of(one_more), cached(), SEEN, scale=0.25),
     "one more than the sum": Match(of(plus_one), cached(), SEEN, scale=0.25),
+    "a sum with an epsilon": Match(of(guarded(lambda total: total + 1e-12)), cached(), scale=0.25, bias=BIAS),
+    "a sum of at least an epsilon": Match(of(guarded(lambda total: total.clamp(min=1e-6))), cached(), bias=BIAS),
+    "two more than the sum": Match(of(two(2.0)), cached(), SEEN, scale=0.0625),
+    "a quarter more than the sum": Match(of(two(0.25)), cached(), SEEN, scale=0.0625),
     "keys and values joined": Match(joined, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
     "one new key and one row": Match(joined, cached(1, rows=1), scale=0.25, bias=(B, 1, 1, S + 1)),
     "one new key": Match(joined, cached(1), scale=0.25, bias=(B, 1, 1, S + 1)),
@@ -319,6 +344,12 @@ MATCH = {
 }
 
 KEEP = {
+    "no maximum, then NaN to zero": Keep(
+        lambda *given: of(no_maximum)(*given).nan_to_num(0.0), "reads the NaN", cached()
+    ),
+    "a maximum that is never below 0, then NaN to zero": Keep(
+        lambda *given: of(limited)(*given).nan_to_num(0.0), "reads the NaN", cached()
+    ),
     "merged by log-sum-exp, hidden by -inf": Keep(of(merged, -torch.inf), "may be hidden by -inf", cached()),
     "a part without gradients": Keep(of(detached), "no gradient flows", cached()),
     "a maximum that is detached once": Keep(of(detached_once), "no rule knows", cached()),
@@ -349,7 +380,9 @@ RIGHT = {
     "values subtracted": Right(of(subtracted), cached()),
     "another exponent in one part": Right(of(other_exponent), cached()),
     "two attentions mixed by a gate": Right(of(weighed), cached()),
-    "two more than the sum": Right(of(two(2.0)), cached()),
-    "a quarter more than the sum": Right(of(two(0.25)), cached()),
+    "a sum with a larger epsilon": Right(of(guarded(lambda total: total + 0.01)), cached()),
+    "a sum of at least 2": Right(of(guarded(lambda total: total.clamp(min=2.0))), cached()),
+    "a sum of at most 2": Right(of(guarded(lambda total: total.clamp(1e-6, 2.0))), cached()),
+    "less than the sum": Right(of(two(-0.25)), cached()),
     "block by block": Right(of(online), cached()),
 }

@@ -125,6 +125,9 @@ MATCH = {
     "a tensor for each query": Match(
         lambda q, k, v, s: torch.softmax(q @ k.mT / (1 + s * s), -1) @ v, with_bias(B, H, S, 1)
     ),
+    "a number read off a tensor": Match(
+        lambda q, k, v, s: torch.softmax(q @ k.mT * s.item(), -1) @ v / s.detach().clone().item(), with_bias(1)
+    ),
     "one number in a tensor": Match(lambda q, k, v, s: torch.softmax(q @ k.mT * s, -1) @ v, with_bias(1)),
     "no dims": Match(lambda q, k, v, s: torch.softmax(q @ k.mT * s, -1) @ v, with_bias()),
     "learned": Match(Temperature()),
@@ -160,6 +163,9 @@ KEEP = {
     "a number divided by the scores": Keep(lambda q, k, v: torch.softmax(4 / (q @ k.mT), -1) @ v, "no rule knows it"),
     "a tensor divided by the scores": Keep(
         lambda q, k, v, s: torch.softmax(s / (q @ k.mT), -1) @ v, "differs from score to score", with_bias(1, H, 1, 1)
+    ),
+    "a number read off a tensor to the left of a division": Keep(
+        lambda q, k, v, s: torch.softmax(s.item() / (q @ k.mT), -1) @ v, "no rule knows it", with_bias(1)
     ),
     "a tensor on scores and mask": Keep(
         lambda q, k, v, s: torch.softmax((q @ k.mT + additive_causal()) * s, -1) @ v,

@@ -10,10 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.patterns import guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps
+from tests.patterns import (
+    blocks,
+    features,
+    guards,
+    heads,
+    layouts,
+    masks,
+    pieces,
+    readers,
+    scale,
+    sdpa,
+    sinks,
+    softmaxes,
+    traps,
+)
 from tests.patterns.cases import CAUSAL, LOW, D, Keep, Match, Right, S, numbers_agree, with_padding
 
-FAMILIES = (guards, heads, layouts, masks, pieces, readers, scale, sdpa, softmaxes, traps)
+FAMILIES = (blocks, features, guards, heads, layouts, masks, pieces, readers, scale, sdpa, sinks, softmaxes, traps)
 
 
 def cases() -> Iterator[object]:
@@ -61,7 +75,7 @@ def test_rows_without_a_key_under_two_masks() -> None:
         return out
 
     report = numbers_agree(attentions, with_padding).report
-    assert len(report.sites) == 2 * len(STEPS) ** 2 and len(report.replaced) == 44
+    assert len(report.sites) == 2 * len(STEPS) ** 2 and len(report.replaced) == 42
 
 
 @pytest.mark.parametrize("name", NO_ATTENTION)

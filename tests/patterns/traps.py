@@ -104,7 +104,74 @@ def guarded(dim: int | tuple[int, ...], alpha: int = 1, limit: float = 1.0) -> C
     return attention
 
 
+def padded(change: Callable[[Tensor, Tensor], Tensor], number: float = -1e9) -> Callable[..., Tensor]:
+    """A number is added to the scores of padding. If a row sees nothing else, it matters how each sum is rounded.
+
+    `change` makes of scores and mask what the softmax gets.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.softmax(change(q @ k.mT / 4, (1.0 - attention_mask[:, None, None].float()) * number), -1) @ v
+
+    return attention
+
+
+def all_padding() -> tuple[Tensor, ...]:
+    """One sequence is padded on the left, the other is padding alone."""
+    q, k, v, mask = with_padding()
+    return q, k, v, mask.index_fill(0, torch.tensor([1]), 0)
+
+
+DISTANCE = torch.arange(S)[:, None] - torch.arange(S)[None] + 0.0
+ROUNDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "alone": (lambda x, m: x + m, 1),
+    "then all divided by 4": (lambda x, m: (x + m) / 4, 1),
+    "then all divided by 3": (lambda x, m: (x + m) / 3, 0),
+    "to scores that were shifted": (lambda x, m: x + 2.5 + m, 0),
+    "to scores less their maximum": (lambda x, m: x - x.amax(-1, keepdim=True) + m, 0),
+    "to scores less their mean": (lambda x, m: x - x.mean(-1, keepdim=True) + m, 0),
+    "and the maximum subtracted": (lambda x, m: (lambda y: y - y.amax(-1, keepdim=True))(x + m), 1),
+    "and a bias": (lambda x, m: x + DISTANCE + m, 0),
+    "to a bias": (lambda x, m: x + (DISTANCE + m), S),
+    "twice": (lambda x, m: x + m + m, 0),
+    "and a low mask": (lambda x, m: x + m + additive_causal(), S),
+}
+"""What else happens to the scores, and the rows of the bias that a kernel gets. None where it would round otherwise."""
+
+
+def _signed(one: Tensor, two: Tensor) -> Tensor:
+    """-inf where the first mask is 0, whatever the second is: 1 / -0.0."""
+    return (1 / ((one.float() - 1) * (two.float() * 0.0))).clamp(max=0)
+
+
+def biased_where(seen: Tensor, bias: Callable[[Tensor], Tensor]) -> Match:
+    """A bias that is no number, or infinite, where a mask overwrites it."""
+    return Match(
+        lambda q, k, v: torch.softmax(scores(q, k) + torch.where(seen, bias(DISTANCE), -torch.inf), -1) @ v,
+        bias=(1, 1, S, S),
+    )
+
+
 MATCH = {
+    **{
+        f"-1e9 added {name}": Match(padded(change), all_padding, bias=(B, 1, rows, S))
+        for name, (change, rows) in ROUNDED.items()
+        if rows
+    },
+    "zeros whose signs hide": Match(
+        lambda q, k, v: torch.softmax(scores(q, k) + (1 / torch.where(CAUSAL, 0.0, -0.0)).clamp(max=0), -1) @ v,
+        mask="causal(offset=0)",
+    ),
+    "zeros whose signs hide, in a table of two masks": Match(
+        lambda q, k, v, attention_mask, other_mask: (
+            torch.softmax(scores(q, k) + _signed(attention_mask.roll(1, -1), other_mask.roll(1, -1))[:, None, None], -1)
+            @ v
+        ),
+        lambda: (*with_padding(), torch.randint(0, 2, (B, S))),
+        bias=(B, 1, 1, S),
+    ),
+    "a bias that is infinite where it is hidden": biased_where(DISTANCE > 0, lambda x: 1 / x),
+    "a bias that is no number where it is hidden": biased_where(DISTANCE >= 0, lambda x: (x + 1).log()),
     "one softmax over two blocks of keys": Match(two_blocks, scale=0.25),
     "a guarded sum": Match(guarded(-1)),
     "a mask whose live value is 2": distilbert(2),
@@ -136,6 +203,14 @@ MATCH = {
 }
 
 KEEP = {
+    **{
+        f"-1e9 added {name}": Keep(padded(change), "sees no key", all_padding)
+        for name, (change, rows) in ROUNDED.items()
+        if not rows
+    },
+    "two inputs added, which may be two masks": Keep(
+        lambda q, k, v, b: torch.softmax(scores(q, k) + b + b.square(), -1) @ v, "sees no key", with_bias(S, S)
+    ),
     "a low number added, then -1e4 put in place": Keep(
         two_masks(LOW, -1e4, padding_first=True), "sees no key", with_padding
     ),

@@ -30,6 +30,32 @@ def without_gradient(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return w @ (v + b)
 
 
+def scaled_detached(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    k = k * 1.0
+    k.detach().mul_(2.0)
+    return weights(q, k) @ (v + b)
+
+
+def scaled_without_gradient(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    k = k * 1.0
+    with torch.no_grad():
+        k.mul_(2.0)
+        k[:, :, 0] = b[:, :, 1]
+    return weights(q, k) @ (v + b)
+
+
+def rounded_bits(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    k = k * 1.0
+    k.view(torch.int32).bitwise_and_(-65536)
+    return weights(q, k) @ (v + b)
+
+
+def rows_exchanged(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    joined = k.new_empty(2, 2, 8, 4)
+    joined[:, :, :4], joined[:, :, 4:] = k, b[:, :, :1]
+    return weights(q, joined) @ torch.cat([v, v + b], 2)
+
+
 CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
     "all": (lambda q, k, v, b: torch.softmax(q @ k.mT / 2 + b, -1) @ v, 1),
     "no key": (lambda q, k, v, b: weights(q, k.detach()) @ (v + b), 1),
@@ -41,6 +67,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
     "no scores": (lambda q, k, v, b: torch.softmax((q @ k.mT).detach() + b, -1) @ v, 0),
     "no weights": (lambda q, k, v, b: weights(q, k).detach() @ (v + b), 0),
     "a region without": (without_gradient, 0),
+    "a write without": (scaled_detached, 1),
+    "writes in a region without": (scaled_without_gradient, 1),
+    "a write of bits": (rounded_bits, 1),
+    "copies": (rows_exchanged, 1),
 }
 """An attention over query, key, value and bias, and how many are replaced."""
 

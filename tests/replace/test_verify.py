@@ -255,6 +255,20 @@ def test_a_fault_that_the_example_does_not_show_is_found(name: str, monkeypatch:
     assert not report.replaced and len(put_back(report)) == 1
 
 
+def test_nan_of_an_operand_counts_if_it_is_read() -> None:
+    """The model multiplies a hidden value of NaN by zero, and the kernel skips it."""
+    q, k, v = qkv(length=600)
+    v[:, :, -1] = torch.nan
+    causal = torch.ones(600, 600, dtype=torch.bool).tril()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 4).masked_fill(~causal, -torch.inf).softmax(-1) @ v
+
+    assert not put_back(rewritten(attention, (q, k, v)))
+    (reason,) = put_back(rewritten(lambda *x: attention(*x).nan_to_num(7.0), (q, k, v)))
+    assert "in the outputs" not in reason
+
+
 def test_the_report_names_the_error_of_a_kernel_call(monkeypatch: pytest.MonkeyPatch) -> None:
     raises(monkeypatch)
     with pytest.warns(RewriteWarning, match="ValueError: no padding, please"):
@@ -309,6 +323,28 @@ def test_nothing_right_is_put_back(name: str) -> None:
     draws = 3 if config.padding == "right" else 4
     assert all(site.draws == draws for site in report.replaced)
     assert f"on the example and {draws} drawn inputs" in str(report)
+
+
+@pytest.mark.filterwarnings("error::neuron_attn_rewrite.RewriteWarning")
+def test_a_value_that_is_a_piece_of_the_keys_is_not_drawn_apart() -> None:
+    def latent(query: Tensor, key: Tensor) -> Tensor:
+        a, b = key.cos().split((4, 12), -1)
+        scores = query[..., 4:] @ b.mT + query[..., :4] @ a.mT
+        return torch.softmax(scores * 0.25, -1) @ b
+
+    assert rewritten(latent, qkv()[:2]).replaced
+
+
+@pytest.mark.filterwarnings("error::neuron_attn_rewrite.RewriteWarning")
+def test_nan_where_a_sink_gives_zeros_does_not_count() -> None:
+    """The softmax has no sink, and gives NaN in rows that see no key. The gate adds the sink."""
+
+    def gated(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor) -> Tensor:
+        scores = (query @ key.mT * 0.25).masked_fill(attention_mask[:, None, None] == 0, -torch.inf)
+        gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - torch.arange(2.0)[:, None, None])
+        return (torch.softmax(scores, -1) @ value) * gate
+
+    assert rewritten(gated, (*qkv(), ones().tril(-1))).replaced
 
 
 def test_the_report_says_where_no_input_could_be_drawn() -> None:

@@ -437,3 +437,27 @@ def test_every_function_that_may_be_called_is_harmless() -> None:
     assert all(callable(function) for function in graph.FUNCTIONS.values())
     assert not {"call", "attrgetter", "methodcaller", "itemgetter"} & set(graph.FUNCTIONS)
     assert transformers.__version__
+
+
+class Parts(nn.Module):
+    """A buffer, and a part of it as another buffer."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.register_buffer("whole", torch.ones(2, 8))
+        self.register_buffer("part", self.whole[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.whole.mul_(2.0)
+        return nn.functional.scaled_dot_product_attention(x * self.part, x, x) + self.whole[0]
+
+
+def test_buffers_that_share_written_memory_are_not_parted(tmp_path: Path) -> None:
+    x = torch.randn(1, 2, 6, 8)
+    rewritten = rewrite(Parts(writes=False), (x,), config=ALWAYS)
+    rewritten.save(tmp_path / "read")
+    assert torch.equal(RewrittenModule.load(tmp_path / "read")(x), rewritten(x))
+    with pytest.raises(RewriteError, match="'whole' and 'part' share memory that the model writes"):
+        rewrite(Parts(writes=True), (x,), config=ALWAYS).save(tmp_path / "written")

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from neuron_attn_rewrite import RewriteError, rewrite
 from neuron_attn_rewrite.capture.export import capture
-from neuron_attn_rewrite.values.ranges import UNBOUNDED, Range, Ranges
+from neuron_attn_rewrite.values.range_rules import UNBOUNDED, Range
+from neuron_attn_rewrite.values.ranges import Ranges
 from tests.helpers import ALWAYS, Function, relative_error
 
 KEYS = 8
@@ -107,6 +108,12 @@ ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Range | None]] = {
     "a negative beta": (lambda x: F.softplus(x, beta=-1.0), UNBOUNDED),
     "sorted": (lambda x: (x * 2.5).sort().values, Range(0.0, 2.5)),
     "places after a sort": (lambda x: (x * 2.5).sort().indices.float() * -1e4, None),
+    "two low limits": (lambda x: F.hardtanh(x, -2e9, -1e9), Range(-1e9, -1e9)),
+    "a small number in 16 bits": (lambda x: (x.half() + 1e-9).log(), UNBOUNDED),
+    "one that 16 bits hold": (lambda x: (x.half() + 1.0).log(), Range(0.0, math.log(2.0))),
+    "an integer of a float": (lambda x: x.sigmoid().to(torch.int64), None),
+    "an integer of a bool": (lambda x: x.bool().to(torch.int64), Range(0.0, 1.0)),
+    "a product of two bounded tensors": (lambda x: (x[:, None] * x) @ x[:, None], Range(-8.0, 8.0)),
 }
 
 
@@ -121,3 +128,38 @@ def test_bounds_behind_an_operator(name: str) -> None:
         assert found.lowest < -1e9
     else:
         assert found == bounds
+
+
+class Learned(nn.Module):
+    """A function of two inputs and a parameter."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.ones(KEYS, KEYS))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.function(x, y, self.weight)
+
+
+OF_INPUTS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "two inputs": (lambda x, y, w: x @ y, False),
+    "two inputs by einsum": (lambda x, y, w: torch.einsum("ij,kj->ijk", x, y), False),
+    "two inputs of integers": (lambda x, y, w: (x.long() @ y.long()).float(), False),
+    "two inputs, and a learned tensor added": (lambda x, y, w: torch.addmm(w, x, y), False),
+    "an input as a weight": (lambda x, y, w: F.linear(x, y, w[0]), False),
+    "an input and a learned tensor": (lambda x, y, w: x @ w, True),
+    "the same, and an input added": (lambda x, y, w: torch.addmm(y, x, w), False),
+    "the same, with a low literal": (lambda x, y, w: x @ w * -1e5, False),
+    "the same, and a normalised input added": (lambda x, y, w: torch.addmm(F.layer_norm(y, (KEYS,)), x, w), True),
+    "a normalised input": (lambda x, y, w: F.layer_norm(x, (KEYS,), w[0]), True),
+    "a normalised input times an input": (lambda x, y, w: F.layer_norm(x, (KEYS,), y[0]), False),
+}
+
+
+@pytest.mark.parametrize("name", OF_INPUTS)
+def test_a_product_is_bounded_only_if_an_operand_is_learned(name: str) -> None:
+    """Two inputs may be two masks."""
+    function, is_bounded = OF_INPUTS[name]
+    graph = capture(Learned(function), (torch.ones(KEYS, KEYS), torch.ones(KEYS, KEYS))).module.graph
+    (result,) = graph.output_node().all_input_nodes
+    assert (Ranges(frozenset()).of(result).lowest > -10.0) == is_bounded

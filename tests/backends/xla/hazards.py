@@ -54,10 +54,40 @@ class Fallback(nn.Module):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0]  # type: ignore[no-any-return]
 
 
+class Grown(nn.Module):
+    """As a cache of transformers does: it starts with a tensor without elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([torch.tensor([], dtype=x.dtype), x], -2)
+        return F.scaled_dot_product_attention(x, x, x)
+
+
 class Naive(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         scores = x @ x.mT * 8**-0.5 + (1.0 - attention_mask[:, None, None].float()) * -1e30
         return scores.softmax(-1) @ x
+
+
+class Biased(nn.Module):
+    """As in T5: a table gives the first attention a bias with the size of the second one's scores."""
+
+    def __init__(self, second: Any = F.scaled_dot_product_attention, first: Any = None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 2)
+        self.first, self.second = first or F.scaled_dot_product_attention, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(12, device=x.device)
+        bias = self.table((places - places[:, None]).clamp(-1, 1) + 1).permute(2, 0, 1)[None]
+        return self.second(*[self.first(x, x, x, bias)] * 3)  # type: ignore[no-any-return]
+
+
+def native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.mT * 8**-0.5).softmax(-1) @ value
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.neuron_attn.flash_fwd(query, key, value, scale=8**-0.5, bias=bias)  # type: ignore[no-any-return]
 
 
 def padded(ones: bool = False) -> Tensor:
@@ -84,17 +114,26 @@ def main() -> dict[str, Any]:
     lost = rewrite_for_trace(Masked(), (Q, padded()), ALWAYS)
     calls = lost.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default)
     naive = rewrite(Naive(), (Q, padded()), config=ALWAYS)
+    grown = rewrite_for_trace(Grown(), Q, ALWAYS)
     scores = Naive()
     scores.report = naive.report  # type: ignore[assignment]
     calls[1].replace_all_uses_with(calls[0])
     lost.recompile()
+    biased = rewrite_for_trace(Biased(), Q, RewriteConfig(policy="always", require="all"))
+    half = Biased(native, flash)
+    half.report = biased.report  # type: ignore[assignment]
+    t5 = next(family for family in FAMILIES if family.name == "t5")
+    t5_call = t5.call("right")
+    t5_left = problems(rewrite_for_trace(t5.build("eager"), t5_call, ALWAYS), *t5_call.values())
     return {
+        "bias": problems(biased, Q) + t5_left,
+        "native beside a bias": problems(half, Q),
         "baked device": problems(Baked(), Q[0, 0], padded()),
         "op with a CPU kernel only": problems(OnlyCpu(), Q),
         "fallback": problems(Fallback(), Q),
         "mask that was looked at": problems(Looks(), Q, padded(ones=True)),
         "hashes": hashes(),
-        "clean": problems(two, Q, padded()) + problems(naive, Q, padded()),
+        "clean": problems(two, Q, padded()) + problems(naive, Q, padded()) + problems(grown, Q),
         "scores left": problems(scores, Q, padded()),
         "lost kernel": problems(lost, Q, padded()),
         "bert": problems(FAMILIES[8].build("sdpa"), *FAMILIES[8].call("right").values()),
