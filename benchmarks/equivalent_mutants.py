@@ -100,10 +100,10 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
         "all of the others are equal": {
             "for inside, outside in ((first, others[0]), (others[0], first)) "
-            "if bool((others == others[0]).all()) else ():": (
+            "if bool(same(others, others[0]).all()) else ():": (
                 ("first, others[0]", "first, others[ -1]"),
                 ("(others[0], first)", "(others[ -1], first)"),
-                ("== others[0]", "== others[ -1]"),
+                ("same(others, others[0])", "same(others, others[ -1])"),
             ),
         },
     },
