@@ -45,6 +45,11 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
         },
     },
+    "masks/conditions.py": {
+        "only which one of several conditions is kept": {
+            "for inequality in sorted(shared, key=lambda g: -len(g.terms)):": (("-len", "len"),),
+        },
+    },
     "masks/elementwise.py": {
         "a limit of effort": {"if len(out) + len(stack) > MOST_CASES:": EVERY},
         "it only drops cases that are impossible": {
