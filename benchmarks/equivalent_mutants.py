@@ -17,6 +17,25 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
         "division by 1": {"if shared <= 1:": (("<= 1", "< 1"), ("<= 1", "<= 0"))},
     },
+    "masks/bounds.py": {
+        "a coefficient is not 0": {
+            "return of.of + rest if slope > 0 else rest - of.of + (of.by - 1)": (("> 0", ">= 0"), ("> 0", "> -1")),
+            "return KeyBound(slope > 0, inequality.without(key_index) * -slope)": (("> 0", ">= 0"), ("> 0", "> -1")),
+            "number = inequality.without(element) * -slope + (slope < 0)": (("< 0", "<= 0"), ("< 0", "< 1")),
+            "end = variable(Below(element.node, tuple(row), number)) - (place - key) - (slope < 0)": (
+                ("< 0", "<= 0"),
+                ("< 0", "< 1"),
+            ),
+            "return KeyBound(slope > 0, end)": (("> 0", ">= 0"), ("> 0", "> -1")),
+            "return of.node, start.constant, slope < 0": (("< 0", "<= 0"), ("< 0", "< 1")),
+            "parts = [f\"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c)} * '}{name(v)}\" "
+            "for v, c in _ordered(end)]": (("c < 0", "c <= 0"), ("c < 0", "c < 1")),
+            "return sorted(end.terms, key=lambda term: (isinstance(term[0], Index), term[1] < 0, str(term[0])))": (
+                ("< 0", "<= 0"),
+                ("< 0", "< 1"),
+            ),
+        },
+    },
     "masks/cases.py": {
         "a limit of effort": {"MOST_CASES = 64": (("64", "65"),)},
         "any number that is no axis will do": {
@@ -24,6 +43,11 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
         "an expression without a symbol is its number": {
             "return self._expression(expression_of(value)) if value > LARGEST else Affine(value)": ((">", ">="),),
+        },
+    },
+    "masks/conditions.py": {
+        "only which one of several conditions is kept": {
+            "for inequality in sorted(shared, key=lambda g: -len(g.terms)):": (("-len", "len"),),
         },
     },
     "masks/elementwise.py": {
@@ -81,10 +105,10 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
         "all of the others are equal": {
             "for inside, outside in ((first, others[0]), (others[0], first)) "
-            "if bool((others == others[0]).all()) else ():": (
+            "if bool(same(others, others[0]).all()) else ():": (
                 ("first, others[0]", "first, others[ -1]"),
                 ("(others[0], first)", "(others[ -1], first)"),
-                ("== others[0]", "== others[ -1]"),
+                ("same(others, others[0])", "same(others, others[ -1])"),
             ),
         },
     },

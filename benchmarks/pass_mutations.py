@@ -36,7 +36,7 @@ CLEAN = {
     "masks/addends.py": ("masks/test_empty_rows.py",),
     "masks/affine.py": ("masks/test_affine.py",),
     "masks/cases.py": ("masks/test_cases.py", "masks/test_elementwise.py"),
-    "masks/bounds.py": ("masks/test_conditions.py",),
+    "masks/bounds.py": ("masks/test_bounds.py", "masks/test_conditions.py"),
     "masks/conditions.py": ("masks/test_conditions.py",),
     "masks/growing.py": ("masks/test_conditions.py",),
     "masks/elementwise.py": ("masks/test_elementwise.py", "masks/test_conditions.py"),

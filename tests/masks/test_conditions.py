@@ -255,6 +255,14 @@ SHOW: dict[str, tuple[Program, set[str]]] = {
             "key <= first(cumsum_3 >= cumsum_3[batch, query + 2] + 1) - 3 !",
         },
     ),
+    "parts before, and causal": (
+        lambda x: x.pairs(x.part, torch.lt) & (x.key <= x.row),
+        {"causal(offset=0)", "key <= first(cumsum >= cumsum[batch, query]) - 1"},
+    ),
+    "parts up to the next, and causal": (
+        lambda x: x.pairs(x.part, lambda k, q: k <= q + 1) & (x.key <= x.row),
+        {"causal(offset=0)"},
+    ),
     "a bool for all": (lambda x: x.c * 0.3 > 0.5, {"gt[0:]"}),
     "parts in int32": (
         lambda x: x.pairs(x.f.cumsum(1, dtype=torch.int32), torch.le),
@@ -380,6 +388,7 @@ ADDED: dict[str, tuple[str, Program, float, str]] = {
     ),
     "integers": ("add", lambda x: (x.key > x.row).long() * -20000, 0.0, "mask-bias"),
     "numbers that hide nothing": ("add", lambda x: torch.zeros(1, COLUMNS), 0.0, "None"),
+    "integers that hide nothing": ("add", lambda x: torch.zeros(1, COLUMNS).long(), 0.0, "None"),
     "not low enough": ("add", lambda x: torch.where(x.key > x.row, -5.0, 0.0), 0.0, "mask-bias"),
     "above zero": ("add", lambda x: torch.where(x.key > x.row, LOW, 1.0), 0.0, "mask-bias"),
     "positions": ("add", lambda x: x.by_key(x.p), 0.0, "mask-bias"),
