@@ -282,3 +282,25 @@ def test_a_copy_with_an_open_size() -> None:
     assert not any(mutates(node) for node in module.graph.nodes)
     x = torch.randn(5, 4)
     assert torch.equal(module(x), Copies()(x))
+
+
+def test_a_write_of_a_size_that_depends_on_data() -> None:
+    """As SigLIP 2 does: a table of positions is resized to the shape of each image."""
+
+    class Resizes(nn.Module):
+        def forward(self, x: Tensor, shape: Tensor) -> Tensor:
+            height, width = shape.tolist()
+            for size in (height, width):
+                torch._check(size > 0)
+            torch._check(height * width <= len(x))
+            part = F.interpolate(x[:4, :4][None, None], size=(height, width)).reshape(height * width)
+            out = torch.zeros(len(x))
+            out[: height * width] = part
+            return x * out
+
+    x = torch.randn(12, 12)
+    module = capture(Resizes(), (x, torch.tensor([3, 4]))).module
+    assert not any(mutates(node) for node in module.graph.nodes)
+    for shape in ((3, 4), (1, 1), (5, 2)):
+        given = torch.randn(12, 12), torch.tensor(shape)
+        assert torch.equal(module(*given), Resizes()(*given))
