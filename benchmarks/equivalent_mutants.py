@@ -46,6 +46,10 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
     },
     "masks/conditions.py": {
+        "with several of them it is neither": {
+            "padding = key_padding(inequality, truths[0], key, evaluator)": (("[0]", "[ -1]"),),
+            "if len(end.terms) == 1 and queries and queries[0][1] == 1:": (("queries[0]", "queries[ -1]"),),
+        },
         "both are of one row": {
             "if not never_decreases(pair[0].node, pair[0].index[:-1], evaluator):": (
                 ("(pair[0]", "(pair[ 1]"),
