@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,19 @@ SLOW = (
     "values/test_regions.py",
 )
 """Files and folders of tests that `make check` leaves out."""
+
+
+CACHES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two workers do not race for the files of Inductor: each has a directory of its own."""
+    config.stash[CACHES] = tempfile.TemporaryDirectory(prefix="inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.stash[CACHES].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[CACHES].cleanup()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

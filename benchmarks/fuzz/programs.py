@@ -28,8 +28,8 @@ TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
 for scores in 16 bits."""
 ROUNDING = (-1e9, -1e4)
 """Fills that leave some digits of a score."""
-LOW = -2_000_000_000
-"""Twice it leaves int32."""
+LOW = -(2**31) + 600
+"""It hides a key. Twice it is 1200 in int32."""
 APPLY = ("fill", "where", "half where", "add", "mul add", "int add", "sdpa", "sdpa add", "inplace")
 FILLS = (-torch.inf, torch.finfo(torch.float32).min, *ROUNDING)
 

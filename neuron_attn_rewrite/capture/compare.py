@@ -154,7 +154,7 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
 def _outputs(
     run: Callable[..., Any], call: tuple[tuple[Any, ...], Mapping[str, Any]], number: int
 ) -> list[Tensor] | None:
-    """The floating-point outputs of the call with this number, on copies of its inputs. None if it fails.
+    """The floating-point and complex outputs of the call with this number, on copies of its inputs. None if it fails.
 
     Tensors of objects among the inputs count as outputs: the call may change the objects.
     """
@@ -166,7 +166,7 @@ def _outputs(
             found = leaves([run(*args, **kwargs), *handed.objects((args, kwargs))])
     except Exception:  # whatever the model's own operators raise
         return None
-    return [t.clone() for t in found if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.clone() for t in found if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
 def _advanced(value: Tensor, calls: int) -> Tensor:
@@ -190,6 +190,7 @@ def relative_difference(old: Tensor, new: Tensor) -> float:
     """The largest difference relative to the largest magnitude. Elements that are NaN in `old` don't count."""
     if not old.numel():
         return 0.0
+    old, new = (t if t.layout is torch.strided else t.to_dense() for t in (old, new))
     old, new = (torch.view_as_real(t) if t.is_complex() else t for t in (old.detach(), new.detach()))
     old, new = old.double(), new.double()
     difference = (old - new).abs().where(~old.isnan() & (old != new), 0).nan_to_num(torch.inf, torch.inf)

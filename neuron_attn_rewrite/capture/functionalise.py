@@ -42,6 +42,7 @@ def functionalise(module: fx.GraphModule) -> None:
     graph = module.graph
     if not any(mutates(node) for node in graph.nodes):
         return
+    _outputs_as_copies(graph)
     where = memory(graph)
     if any(node.target in METADATA for node in graph.nodes):
         _resized_by_views(graph, where)
@@ -49,6 +50,33 @@ def functionalise(module: fx.GraphModule) -> None:
     gradients = _gradients(graph, where)
     _drop_idle_copies(graph, where, gradients)
     _Functionalisation(graph, where, gradients).run()
+
+
+def _outputs_as_copies(graph: fx.Graph) -> None:
+    """Replace each call that writes its result into `out` by the result and a copy of it into `out`."""
+    for node in list(graph.nodes):
+        plain = _without_out(node.target) if mutates(node) else None
+        out = node.kwargs.get("out")
+        if plain is None or not isinstance(out, fx.Node) or out.meta["val"].shape != node.meta["val"].shape:
+            continue
+        named = {name: value for name, value in node.kwargs.items() if name != "out"}
+        given, fakes = fx.node.map_arg((node.args, named), lambda n: n.meta["val"])
+        with graph.inserting_before(node):
+            result = graph.call_function(plain, node.args, named)
+        with fake_mode(graph), torch.no_grad():
+            result.meta = {**node.meta, "val": plain(*given, **fakes)}
+        node.target, node.args, node.kwargs = aten.copy_.default, (out, result), {}
+
+
+def _without_out(target: Any) -> Any:
+    """The overload that returns what this one writes into `out`. None if there is none."""
+    *inputs, last = target._schema.arguments
+    if last.name != "out" or not last.is_out:
+        return None
+    wanted = [(a.name, str(a.type)) for a in inputs]
+    overloads = [getattr(target.overloadpacket, name) for name in target.overloadpacket.overloads()]
+    found = [o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted]
+    return next((o for o in found if not o._schema.is_mutable), None)
 
 
 def _resized_by_views(graph: fx.Graph, where: Memory) -> None:

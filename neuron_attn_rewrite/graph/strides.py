@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -38,9 +37,15 @@ def with_strides(node: fx.Node, like: torch.Tensor, call: Callable[..., fx.Node]
 
 
 def same_strides(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether the elements lie alike. The stride of a dim of one element does not matter."""
+    """Whether the elements certainly lie alike. The stride of a dim of one element does not matter."""
+    pairs = zip(one.shape, one.stride(), two.stride(), strict=True)
+    return all(_is_certain(n == 1) or _is_certain(mine == its) for n, mine, its in pairs)
 
-    def strides(value: torch.Tensor) -> Sequence[Any]:
-        return [s for n, s in zip(value.shape, value.stride(), strict=True) if n != 1]
 
-    return bool(strides(one) == strides(two))
+def _is_certain(fact: bool | torch.SymBool) -> bool:
+    """Sizes that are symbols are not asked for their values: those that depend on data have none."""
+    if isinstance(fact, bool):
+        return fact
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes 0.2 s
+
+    return statically_known_true(fact)

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from neuron_attn_rewrite.patterns.axes import Dim, Dims
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, sizes
 from neuron_attn_rewrite.patterns.products import Product
 
 
@@ -128,6 +128,11 @@ class Form:
             return frozenset({ZERO}), self
         return sums[0][1], Form(self.terms - {sums[0]})
 
+    def only(self, kind: str) -> Pieces | None:
+        """The keys, if this is one maximum or sum alone."""
+        terms = list(self.terms)
+        return terms[0][1] if len(terms) == 1 and terms[0][0] == kind and terms[0][2] == 1 else None
+
     def added(self, other: Form) -> Form | None:
         """`log(exp(self) + exp(other))`; None if it is no such form."""
         (one, rest), (two, same) = self.as_sum(), other.as_sum()
@@ -153,6 +158,18 @@ class Rows:
     is_exp: bool
     may_be_infinite: bool = False
     bases: Bases = frozenset()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return sizes(self.dims)
+
+    @property
+    def is_at_least_one(self) -> bool:
+        """Whether this is a sum of exponentials of which the largest is 1."""
+        keys, rest = self.form.as_sum()
+        terms = list(rest.terms)
+        is_maximum = len(terms) == 1 and terms[0][0] in (MAXIMUM, DETACHED) and terms[0][2] == -1
+        return self.is_exp and is_maximum and holds(keys, terms[0][1])
 
 
 @dataclass(frozen=True)

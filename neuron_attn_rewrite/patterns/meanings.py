@@ -10,7 +10,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import PERMUTES, arguments, dtype, is_tensor, op_name, permutation, shape, tensor
 from neuron_attn_rewrite.patterns import views
-from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, dim_size, permute
+from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, permute
 from neuron_attn_rewrite.patterns.exponentials import (
     DETACHED,
     MAXIMUM,
@@ -131,7 +131,7 @@ class Reader:
         if not is_tensor(value) or value in self.known or not dtype(value).is_floating_point:
             return None
         rank = len(beside.dims)
-        sizes = tuple(map(dim_size, beside.dims))[rank - len(shape(value)) :]
+        sizes = beside.sizes[rank - len(shape(value)) :]
         if len(shape(value)) > rank or any(n not in (1, size) for n, size in zip(shape(value), sizes, strict=True)):
             return None
         scores = {piece.node for _, pieces, _ in beside.form.terms for piece in pieces if not piece.is_sink}
@@ -141,6 +141,15 @@ class Reader:
             return None
         piece = Piece(last.node, stop=1, rows=last.dims)
         return Rows(beside.dims, Form.of(SUM, frozenset({piece})), beside.is_exp)
+
+    def both(self, left: object, right: object) -> tuple[Meaning | None, Meaning | None]:
+        """The meanings of two operands. If one is a number of each row and the other a tensor, that is a sink."""
+        one, two = self.of(left), self.of(right)
+        if one is None and isinstance(two, Rows) and self.number(left) is None:
+            return self.sink(left, two), two
+        if two is None and isinstance(one, Rows) and self.number(right) is None:
+            return one, self.sink(right, one)
+        return one, two
 
     def axes(self) -> set[int]:
         """The axes of the rows and keys of all scores."""

@@ -11,7 +11,7 @@ from torch import fx
 from neuron_attn_rewrite.graph.drafts import draft
 from neuron_attn_rewrite.graph.nodes import dtype, module_path, shape
 from neuron_attn_rewrite.graph.sizes import number_of
-from neuron_attn_rewrite.patterns import meaning_rules as _rules  # noqa: F401  fills a table
+from neuron_attn_rewrite.patterns import meaning_rules, row_rules  # noqa: F401  fill a table
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, axis_dim
 from neuron_attn_rewrite.patterns.build import Found, build
 from neuron_attn_rewrite.patterns.exponentials import DETACHED, MAXIMUM, SUM, Meaning, Output, Piece, holds

@@ -186,7 +186,7 @@ def _worse(a: Compared, b: Compared | None) -> Compared:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    return [t for t in leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in leaves(outputs) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
 def _elements(graph: fx.Graph, sizes: Mapping[sympy.Symbol, int]) -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -580,3 +583,15 @@ def test_flex_attention_with_a_block_mask(name: str) -> None:
         new = function(*qkv)
     assert relative_error(new, Flex()(*qkv)) < 2e-5
     assert [str(site.mask) for site in reports.report.replaced] == [mask], str(reports)
+
+
+def test_each_worker_has_a_cache_directory_of_its_own() -> None:
+    """In another process with the tests' configuration, even if one is set already."""
+    script = (
+        "import os, torch._inductor.runtime.cache_dir_utils as c; from tests import conftest; import types, pytest\n"
+    )
+    script += "config = types.SimpleNamespace(stash=pytest.Stash()); conftest.pytest_configure(config)\n"
+    script += "print(c.cache_dir(), os.path.isdir(c.cache_dir())); conftest.pytest_unconfigure(config)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    path, existed = done.stdout.split()
+    assert path != os.environ["TORCHINDUCTOR_CACHE_DIR"] and existed == "True" and not Path(path).exists()

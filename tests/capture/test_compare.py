@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import CaptureError, rewrite
-from tests.helpers import ALWAYS, relative_error
+from tests.helpers import ALWAYS, Function, relative_error
 
 
 class Running(nn.Module):
@@ -171,3 +171,18 @@ def test_a_parameter_that_the_model_writes() -> None:
     for _ in range(2):
         assert relative_error(rewritten(x), model(x)) < 1e-5
     assert torch.equal(model.scale, shares.scale)
+
+
+def taken_apart(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Its outputs are complex, and sparse."""
+    y = nn.functional.scaled_dot_product_attention(x, x, x)
+    scale = 2.0 if torch.compiler.is_exporting() else 1.0
+    return torch.fft.fft(y * scale), y.to_sparse()
+
+
+def test_complex_and_sparse_outputs_are_compared() -> None:
+    x = torch.randn(1, 2, 8, 4)
+    with pytest.raises(CaptureError, match="the captured graph is not the model"):
+        rewrite(Function(taken_apart), (x,), config=ALWAYS)
+    rewritten = rewrite(Function(lambda x: taken_apart(x)[1]), (x,), config=ALWAYS)
+    assert relative_error(rewritten(x).to_dense(), taken_apart(x)[1].to_dense()) < 1e-5

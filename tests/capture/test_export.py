@@ -287,7 +287,10 @@ def assigned_data(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(assigned_data, "assigns to .data"), (torch.func.grad(lambda x: (x * x).sum()), "constant without values")],
+    [
+        (assigned_data, "assigns to .data"),
+        (torch.func.grad(lambda x: (x * x).sum()), "constant without values|AssertionError"),
+    ],
 )
 def test_what_torch_export_would_leave_out(function: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):

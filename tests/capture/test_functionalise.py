@@ -250,9 +250,23 @@ def half_by_float(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("function", [diagonal_filled, part_scaled, half_by_float], ids=lambda f: f.__name__)
+def into_others(x: Tensor) -> Tensor:
+    y = torch.empty(4, 4)
+    torch.matmul(x, x.mT, out=y)
+    torch.mul(y[0], 2.0, out=y[1])
+    torch.softmax(y, -1, out=y)
+    torch.cat([x[:2], x[2:]], out=y[:, :])
+    return y
+
+
+@pytest.mark.parametrize(
+    "function", [diagonal_filled, part_scaled, half_by_float, into_others], ids=lambda f: f.__name__
+)
 def test_writes_into_own_tensors_are_gone(function: Callable[..., Tensor]) -> None:
-    assert not any(mutates(node) for node in graph_of(function, torch.randn(4, 4)).nodes)
+    graph, x = graph_of(function, torch.randn(4, 4)), torch.randn(4, 4)
+    assert not any(mutates(node) for node in graph.nodes)
+    assert graph.owning_module is not None
+    assert torch.equal(graph.owning_module(x), function(x))
 
 
 def test_a_copy_with_an_open_size() -> None:
@@ -268,3 +282,25 @@ def test_a_copy_with_an_open_size() -> None:
     assert not any(mutates(node) for node in module.graph.nodes)
     x = torch.randn(5, 4)
     assert torch.equal(module(x), Copies()(x))
+
+
+def test_a_write_of_a_size_that_depends_on_data() -> None:
+    """As SigLIP 2 does: a table of positions is resized to the shape of each image."""
+
+    class Resizes(nn.Module):
+        def forward(self, x: Tensor, shape: Tensor) -> Tensor:
+            height, width = shape.tolist()
+            for size in (height, width):
+                torch._check(size > 0)
+            torch._check(height * width <= len(x))
+            part = F.interpolate(x[:4, :4][None, None], size=(height, width)).reshape(height * width)
+            out = torch.zeros(len(x))
+            out[: height * width] = part
+            return x * out
+
+    x = torch.randn(12, 12)
+    module = capture(Resizes(), (x, torch.tensor([3, 4]))).module
+    assert not any(mutates(node) for node in module.graph.nodes)
+    for shape in ((3, 4), (1, 1), (5, 2)):
+        given = torch.randn(12, 12), torch.tensor(shape)
+        assert torch.equal(module(*given), Resizes()(*given))

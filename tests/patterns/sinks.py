@@ -36,8 +36,11 @@ def of(attention: Attention) -> Callable[..., Tensor]:
     return lambda q, k, v, sink: attention(q @ k.mT * 0.25, v, sink[:, None, None])
 
 
-def masked(attention: Attention, fill: float) -> Callable[..., Tensor]:
+def masked(attention: Attention, fill: float, is_bounded: bool = True) -> Callable[..., Tensor]:
+    """An input may be as low as the scores of hidden keys, unless the model bounds it."""
+
     def run(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, mask: Tensor) -> Tensor:
+        sink = 8 * sink.tanh() if is_bounded else sink
         seen = CAUSAL & mask[:, None, None]
         return attention((q @ k.mT * 0.25).masked_fill(~seen, fill), v, sink[:, None, None])
 
@@ -166,6 +169,9 @@ MATCH = {
 KEEP = {
     "a sink of each row": Keep(of(of_each_row), "not one number a head", with_sink),
     "two sinks": Keep(of(two_sinks), "more than one sink", with_sink),
+    "a sink as low as hidden scores": Keep(
+        masked(plain, -torch.inf, False), "sees no key must give zeros", with_mask()
+    ),
     "NaN that is read": Keep(masked(nan_as_five, -torch.inf), "reads the NaN", with_mask()),
 }
 
