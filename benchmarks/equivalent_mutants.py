@@ -46,6 +46,22 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         },
     },
     "masks/conditions.py": {
+        "with several of them it is neither": {
+            "padding = key_padding(inequality, truths[0], key, evaluator)": (("[0]", "[ -1]"),),
+            "if len(end.terms) == 1 and queries and queries[0][1] == 1:": (("queries[0]", "queries[ -1]"),),
+        },
+        "both are of one row": {
+            "if not never_decreases(pair[0].node, pair[0].index[:-1], evaluator):": (
+                ("(pair[0]", "(pair[ 1]"),
+                ("(pair[0]", "(pair[ -1]"),
+                (", pair[0]", ", pair[ 1]"),
+                (", pair[0]", ", pair[ -1]"),
+            ),
+        },
+        "without an index of the key there is no bound": {
+            "if key is None or query is None:": (("or", "and"),),
+            "return False  # there is no bound either": (("False", "True"),),
+        },
         "only which one of several conditions is kept": {
             "for inequality in sorted(shared, key=lambda g: -len(g.terms)):": (("-len", "len"),),
         },

@@ -81,13 +81,12 @@ def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Ele
 
 
 def _visibility(term: Term, case: Case) -> tuple[bool | None, float | None]:
-    """Whether the key is seen in a case (None: it can't be said), and the number that hides it."""
+    """Whether the key is seen in a case (None: it can't be said), and the number that hides keys."""
     value = case.value
     if term.kind in ("show", "hide"):
         if not hides(term.fill) or (isinstance(value, Affine) and not value.is_constant):
             return None, None
-        visible = (value not in (Affine(), 0.0)) == (term.kind == "show")
-        return visible, None if visible else term.fill
+        return (value not in (Affine(), 0.0)) == (term.kind == "show"), term.fill
     if isinstance(value, Affine):
         return (True, None) if value == Affine() else (None, None)
     if value == 0:
@@ -132,7 +131,7 @@ def _without_implied(shared: list[Affine], evaluator: Elements) -> list[Affine]:
 def _holds_for_own_key(inequality: Affine, key: Affine | None, query: Affine | None, evaluator: Elements) -> bool:
     """Whether the inequality always holds for the key of the query's own index."""
     if key is None or query is None:
-        return False
+        return False  # there is no bound either
     ((of, _),) = key.terms
     return evaluator.always(inequality.substitute(of, query))
 

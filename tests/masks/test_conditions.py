@@ -137,6 +137,10 @@ SHOW: dict[str, tuple[Program, set[str]]] = {
     "suffix": (lambda x: (x.key >= 2)[None, None] & (x.key <= x.row), {"causal(offset=0)", "key >= 2"}),
     "chunks": (lambda x: x.key // 2 == x.row // 2, {"key <= 2 * (query // 2) + 1 !", "key >= 2 * (query // 2) !"}),
     "up to a position": (lambda x: x.key <= x.c[:, None], {"key <= cached[query]"}),
+    "up to a position, twice": (
+        lambda x: (x.key <= x.c[:, None]) & (x.key <= x.c[:, None] + 1),
+        {"key <= cached[query]"},
+    ),
     "window at a position": (
         lambda x: (x.key <= x.c[:, None]) & (x.key > x.c[:, None] - 2),
         {"key <= cached[query]", "key >= cached[query] - 1"},

@@ -57,7 +57,7 @@ KNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "selected from the end": lambda p, f: p[:, -1],
     "selected, the first from the end": lambda p, f: p[-ROWS],
     "selected, the last": lambda p, f: p[:, COLUMNS - 1],
-    "selected along the last": lambda p, f: p.select(-1, 2),
+    "selected along the last but one": lambda p, f: p.select(-2, 1),
     "selected in the middle": lambda p, f: p[:, None].expand(ROWS, 2, COLUMNS)[:, 1],
     "indexed": lambda p, f: p[steps(1, 0, 2)],
     "indexed up to the last": lambda p, f: p[:, steps(2, 0, 3)],
