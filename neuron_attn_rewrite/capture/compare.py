@@ -208,3 +208,8 @@ def relative_difference(old: Tensor, new: Tensor) -> float:
     difference = (old - new).abs().where(~old.isnan() & (old != new), 0).nan_to_num(torch.inf, torch.inf)
     largest = old.abs().where(old.isfinite(), 0).max().clamp_min(torch.finfo(torch.float32).tiny)
     return float(difference.max() / largest)
+
+
+def difference_with_nan(old: Tensor, new: Tensor) -> float:
+    """The same, but infinite if one has NaN where the other has not."""
+    return relative_difference(old, new) if torch.equal(old.isnan(), new.isnan()) else torch.inf

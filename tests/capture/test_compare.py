@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_attn_rewrite import CaptureError, rewrite
+from neuron_attn_rewrite.capture.compare import difference_with_nan
 from tests.helpers import ALWAYS, relative_error
 
 
@@ -216,3 +217,19 @@ def test_a_parameter_that_the_model_writes() -> None:
     for _ in range(2):
         assert relative_error(rewritten(x), model(x)) < 1e-5
     assert torch.equal(model.scale, shares.scale)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ([1.0, torch.nan], [1.5, torch.nan], 0.5),
+        ([2.0, torch.inf], [1.0, torch.inf], 0.5),
+        ([1.0, torch.nan], [1.0, 1.0], torch.inf),
+        ([1.0, 1.0], [1.0, torch.nan], torch.inf),
+        ([1.0, torch.inf], [1.0, -torch.inf], torch.inf),
+        ([1.0, torch.inf], [1.0, 1.0], torch.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_nan_at_other_places_is_a_difference(old: list[float], new: list[float], difference: float) -> None:
+    assert difference_with_nan(torch.tensor(old), torch.tensor(new)) == difference
