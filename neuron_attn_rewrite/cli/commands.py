@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
+from neuron_attn_rewrite.capture.compare import difference_with_nan
 from neuron_attn_rewrite.cli import doctor as diagnosis
 from neuron_attn_rewrite.cli.inputs import OWN
 from neuron_attn_rewrite.cli.models import Loaded, is_function, load, memory_note
@@ -230,14 +231,7 @@ def _difference(a: Any, b: Any) -> float:
         return float("inf")
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
-    if not a.numel():
-        return 0.0
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    finite = a.isfinite() & b.isfinite()
-    if not ((a == b) | (a.isnan() & b.isnan()) | finite).all():
-        return float("inf")
-    scale = a.where(finite, 0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((a - b).where(finite, 0).abs().max() / scale)
+    return difference_with_nan(a, b)
 
 
 def _same(loaded: Loaded, args: Any, kwargs: Any) -> bool:
