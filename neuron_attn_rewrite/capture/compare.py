@@ -213,4 +213,5 @@ def relative_difference(old: Tensor, new: Tensor) -> float:
 
 def difference_with_nan(old: Tensor, new: Tensor) -> float:
     """The same, but infinite if one has NaN where the other has not."""
+    old, new = (t if t.layout is torch.strided else t.to_dense() for t in (old, new))
     return relative_difference(old, new) if torch.equal(old.isnan(), new.isnan()) else torch.inf

@@ -247,4 +247,5 @@ def test_complex_and_sparse_outputs_are_compared() -> None:
     ],
 )
 def test_nan_at_other_places_is_a_difference(old: list[float], new: list[float], difference: float) -> None:
-    assert difference_with_nan(torch.tensor(old), torch.tensor(new)) == difference
+    for kind in (Tensor.clone, Tensor.to_sparse):
+        assert difference_with_nan(kind(torch.tensor(old)), kind(torch.tensor(new))) == difference
