@@ -91,6 +91,15 @@ def _broadcast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # Operators that hold an attention
 
 
+def permute_by_name(module: fx.GraphModule) -> None:
+    """Write an einsum that only permutes the dims of one tensor, as `ijbn->bnij`, as the view that it is."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.einsum.default):
+        operands = node.args[1]
+        inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
+        if len(operands) == 1 and "." not in inputs and len(set(inputs)) == len(inputs) and set(inputs) == set(out):
+            node.target, node.args = aten.permute.default, (operands[0], [inputs.index(letter) for letter in out])
+
+
 def expand_fused(module: fx.GraphModule) -> None:
     """Replace flex_attention and the fused operators of torch.nn's transformer layers by what they compute."""
     for node in list(module.graph.nodes):

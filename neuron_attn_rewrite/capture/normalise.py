@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.capture.autocast import Autocast, current, devices_of, insert_casts
-from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused, scale_by_tensors
+from neuron_attn_rewrite.capture.dialects import adopt_constants, expand_fused, permute_by_name, scale_by_tensors
 from neuron_attn_rewrite.capture.functionalise import functionalise
 from neuron_attn_rewrite.graph.memory import Memory, memory
 from neuron_attn_rewrite.graph.nodes import WRITTEN, attribute, eliminate_dead_code, fake_mode, tensor
@@ -227,6 +227,7 @@ PASSES: tuple[Callable[[fx.GraphModule], None], ...] = (
     drop_guards,
     flatten_vmap,
     expand_fused,
+    permute_by_name,
     scale_by_tensors,
     register_constants,
     functionalise,

@@ -146,6 +146,11 @@ MATCH = {
     "other value width": Match(attend, lambda: (*qkv()[:2], 3 * torch.randn(B, H, S, 24))),
     "einsum bhqd": einsum("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
     "einsum over rows": einsum("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", CAUSAL),
+    "einsum that permutes a mask": Match(
+        lambda q, k, v, mask: torch.softmax(q @ k.mT - 1e30 * torch.einsum("kb->bk", 1 - mask)[:, None, None], -1) @ v,
+        lambda: (*qkv(), torch.ones(S, B)),
+        "key_padding(mask)",
+    ),
     "einsum in other letters": einsum("blhe,bshe->bhls", "bhls,bshd->blhd"),
     "einsum with dots": einsum("...qhd,...khd->...hqk", "...hqk,...khd->...qhd"),
     "einsum, heads last in the scores": Match(
