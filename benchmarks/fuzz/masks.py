@@ -96,6 +96,6 @@ def _leaf(owner: nn.Module, draw: Random, sizes: tuple[int, int], say: Say) -> M
         "segments": lambda x: x["ids"][:, None, None, :] == x["ids"][:, None, :1, None],
         "last": lambda x: keys() <= x["order"].amax(-1)[:, None, None, None],
     }
-    name = draw.choice(list(leaves))
+    name = draw.choice([*leaves, *["buffer", "steps"] * 3])
     say(f"{name}({c}{f' in {kind}' if name in ('wrapping', 'difference', 'full') else ''})")
     return leaves[name]
