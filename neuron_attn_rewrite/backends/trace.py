@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.activations import restore_activations
+from neuron_attn_rewrite.capture.compare import difference_with_nan
 from neuron_attn_rewrite.capture.handed import objects
 from neuron_attn_rewrite.capture.objects import leaves as parts
 from neuron_attn_rewrite.config.options import RewriteConfig
@@ -284,11 +285,7 @@ def _difference(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | Non
     for new, old in zip(pytree.tree_leaves(lowered), pytree.tree_leaves(expected), strict=True):
         if isinstance(old, Tensor) and old.is_floating_point() and old.numel():
             tolerance = max(tolerance, WHOLE_MODEL.get(old.dtype, tolerance))
-            a, b = new.cpu().double(), old.double()
-            both = a.isfinite() & b.isfinite()
-            differs = not torch.equal(a.isfinite(), b.isfinite())
-            scale = b.where(both, 0).abs().max().clamp_min(1e-30)
-            errors.append(float("inf") if differs else float((a - b).where(both, 0).abs().max() / scale))
+            errors.append(difference_with_nan(old, new.cpu()))
     return max(errors), tolerance
 
 

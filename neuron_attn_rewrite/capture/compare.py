@@ -7,7 +7,7 @@ Each call has the example inputs, but positions such as `cache_position` go on w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,21 +66,24 @@ def capture_error(model: Any, captured: Captured) -> float | None:
             if error is not None and error > limit:
                 if is_random:
                     return None
-                raise _another(error, call)
+                raise _another(
+                    error, call, [path for path, was in _counters(twin).items() if counters.get(path) != was]
+                )
             worst = error if worst is None or error is None else max(worst, error)
             if _counters(twin) == counters:
                 break
     return worst
 
 
-def _another(error: float, call: int) -> CaptureError:
+def _another(error: float, call: int, changed: Sequence[str]) -> CaptureError:
     if call:
+        kept = f" (it changes {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''})" if changed else ""
         return CaptureError(
             f"the captured graph is not the model: it agrees with the model at the first call, but differs by "
-            f"{error:.1%} of the largest output at call {call + 1}. Either the model keeps something between calls "
-            "that the graph does not keep, or a number that it reads from its state became a constant in the graph, "
-            "such as the length of a cache. Register what is kept as a buffer and write it in place, or pass it (or "
-            "the mask and the positions that are computed from it) as an input."
+            f"{error:.1%} of the largest output at call {call + 1}. Either the model keeps something between calls"
+            f"{kept} that the graph does not keep, or a number that it reads from its state became a constant in the "
+            "graph, such as the length of a cache. Register what is kept as a buffer and write it in place, or pass it "
+            "(or the mask and the positions that are computed from it) as an input."
         )
     return CaptureError(
         f"the captured graph is not the model: on the example inputs, before anything was replaced, outputs differ by "
@@ -143,12 +146,22 @@ def _check_writes(writes: Mapping[str, tuple[Tensor, Tensor]], module: fx.GraphM
     for path, (was, now) in writes.items():
         written = buffers.get(path)
         if written is None or _is_equal(was, written) or relative_difference(now, written) > limit:
-            what = "a tensor that is no buffer" if written is None else "a buffer"
+            is_other = written is not None and not _is_equal(was, written)
             raise CaptureError(
-                f"the model writes into {path}, {what}, and the captured graph does not write the same: a second call "
-                "of the result would be wrong. Register the tensor as a buffer of the module that writes it, under "
-                "one name, and write it in place (copy_, index_copy_), or pass it as an input and return it."
+                f"the model writes into {path}, {'a tensor that is no buffer' if written is None else 'a buffer'}, and "
+                f"the captured graph {'writes other values' if is_other else 'does not write the same'}: a second call "
+                f"of the result would be wrong. {OTHER_VALUES if is_other else NO_WRITE}"
             )
+
+
+NO_WRITE = (
+    "Register the tensor as a buffer of the module that writes it, under one name, and write it in place (copy_, "
+    "index_copy_), or pass it as an input and return it."
+)
+OTHER_VALUES = (
+    "Most often a number that the model reads from its state, such as the length of a cache, became a constant in the "
+    "graph: pass it, or the mask and the positions that are computed from it, as an input."
+)
 
 
 def _outputs(
@@ -196,3 +209,9 @@ def relative_difference(old: Tensor, new: Tensor) -> float:
     difference = (old - new).abs().where(~old.isnan() & (old != new), 0).nan_to_num(torch.inf, torch.inf)
     largest = old.abs().where(old.isfinite(), 0).max().clamp_min(torch.finfo(torch.float32).tiny)
     return float(difference.max() / largest)
+
+
+def difference_with_nan(old: Tensor, new: Tensor) -> float:
+    """The same, but infinite if one has NaN where the other has not."""
+    old, new = (t if t.layout is torch.strided else t.to_dense() for t in (old, new))
+    return relative_difference(old, new) if torch.equal(old.isnan(), new.isnan()) else torch.inf

@@ -29,7 +29,7 @@ from neuron_attn_rewrite.capture.objects import (
     put_together,
     take_apart,
 )
-from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.errors import CaptureError, InputError
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,10 @@ def objects_opened(model: nn.Module) -> Iterator[None]:
                 return Handed(numbers[id(value)])
             return Opened(value) if holds_tensors(value) else value
 
-        outputs = pytree.tree_map(one, forward(*args, **kwargs), is_leaf=lambda value: id(value) in numbers)
+        entries = pytree.tree_leaves((args, kwargs), is_leaf=is_object)
+        result = forward(*args, **kwargs)
+        _refuse_other_entries(entries, pytree.tree_leaves((args, kwargs), is_leaf=is_object))
+        outputs = pytree.tree_map(one, result, is_leaf=lambda value: id(value) in numbers)
         if not handed:
             return outputs
         changes = [_changed(was, take_apart(value, pieces)) for value, was in zip(handed, before, strict=True)]
@@ -154,6 +157,19 @@ def objects_opened(model: nn.Module) -> Iterator[None]:
             model.forward = forward
         else:
             del model.forward
+
+
+def _refuse_other_entries(before: list[Any], after: list[Any]) -> None:
+    """A graph gets copies of the lists and dicts of the caller, so what the model puts into them would be lost.
+
+    Raises:
+        CaptureError: the model has put something into one, or has taken something out.
+    """
+    if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        raise CaptureError(
+            "the model changes the entries of a list, dict or deque among its inputs, and a graph can't. If the caller "
+            "needs the change, make the list or dict an attribute of an object; if not, let the model change a copy"
+        )
 
 
 def _replaced(tree: Any, kind: type, by: Callable[[Any], Any]) -> Any:

@@ -67,6 +67,8 @@ class Parts:
             found: str = mine[key].difference(its[key], place) if isinstance(mine[key], Parts) else ""
             if found:
                 return found
+            if isinstance(mine[key], Slot) and isinstance(its[key], Slot) and mine[key] != its[key]:
+                return f"{place} is the same tensor as another part in one of them, and not in the other"
             if not isinstance(mine[key], Parts) and mine[key] != its[key]:
                 return f"{place} is {_in_words(mine[key])}, and was {_in_words(its[key])}"
         return ""

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.backends.compile import explain_graphs
+from neuron_attn_rewrite.capture.compare import difference_with_nan
 from neuron_attn_rewrite.cli import doctor as diagnosis
 from neuron_attn_rewrite.cli.inputs import OWN
 from neuron_attn_rewrite.cli.models import Loaded, is_function, load, memory_note
@@ -39,7 +40,7 @@ from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteError
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.report import RewriteReport
-from neuron_attn_rewrite.report.requirements import check_required
+from neuron_attn_rewrite.report.requirements import check_required, unmatched_sites
 from neuron_attn_rewrite.rewriter import rewrite
 from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
 from neuron_attn_rewrite.strategy.tables import table
@@ -185,9 +186,9 @@ def verify(require: int | str | None, **given: Any) -> int:
     config, loaded = config_of(given, True), _loaded(given, numbers=True)
     with working(f"rewriting {type(loaded.model).__name__}"), quiet(), _own_inputs(loaded):
         rewritten = rewrite(loaded.model, loaded.args, loaded.kwargs, config=config)
-    for text in not_run(loaded.model, reads(loaded.model, rewritten)):
-        note(text)
     report, limit = rewritten.report, config.tolerance(_dtype_of(loaded))
+    for text in (*not_run(loaded.model, reads(loaded.model, rewritten)), *unmatched_sites(report, config)):
+        note(text)
     put_back = [s for s in report.kept if any(r.code == "put-back" for r in s.reasons)]
     if not report.replaced and not put_back:
         click.echo(report.to_text())
@@ -230,14 +231,7 @@ def _difference(a: Any, b: Any) -> float:
         return float("inf")
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
-    if not a.numel():
-        return 0.0
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    finite = a.isfinite() & b.isfinite()
-    if not ((a == b) | (a.isnan() & b.isnan()) | finite).all():
-        return float("inf")
-    scale = a.where(finite, 0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((a - b).where(finite, 0).abs().max() / scale)
+    return difference_with_nan(a, b)
 
 
 def _same(loaded: Loaded, args: Any, kwargs: Any) -> bool:
@@ -374,7 +368,7 @@ def _report(given: dict[str, Any]) -> RewriteReport:
                 raise
             report = explain_graphs(loaded.model, loaded.args, loaded.kwargs, config)
             read = runs(loaded.model, loaded.args, loaded.kwargs)
-    for text in not_run(loaded.model, read):
+    for text in (*not_run(loaded.model, read), *unmatched_sites(report, config)):
         note(text)
     if not report.sites:
         note(f"no attention was found in {kind}.")

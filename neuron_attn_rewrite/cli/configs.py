@@ -55,6 +55,8 @@ def read(word: str) -> Any:
         RewriteError: transformers is not installed.
     """
     transformers = import_transformers()
+    if not word:
+        raise InputError("MODEL is empty: give a model type such as llama or bert, a directory or a file.")
     path = Path(word)
     if path.exists():
         where = path / "config.json" if path.is_dir() else path
@@ -145,7 +147,10 @@ def change(config: Any, changes: Sequence[tuple[str, str]]) -> None:
                     value = kind(text)
                 except ValueError:
                     continue
-        setattr(config, name, value)
+        try:
+            setattr(config, name, value)
+        except Exception as error:  # a config of transformers checks its fields
+            raise InputError(f"--set {name}={text}: {' '.join(str(error).split())}") from error
 
 
 def name_image_token(config: Any) -> None:

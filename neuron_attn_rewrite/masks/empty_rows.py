@@ -66,6 +66,15 @@ def empty_row_value(effects: Sequence[Effect], site: AttentionSite) -> EmptyRows
     return EmptyRows.MEAN if len(scores) == 1 else EmptyRows.OTHER
 
 
+def may_be_nan(effects: Sequence[Effect], site: AttentionSite) -> bool:
+    """Whether a row may be NaN that is zeros by `empty_row_value`: hidden by -inf, and not all set to zero again.
+
+    A term alone sets all weights to zero that it hides. Of several, one may hide keys that another sets to zero.
+    """
+    hiding = [effect for effect in effects if effect.hides]
+    return not site.safe and len(hiding) > 1 and any(effect.fill in (None, -torch.inf) for effect in hiding)
+
+
 def sums_as_in_float32(site: AttentionSite) -> bool:
     """Whether the model adds to the scores in float32 or finer, as scaled_dot_product_attention does in any dtype."""
     if "scaled_dot_product" in site.pattern:

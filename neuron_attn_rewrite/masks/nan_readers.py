@@ -6,6 +6,7 @@ means nothing. But a model can replace it, as `nan_to_num(nan=1.0)` does, or ask
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, values_read
@@ -15,7 +16,7 @@ READERS = frozenset(
     """
     nan_to_num nansum nanmean nanmedian nanquantile fmax fmin eq ne lt le gt ge sign sgn heaviside logical_not
     logical_and logical_or logical_xor sort msort topk kthvalue histc _unique2 unique_dim unique_consecutive
-    scaled_dot_product_attention
+    scaled_dot_product_attention mode copysign fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
     """.split()
 )
 """Operators with an ordinary floating-point number where an operand is NaN, or that move other numbers because of it.
@@ -27,13 +28,16 @@ torch's fused attention gives zeros for a query of NaN on a CPU.
 def nan_is_read(start: fx.Node) -> bool:
     """Whether some node behind this one gives an ordinary number for its NaN. It looks at all nodes behind it.
 
-    Integers and bools that are computed from a real number always are such numbers.
+    Integers and bools that are computed from a real number always are such numbers. A call of higher order, such as
+    torch.cond, may do anything in its graphs.
     """
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()
         for user in (u for u in node.users if u.op != "call_function" or node in values_read(u)):
             if op_name(user).rstrip("_") in READERS or (is_tensor(user) and not _is_real(user)):
+                return True
+            if isinstance(user.target, torch._ops.HigherOrderOperator):
                 return True
             behind = [user, *(held for target in written(user) for held in _readers_of(target))]
             stack += [n for n in behind if n not in seen and (not is_tensor(n) or _is_real(n))]

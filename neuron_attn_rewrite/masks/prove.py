@@ -21,7 +21,7 @@ from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.addends import fills_of_addends, may_hide, rounds_alike
 from neuron_attn_rewrite.masks.bounds import KeyBound
 from neuron_attn_rewrite.masks.conditions import Conditions, conditions
-from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value
+from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value, may_be_nan
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
@@ -231,7 +231,7 @@ class Prover:
             is_dense = any(effect.is_dense and effect.hides for effect in effects)
             if is_dense and not rounds_alike(site, self._fills(site), self.ranges):
                 given = EmptyRows.OTHER
-            if given is EmptyRows.ANY and nan_is_read(site.output):
+            if (given is EmptyRows.ANY or may_be_nan(effects, site)) and nan_is_read(site.output):
                 given = EmptyRows.OTHER
         return replace(proof, empty_rows=given)
 

@@ -65,11 +65,14 @@ def peel_and_join(walk: Walk, start: Scores) -> tuple[Scores, Product]:
     # The normal form adds terms outside of a softcap and of tensor scales.
     if first is None or scores.softcap is not None or scores.tensor_scales:
         return scores, product
-    summands, terms = [first], []
+    summands: list[Summand] = [first]
+    terms: list[Term] = []
     for i, term in enumerate(scores.terms):
         found = _products(walk, scores, term) if _is_added_last(scores.terms[: i + 1]) else []
         if found and all(_agrees(walk, one, first, scores) for one in found):
             summands += found
+            # The model has rounded the sum of the others before it adds this product.
+            terms = [replace(before, rounds_alike=False) for before in terms]
         else:
             terms.append(term)
     try:

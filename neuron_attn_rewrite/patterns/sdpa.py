@@ -58,8 +58,10 @@ def find_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | UnknownAtt
     )
     rows, keys, features, v_features = (axis_dim(next(fresh), n) for n in (q_len, kv_len, head_dim, v_head_dim))
     scores = (*lead, rows, keys)
-    if mask is not None and not _broadcasts(shape(mask), (*map(dim_size, lead), q_len, kv_len)):
-        return unknown("axes", "its mask has more dims, or larger ones, than query and key")
+    sizes = (*map(dim_size, lead), q_len, kv_len)
+    if mask is not None and not _broadcasts(shape(mask), sizes):
+        is_not = "which is not known to broadcast to that of the scores"
+        return unknown("axes", f"its mask has the shape {_in_words(shape(mask))}, {is_not}, {_in_words(sizes)}")
     scale = values.get("scale")
     if scale is None and not is_number(head_dim):
         return unknown("scale-unknown", f"its scale is by the head_dim {expression_of(head_dim)}, which is a symbol")
@@ -98,6 +100,10 @@ def _leading(lead: Dims, given: tuple[int, ...]) -> Dims:
         assert cut is not None
         dims.append(cut[0] if size > 1 else ())
     return tuple(dims)
+
+
+def _in_words(sizes: tuple[int, ...]) -> str:
+    return f"[{', '.join(str(expression_of(size)) for size in sizes)}]"
 
 
 def _broadcasts(sizes: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -208,6 +208,8 @@ def _zero_filled_again(walk: Walk, weights: Weights, user: fx.Node) -> Weights |
         if term.kind == "add" or not hides(term.fill) or term.dims != dims:
             continue
         if _same_mask(walk, term.node, mask, negated=where != (term.kind == "hide")):
+            if op_name(user) == "mul" and term.fill == -torch.inf:
+                return weights.to(user)  # 0 times the NaN of a row without a key is NaN
             return replace(weights.to(user), zero_filled_terms=weights.zero_filled_terms | {i})
     return None
 

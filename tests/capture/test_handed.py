@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,56 @@ def test_what_the_graph_does_not_do_to_an_object_is_an_error() -> None:
     q, x = torch.randn(2, 1, 2, 8, 4)
     with pytest.raises(CaptureError, match="not the model"):
         rewrite(Secretive(), (q, Store(x)), config=ALWAYS)
+
+
+class Puts(nn.Module):
+    def __init__(self, put: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.put = put
+
+    def forward(self, q: Tensor, caches: Any) -> Tensor:
+        self.put(caches, q)
+        (keys,) = [cache for cache in pytree.tree_leaves(caches) if cache is not q]
+        return scaled_dot_product_attention(q, keys, keys)
+
+
+@pytest.mark.parametrize(
+    ("put", "around"),
+    [
+        (lambda caches, q: caches.append(q), lambda keys: [keys]),
+        (lambda caches, q: caches.__setitem__(0, caches[0] + q), lambda keys: [keys]),
+        (lambda caches, q: caches[0].pop(), lambda keys: ([keys, keys + 1],)),
+        (lambda caches, q: caches.update(new=q), lambda keys: {"old": keys}),
+        (lambda caches, q: caches.append(q), lambda keys: deque([keys], maxlen=3)),
+    ],
+    ids=["append", "replace", "pop", "update", "deque"],
+)
+def test_lists_and_dicts_that_the_model_changes(put: Callable[[Any, Tensor], Any], around: Any) -> None:
+    """Not silently without the change: the next call would go on from the old entries. An object may hold them."""
+    q, keys = torch.randn(2, 1, 2, 8, 4)
+    with pytest.raises(CaptureError, match="the model changes the entries of a list, dict or deque"):
+        rewrite(Puts(put), (q, around(keys)), config=ALWAYS)
+
+
+def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
+    class Twice(nn.Module):
+        def forward(self, q: Tensor, store: Store) -> Tensor:
+            store.x.mul_(2)
+            return scaled_dot_product_attention(q, store.x, store.twin)
+
+    q, x = torch.randn(2, 1, 2, 8, 4)
+    rewritten, store = rewrite(Twice(), (q, Store(x)), config=ALWAYS), Store(x)
+    store.twin = store.x
+    with pytest.raises(InputError, match=r"\.twin is the same tensor as another part in one of them"):
+        rewritten(q, store)
+
+
+def test_lists_that_the_model_writes_into_are_as_they_were() -> None:
+    q, keys = torch.randn(2, 1, 2, 8, 4)
+    model, mine, its = Puts(lambda caches, q: caches[0].mul_(2)), [keys.clone()], [keys.clone()]
+    rewritten = rewrite(model, (q, [keys]), config=ALWAYS)
+    assert relative_error(rewritten(q, mine), model(q, its)) < TOLERANCE
+    assert torch.equal(mine[0], its[0])
 
 
 def test_where_an_object_can_not_go(tmp_path: Path) -> None:

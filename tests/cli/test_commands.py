@@ -209,6 +209,12 @@ def test_options_of_the_configuration(
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["explain", "verify"])
+def test_a_pattern_that_no_attention_has_is_noted(command: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, f"{file}:make", "--policy", "always", "--sites", "nothing*=NONE"]) == 0
+    assert "note: " in (err := capsys.readouterr().err) and "nothing*" in err
+
+
 def test_long_work_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     with progress.working("building llama"):
@@ -316,6 +322,8 @@ def _made(file: str) -> tuple[nn.Module, tuple[Any, ...]]:
         (["explain", "FILE:make", "--strategy", "FAST"], "--strategy"),
         (["verify", "llama", "--size", "full", "--set", "hidden_size=65536"], "and this machine has"),
         (["strategies", "--target", "trn1"], "No such option"),
+        (["explain", ""], "MODEL is empty"),
+        *([(["explain", "bert", "--set", "hidden_size=abc"], "--set hidden_size=abc: ")] if IS_5 else ()),
     ],
 )
 def test_an_error_is_one_line(

@@ -222,6 +222,9 @@ NAN_READERS: dict[str, Any] = {
     "bits": lambda x: (x.view(torch.int32) & 0x7F800000 == 0x7F800000).float(),
     "exponent": lambda x: torch.frexp(x).exponent.float(),
     "sorted rows": lambda x: x.sort(2).values,
+    "the most frequent": lambda x: x.mode(2).values,
+    "the sign of another number": lambda x: torch.copysign(torch.ones(()), x),
+    "eight bits": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
     "a written buffer": lambda x: torch.zeros_like(x).copy_(x).nan_to_num(2.0),
     "behind other operators": lambda x: (x.transpose(1, 2).relu() * 2).isfinite().float(),
 }

@@ -98,11 +98,14 @@ def blocks_of_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, 2)
 
 
-def padded(fill: float) -> Callable[..., Tensor]:
-    """Under a causal mask and padding on the left."""
+def padded(fill: float, adds: bool = False) -> Callable[..., Tensor]:
+    """Under a causal mask and padding on the left. Some rows see no key."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
         seen = CAUSAL & attention_mask[:, None, None].bool()
+        if adds:
+            bias = torch.where(seen, 0.0, fill)
+            return running(lambda q, k, i: scores(q, k, i) + bias[..., i : i + BLOCK])(q, k, v)
         return running(lambda q, k, i: scores(q, k, i).masked_fill(~seen[..., i : i + BLOCK], fill))(q, k, v)
 
     return attention
@@ -185,6 +188,11 @@ KEEP = {
 }
 
 RIGHT = {
+    **{
+        f"padding by {fill}, {'added' if adds else 'filled'}": Right(padded(fill, adds), with_padding)
+        for fill in (-1e4, -1e9, LOW)
+        for adds in (False, True)
+    },
     "a sum that shrinks twice": Right(changed(total=0.5)),
     "an output that shrinks twice": Right(changed(out=0.5)),
     "a maximum of the last block": Right(changed(last=True)),

@@ -146,6 +146,16 @@ def low_if_both_padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) 
     return (q @ k.mT * 0.2 - 5000 * m @ m.mT).softmax(-1) @ v
 
 
+def masked_before(fill: float) -> Callable[..., Tensor]:
+    """The mask is added to one part. In rows that see no key, a low number rounds the scores."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = torch.where(CAUSAL & attention_mask[:, None, None].bool(), 0.0, fill)
+        return ((q @ k.mT * 0.25 + hidden) + q[..., :R] @ k[..., -R:].mT * 0.25).softmax(-1) @ v
+
+    return attention
+
+
 def written_between(q: Tensor, k: Tensor, r: Tensor, s: Tensor) -> Tensor:
     scores = r @ s.mT * 0.2
     s.add_(1)
@@ -214,6 +224,7 @@ RIGHT = {
     "a part without gradients": Right(of(detached), parts()),
     "hidden by a number in one part": Right(of(hidden_by_a_number), parts()),
     "a product of masks": Right(padded, with_padding),
+    **{f"a mask of {fill} before": Right(masked_before(fill), with_padding) for fill in (-1e9, -1e12, LOW, -torch.inf)},
     "a product of masks with two features": Right(low_if_both_padded, with_padding),
     "a mask of finfo.min in between": Right(
         of(lambda q, k, r, s: q @ k.mT * 0.2 + torch.full((S, S), LOW).triu(1) + r @ s.mT * 0.2), parts()

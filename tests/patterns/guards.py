@@ -91,6 +91,11 @@ MATCH = {
     "the same mask once more, made twice from what is no mask": Match(
         lambda q, k, v: _made_twice(q, k, v, lambda x: x == torch.tensor(False)), mask="key_padding(gt)"
     ),
+    "the same mask once more, then NaN to one": Match(
+        lambda q, k, v, m: (torch.softmax(hidden(q, k, m), -1).masked_fill(~m[:, None, None], 0.0) @ v).nan_to_num(1.0),
+        bool_padding,
+        PADDED,
+    ),
     "the same mask times the weights": Match(
         lambda q, k, v, m: (torch.softmax(hidden(q, k, m, -1e9), -1) * m[:, None, None]) @ v, bool_padding, PADDED
     ),
@@ -168,6 +173,28 @@ KEEP = {
             torch.softmax(hidden(q, k, m), -1).masked_fill(~m[:, None, None], torch.scalar_tensor(1.0)) @ v
         ),
         "no rule knows it",
+        bool_padding,
+    ),
+    "the same mask times the weights, then NaN to one": Keep(
+        lambda q, k, v, m: ((torch.softmax(hidden(q, k, m), -1) * m[:, None, None]) @ v).nan_to_num(1.0),
+        "sees no key",
+        bool_padding,
+    ),
+    "one of two masks once more, then NaN to one": Keep(
+        lambda q, k, v, m: (
+            torch.softmax(hidden(q, k, m).masked_fill(m.roll(1)[:, None, None], -1e9), -1).masked_fill(
+                m.roll(1)[:, None, None], 0.0
+            )
+            @ v
+        ).nan_to_num(1.0),
+        "sees no key",
+        bool_padding,
+    ),
+    "NaN in a branch of torch.cond": Keep(
+        lambda q, k, v, m: torch.cond(
+            m.any(), lambda x: x.nan_to_num(3.0), lambda x: x + 1.0, (torch.softmax(hidden(q, k, m), -1) @ v,)
+        ),
+        "sees no key",
         bool_padding,
     ),
     "NaN becomes one": Keep(
