@@ -38,7 +38,6 @@ CLEAN = {
     "masks/cases.py": ("masks/test_cases.py", "masks/test_elementwise.py"),
     "masks/conditions.py": ("masks/test_conditions.py",),
     "masks/fit.py": ("masks/test_fit.py",),
-    "masks/growing.py": ("masks/test_conditions.py",),
     "masks/movement.py": ("masks/test_movement.py",),
     "masks/spec.py": ("masks/test_spec.py",),
     "masks/stored.py": ("masks/test_stored.py",),
