@@ -147,8 +147,10 @@ MATCH = {
     "einsum bhqd": einsum("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
     "einsum over rows": einsum("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", CAUSAL),
     "einsum that permutes a mask": Match(
-        lambda q, k, v, mask: torch.softmax(q @ k.mT - 1e30 * torch.einsum("kb->bk", 1 - mask)[:, None, None], -1) @ v,
-        lambda: (*qkv(), torch.ones(S, B)),
+        lambda q, k, v, mask: (
+            torch.softmax(q @ k.mT - 1e30 * torch.einsum("kb->bk", 1 - mask.mT.float())[:, None, None], -1) @ v
+        ),
+        lambda: (*qkv(), torch.ones(B, S, dtype=torch.bool)),
         "key_padding(mask)",
     ),
     "einsum in other letters": einsum("blhe,bshe->bhls", "bhls,bshd->blhd"),
