@@ -237,8 +237,7 @@ class Prover:
 
     def _fills(self, site: AttentionSite) -> list[float | None]:
         """The number by which each term of the site hides keys, None where that is not known."""
-        claims = [self._claim_once(term, site.dims) for term in site.terms]
-        return [claim.fill if isinstance(claim, _Claimed) else None for claim in claims]
+        return [self._claim_once(term, site.dims).fill for term in site.terms]
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as a dense operand, so that a row that sees no key gets the softmax that the model computes."""

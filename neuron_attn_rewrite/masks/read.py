@@ -49,7 +49,10 @@ class Reading:
 
 
 def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
-    """Which keys a term shows along `dims`, the (batch, heads, query, key) of the kernel."""
+    """Which keys a term shows along `dims`, the (batch, heads, query, key) of the kernel.
+
+    `Unproven` has the number that hides keys if the term is a mask of another form.
+    """
     if layout_steps(term.dims, dims) is None:
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
@@ -59,19 +62,24 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
     always = False
     senses: set[bool] = set()
     fills: set[float] = set()
+    other_form: Reason | None = None
     for table, height in _blocks(term, dims, evaluator):
         if isinstance(table, Unproven):
             return table
         seen = _visibility(term, table, fills)
         if isinstance(seen, Unproven):
             return seen
+        if other_form is not None:
+            continue  # only the numbers that hide keys are wanted
         lo, hi = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi))
         either = lo | hi
         if either.shape[:2] != (1, 1) and not torch.equal(either, either[:1, :1].expand_as(either)):
-            return Unproven(Reason("mask-per-head", "its visible keys differ between batch elements or heads"))
+            other_form = Reason("mask-per-head", "its visible keys differ between batch elements or heads")
+            continue
         intervals = row_intervals(either[0, 0])
         if intervals is None:
-            return Unproven(Reason("mask-not-interval", "the visible keys of a query are not one interval"))
+            other_form = Reason("mask-not-interval", "the visible keys of a query are not one interval")
+            continue
         rows.append(intervals)
         always |= bool(any_of(lo & hi))
         depends = lo ^ hi
@@ -82,16 +90,17 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
             first, last = torch.minimum(first, lowest), torch.maximum(last, highest)
             senses |= {sense for sense, side in ((False, hi), (True, lo)) if any_of(depends & side)}
     evaluator.forget_regions()
-    found = torch.cat(rows).expand(dim_size(dims[2]), 2)
     fill = next(iter(fills)) if len(fills) == 1 else None
     used = last >= 0
-    if not used.any():
-        return Reading(found, None, False, fill)
-    if always or (used & (first != last)).any():
-        return Unproven(Reason("mask-padding", "its padding is not the same for every query"))
-    if len(senses) > 1:
-        return Unproven(Reason("mask-padding", "in its padding, 1 hides some keys and shows others"))
-    return Reading(found, last, senses.pop(), fill)
+    if other_form is None and used.any():
+        if always or (used & (first != last)).any():
+            other_form = Reason("mask-padding", "its padding is not the same for every query")
+        elif len(senses) > 1:
+            other_form = Reason("mask-padding", "in its padding, 1 hides some keys and shows others")
+    if other_form is not None:
+        return Unproven(other_form, fill)
+    found = torch.cat(rows).expand(dim_size(dims[2]), 2)
+    return Reading(found, last, senses.pop(), fill) if used.any() else Reading(found, None, False, fill)
 
 
 def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[CellTable | Unproven, int]]:

@@ -91,6 +91,7 @@ UNREAD: dict[str, tuple[str, Program, float, str]] = {
     "for each head": ("show", lambda x: x.key < torch.arange(HEADS)[:, None, None], LOW, "mask-per-head"),
     "for each batch element": ("show", lambda x: x.key < torch.arange(ROWS)[:, None, None, None], LOW, "mask-per-head"),
     "holes": ("show", lambda x: x.key != 1, LOW, "mask-not-interval"),
+    "holes in the first row": ("add", lambda x: LOW * ((x.key == 1) & (x.row == 0)), 0.0, "mask-not-interval"),
     "pairs": ("show", lambda x: x.f[:, None, None] == x.f[:, None, :, None], LOW, "mask-two-inputs"),
     "a sum": ("add", lambda x: (x.by_key(x.f).float() + x.f[:, None, :, None].float()) * LOW, 0.0, "mask-two-inputs"),
     "flags or causal": ("show", lambda x: x.by_key(x.f) | (x.key <= x.row), LOW, "mask-padding"),
@@ -122,6 +123,11 @@ def test_what_is_read(name: str, block: int, monkeypatch: pytest.MonkeyPatch) ->
         )
 
 
+def test_several_numbers_that_hide_are_none() -> None:
+    of, _, _ = found(lambda x: torch.where(x.key == 1, -1e9, torch.where(x.row == 1, LOW, 0.0)), "add", 0.0)
+    assert isinstance(of, Unproven) and of.reason.code == "mask-not-interval" and of.fill is None
+
+
 @pytest.mark.parametrize("block", [2**20, 1])
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_is_not_read(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +135,7 @@ def test_what_is_not_read(name: str, block: int, monkeypatch: pytest.MonkeyPatch
     kind, program, fill, code = UNREAD[name]
     of, _, _ = found(program, kind, fill)
     assert isinstance(of, Unproven) and of.reason.code == code
+    assert of.fill == (LOW if code in ("mask-per-head", "mask-not-interval", "mask-padding") else None)
 
 
 def test_other_axes_are_not_read() -> None:

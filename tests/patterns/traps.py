@@ -123,6 +123,7 @@ def all_padding() -> tuple[Tensor, ...]:
 
 
 DISTANCE = torch.arange(S)[:, None] - torch.arange(S)[None] + 0.0
+HOLE = torch.zeros(S).masked_fill(torch.arange(S) == 5, LOW)
 ROUNDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "alone": (lambda x, m: x + m, 1),
     "then all divided by 4": (lambda x, m: (x + m) / 4, 1),
@@ -132,6 +133,7 @@ ROUNDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "to scores less their mean": (lambda x, m: x - x.mean(-1, keepdim=True) + m, 0),
     "and the maximum subtracted": (lambda x, m: (lambda y: y - y.amax(-1, keepdim=True))(x + m), 1),
     "and a bias": (lambda x, m: x + DISTANCE + m, 0),
+    "with a hole, and a bias": (lambda x, m: x + DISTANCE + m.minimum(HOLE.clamp(min=-1e9)), 0),
     "to a bias": (lambda x, m: x + (DISTANCE + m), S),
     "twice": (lambda x, m: x + m + m, 0),
     "and a low mask": (lambda x, m: x + m + additive_causal(), S),
@@ -158,6 +160,9 @@ MATCH = {
         for name, (change, rows) in ROUNDED.items()
         if rows
     },
+    "a number that absorbs all scores, with a hole, and a bias": Match(
+        padded(lambda x, m: x + DISTANCE + m.minimum(HOLE), LOW), all_padding, bias=(B, 1, S, S)
+    ),
     "zeros whose signs hide": Match(
         lambda q, k, v: torch.softmax(scores(q, k) + (1 / torch.where(CAUSAL, 0.0, -0.0)).clamp(max=0), -1) @ v,
         mask="causal(offset=0)",
