@@ -168,9 +168,9 @@ def test_what_shares_memory_is_decided_by_storages() -> None:
     def program(x: Tensor) -> tuple[Tensor, ...]:
         y = x * 2.0
         copy, view = y.mT.reshape(-1), y.reshape(-1)
-        turned = torch.einsum("ij->ji", y)
+        diagonal = torch.einsum("ii->i", y)
         y.as_strided((2,), (5,)).fill_(0.0)
-        return copy, view, turned
+        return copy, view, diagonal
 
     writes = Writes(capture(Function(program), (torch.randn(4, 4),)).module.graph)
     names = {op_name(node): node in writes.changed for node in writes.graph.nodes}

@@ -163,6 +163,9 @@ MATCH = {
     "a number that absorbs all scores, with a hole, and a bias": Match(
         padded(lambda x, m: x + DISTANCE + m.minimum(HOLE), LOW), all_padding, bias=(B, 1, S, S)
     ),
+    "scores written as an output": Match(
+        lambda q, k, v: (lambda x: torch.softmax(torch.mul(x, 0.3, out=x), -1) @ v)(scores(q, k)), scale=0.15
+    ),
     "zeros whose signs hide": Match(
         lambda q, k, v: torch.softmax(scores(q, k) + (1 / torch.where(CAUSAL, 0.0, -0.0)).clamp(max=0), -1) @ v,
         mask="causal(offset=0)",
@@ -249,9 +252,6 @@ KEEP = {
     },
     "weights times themselves": Keep(
         lambda q, k, v: (lambda w: w @ w.mT)(torch.softmax(scores(q, k), -1)), "with a value alone"
-    ),
-    "scores written as an output": Keep(
-        lambda q, k, v: (lambda x: torch.softmax(torch.mul(x, 0.3, out=x), -1) @ v)(scores(q, k)), "writes into it"
     ),
     "no query": Keep(lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v), "no elements"),
     "no batch": Keep(lambda q, k, v: torch.softmax(scores(q[:0], k[:0]), -1) @ v[:0], "no elements"),
