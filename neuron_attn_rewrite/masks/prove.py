@@ -25,7 +25,7 @@ from neuron_attn_rewrite.masks.empty_rows import Effect, empty_row_value, may_be
 from neuron_attn_rewrite.masks.fit import fit_rows
 from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
-from neuron_attn_rewrite.masks.read import read
+from neuron_attn_rewrite.masks.read import OtherForm, read
 from neuron_attn_rewrite.masks.spec import Band, Claim, EmptyRows, KeyPadding, Limited, MaskSpec, Unproven
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from neuron_attn_rewrite.patterns.axes import Dims, dim_size, layout_steps
@@ -237,7 +237,8 @@ class Prover:
 
     def _fills(self, site: AttentionSite) -> list[float | None]:
         """The number by which each term of the site hides keys, None where that is not known."""
-        return [self._claim_once(term, site.dims).fill for term in site.terms]
+        found = [self._claim_once(term, site.dims) for term in site.terms]
+        return [one.fill if isinstance(one, (_Claimed, OtherForm)) else None for one in found]
 
     def _all_dense(self, site: AttentionSite) -> Proof | None:
         """Every term as a dense operand, so that a row that sees no key gets the softmax that the model computes."""

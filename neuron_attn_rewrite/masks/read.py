@@ -48,11 +48,16 @@ class Reading:
     """The number by which keys are hidden, None if there are several."""
 
 
-def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
-    """Which keys a term shows along `dims`, the (batch, heads, query, key) of the kernel.
+@dataclass(frozen=True)
+class OtherForm(Unproven):
+    """The term is a mask, of a form that can't be claimed."""
 
-    `Unproven` has the number that hides keys if the term is a mask of another form.
-    """
+    fill: float | None
+    """The number by which keys are hidden, None if there are several."""
+
+
+def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
+    """Which keys a term shows along `dims`, the (batch, heads, query, key) of the kernel."""
     if layout_steps(term.dims, dims) is None:
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
@@ -98,7 +103,7 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
         elif len(senses) > 1:
             other_form = Reason("mask-padding", "in its padding, 1 hides some keys and shows others")
     if other_form is not None:
-        return Unproven(other_form, fill)
+        return OtherForm(other_form, fill)
     found = torch.cat(rows).expand(dim_size(dims[2]), 2)
     return Reading(found, last, senses.pop(), fill) if used.any() else Reading(found, None, False, fill)
 

@@ -163,8 +163,6 @@ class Unproven:
     """Nothing can be claimed about a mask, and this is the reason."""
 
     reason: Reason
-    fill: float | None = None
-    """The number by which keys are hidden, if the term is a mask of a form that can't be claimed and has one."""
 
     def __str__(self) -> str:
         return f"unproven: {self.reason}"
