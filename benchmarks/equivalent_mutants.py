@@ -77,6 +77,31 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
         "it only drops cases that are impossible": {
             "if not guard or not case.guard or not e.impossible(both):": EVERY,
         },
+        "only the dtype counts, and whether there are dims": {
+            "return torch.empty([1] * min(1, found.dim()), dtype=found.dtype)": (
+                ("[1]", "[ 2]"),
+                ("[1]", "[ 0]"),
+                ("(1,", "( 2,"),
+            ),
+            "return torch.empty([1] * min(1, value.dim()), dtype=value.dtype)": (
+                ("[1]", "[ 2]"),
+                ("[1]", "[ 0]"),
+                ("(1,", "( 2,"),
+                ("(1,", "( 0,"),
+            ),
+            "return torch.full([1] * min(1, value.dim()), number, dtype=value.dtype)": (("(1,", "( 2,"),),
+            "return value if isinstance(value, (int, float)) else 1": (("else 1", "else 2"), ("else 1", "else 0")),
+        },
+        "the list has one element": {
+            "if len(elements) == 1 and value == variable(elements[0]) and is_bit(elements[0]):": (
+                ("variable(elements[0])", "variable(elements[ -1])"),
+                ("is_bit(elements[0])", "is_bit(elements[ -1])"),
+            ),
+            "out += [Case(case.guard | c.guard, c.value) for c in truth(elements[0].node, elements[0].index)]": (
+                ("elements[0].node", "elements[ -1].node"),
+                ("elements[0].index", "elements[ -1].index"),
+            ),
+        },
     },
     "masks/empty_rows.py": {
         "any number near it will do": {"ABSORBS = 1e6": (("1e6", "1000001.0"), ("1e6", "999999.0"))},

@@ -33,13 +33,18 @@ from benchmarks.equivalent_mutants import EQUIVALENT
 from benchmarks.tested_lines import PACKAGE, QUIET, Test, in_child, tests_in, tests_of
 
 CLEAN = {
+    "masks/addends.py": ("masks/test_empty_rows.py",),
     "masks/affine.py": ("masks/test_affine.py",),
     "masks/bounds.py": ("masks/test_bounds.py", "masks/test_conditions.py"),
     "masks/cases.py": ("masks/test_cases.py", "masks/test_elementwise.py"),
     "masks/conditions.py": ("masks/test_conditions.py",),
+    "masks/elementwise.py": ("masks/test_elementwise.py", "masks/test_symbolic.py", "masks/test_cases.py"),
+    "masks/empty_rows.py": ("masks/test_empty_rows.py",),
     "masks/fit.py": ("masks/test_fit.py",),
+    "masks/growing.py": ("masks/test_conditions.py",),
     "masks/movement.py": ("masks/test_movement.py",),
     "masks/nan_readers.py": ("masks/test_nan_readers.py",),
+    "masks/read.py": ("masks/test_read.py",),
     "masks/spec.py": ("masks/test_spec.py",),
     "masks/stored.py": ("masks/test_stored.py",),
     "masks/symbolic.py": ("masks/test_symbolic.py", "masks/test_elementwise.py"),

@@ -109,6 +109,9 @@ KNOWN: dict[str, Program] = {
     "filled with a float": lambda p, m, f: p.masked_fill(f, 7.0),
     "positions as their kind": lambda p, m, f: p.type_as(m),
     "constants as their kind": lambda p, m, f: torch.ones(ROWS, COLUMNS).type_as(m),
+    "constants as a kind that is not followed": lambda p, m, f: torch.ones(ROWS, COLUMNS).long().type_as(p.float()),
+    "compared with narrow numbers": lambda p, m, f: p > narrow(p.flip(1), torch.int8),
+    "a number without dims takes the kind": lambda p, m, f: narrow(p, torch.int8) < torch.full((), 200),
     "or of three": lambda p, m, f: f | (p > 0) | (m == 0),
     "and with one bool for all": lambda p, m, f: f & f[:1, :1],
     "the same twice": lambda p, m, f: f & f,
@@ -154,6 +157,14 @@ def test_whether_a_number_is_zero_is_one_condition(name: str) -> None:
     assert len(cases) == 2 and all(isinstance(v, Truth) for c in cases for g in c.guard for v in g.variables())
 
 
+@pytest.mark.parametrize("name", ["and", "or", "logical or", "product of bools"])
+def test_one_operand_decides(name: str) -> None:
+    """One case where it does, two where the other operand counts."""
+    module = graph_of(named(KNOWN[name]), draw())
+    (node,) = module.graph.output_node().all_input_nodes
+    assert len(SymbolicEvaluator(module, changed=frozenset()).cases(node, (Affine(), Affine(1)))) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
 def test_narrow_integers_are_widened(dtype: torch.dtype) -> None:
     def numbers() -> tuple[Tensor]:
@@ -161,6 +172,7 @@ def test_narrow_integers_are_widened(dtype: torch.dtype) -> None:
 
     assert_each_element(lambda small: small.to(torch.int64) * 300, numbers)
     assert_each_element(lambda small: small.to(torch.int32) + 300, numbers)
+    assert_each_element(lambda small: small < torch.full((), 2**33), numbers)  # which wraps to 0 or less
     if dtype != torch.int32:
         assert_unknown(lambda small: small + small, numbers, "may leave the range")
 

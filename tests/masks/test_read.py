@@ -166,13 +166,14 @@ ONE_ROW = ROWS * HEADS * COLUMNS
 )
 def test_some_rows_at_a_time(block: int, heights: list[int], dims: Dims, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_read, "BLOCK", block)
-    given = torch.zeros(ROWS, HEADS, COLUMNS, COLUMNS, dtype=torch.bool)
+    given = torch.zeros(COLUMNS, HEADS, ROWS, COLUMNS, dtype=torch.bool)
     module = graph_of(lambda mask: mask.logical_not(), (given,))
     (node,) = module.graph.output_node().all_input_nodes
-    tables = list(_blocks(Term("show", node, dims), dims, Evaluator(module, frozenset())))
+    term = Term("show", node, (dims[2], dims[1], dims[0], dims[3]))
+    tables = list(_blocks(term, dims, Evaluator(module, frozenset())))
     assert [height for _, height in tables] == heights
     cells = [table.cell for table, _ in tables if isinstance(table, CellTable)]
-    assert torch.equal(torch.cat(cells, 2).flatten(), torch.arange(given.numel()).int())
+    assert torch.equal(torch.cat(cells, 2).transpose(0, 2).flatten(), torch.arange(given.numel()).int())
 
 
 @pytest.mark.parametrize("block", [2**20, 1])
@@ -188,7 +189,7 @@ def test_several_numbers_that_hide_are_none(
 ) -> None:
     """Also if the later rows hide by another number than those of which no claim can be made."""
     monkeypatch.setattr(module_read, "BLOCK", block)
-    of, _, _ = found(lambda x: torch.where(hidden(x), -1e9, torch.where(x.row == 1, LOW, 0.0)), "add", 0.0)
+    of, _, _ = found(lambda x: torch.where(hidden(x), -1e9, torch.where(x.row == 2, LOW, 0.0)), "add", 0.0)
     assert isinstance(of, OtherForm) and of.reason.code == code and of.fill is None
 
 
