@@ -41,6 +41,9 @@ CLEAN = {
     "masks/movement.py": ("masks/test_movement.py",),
     "masks/spec.py": ("masks/test_spec.py",),
     "masks/stored.py": ("masks/test_stored.py",),
+    "replace/commit.py": ("replace/test_commit.py",),
+    "replace/exact.py": ("replace/test_exact.py",),
+    "replace/graft.py": ("replace/test_commit.py",),
 }
 """Modules of which no mutant survives but those that are listed, with the tests that notice all others."""
 TESTS = {
