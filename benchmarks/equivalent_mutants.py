@@ -128,6 +128,23 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             ),
         },
     },
+    "replace/differences.py": {
+        "noise has no sign": {
+            "return output + torch.randn(output.shape).to(output) * size": (("output +", "output -"),),
+        },
+        "the other numbers are not negative": {
+            "seeing_none = _largest(difference.where(empty, 0))": ((", 0", ", -1"),),
+        },
+        "only magnitudes of 0 or nothing are left beside it": {
+            "size = self.tolerance(graft) * output.abs().nan_to_num(0, 0).max()": (
+                ("(0, 0)", "( -1, 0)"),
+                ("(0, 0)", "(0, -1)"),
+            ),
+            "return _largest(old.abs().where(counts & old.isfinite(), 0)).clamp_min(torch.finfo(torch.float32).tiny)": (
+                (", 0", ", -1"),
+            ),
+        },
+    },
 }
 """By module and reason: a line, and what the mutants have in it instead of what."""
 

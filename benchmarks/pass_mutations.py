@@ -42,6 +42,7 @@ CLEAN = {
     "masks/spec.py": ("masks/test_spec.py",),
     "masks/stored.py": ("masks/test_stored.py",),
     "replace/commit.py": ("replace/test_commit.py",),
+    "replace/differences.py": ("replace/test_differences.py",),
     "replace/exact.py": ("replace/test_exact.py",),
     "replace/graft.py": ("replace/test_commit.py",),
 }

@@ -67,7 +67,7 @@ class Measured:
         seeing = torch.minimum(_largest(difference.where(~empty, 0)), _largest(to_exact.where(~empty, 0)))
         seeing_none = _largest(difference.where(empty, 0))
         if rounding <= LARGEST_ROUNDING * scale:
-            seeing_none = torch.minimum((seeing_none - 2 * rounding).clamp_min(0), _largest(to_exact.where(empty, 0)))
+            seeing_none = seeing_none - 2 * rounding
         return float(torch.maximum(seeing, seeing_none) / scale)
 
     def tolerance(self, graft: Graft) -> float:
