@@ -145,6 +145,19 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             ),
         },
     },
+    "replace/running.py": {
+        "any seed will do": {
+            "torch.manual_seed(0)": (("(0)", "( 1)"), ("(0)", "( -1)")),
+        },
+        "it already is the last to read it": {
+            "if node not in last or runs.position[last[node]] < runs.position[g.result]:": (("<", "<="),),
+        },
+    },
+    "replace/verify.py": {
+        "a limit of effort": {"MOST_ELEMENTS = 2**26": EVERY},
+        "the next comparison says the same": {"if together > limit:": ((">", ">="),)},
+        "an error is not negative": {"error: float = 0.0": (("0.0", "-1.0"),)},
+    },
 }
 """By module and reason: a line, and what the mutants have in it instead of what."""
 
