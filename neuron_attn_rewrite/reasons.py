@@ -106,6 +106,12 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The graph has regions under torch.utils.checkpoint, and only those regions are rewritten.",
             _LEFT + "Checkpoint the module that holds this attention too, or checkpoint no module.",
         ),
+        "own-gradient": Entry(
+            "graph",
+            "A graph of torch.compile has a torch.autograd.Function or a hook of a tensor, and may be trained.",
+            "No attention of this graph is replaced, and it keeps its gradients. Write the function as operators, or "
+            "as a torch.library.custom_op with register_autograd.",
+        ),
         "unknown-node": Entry(
             "find",
             "No rule knows an operator between the two products.",

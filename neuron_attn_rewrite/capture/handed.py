@@ -135,15 +135,18 @@ def objects_opened(model: nn.Module) -> Iterator[None]:
         before = [take_apart(value, pieces) for value in handed]
         numbers, count = {id(value): number for number, value in enumerate(handed)}, len(pieces.atoms)
 
+        def is_handed(value: Any) -> bool:
+            return bool(numbers) and id(value) in numbers  # Dynamo of torch 2.9 knows no id of a tensor
+
         def one(value: Any) -> Any:
-            if id(value) in numbers:
+            if is_handed(value):
                 return Handed(numbers[id(value)])
             return Opened(value) if holds_tensors(value) else value
 
         entries = pytree.tree_leaves((args, kwargs), is_leaf=is_object)
         result = forward(*args, **kwargs)
         _refuse_other_entries(entries, pytree.tree_leaves((args, kwargs), is_leaf=is_object))
-        outputs = pytree.tree_map(one, result, is_leaf=lambda value: id(value) in numbers)
+        outputs = pytree.tree_map(one, result, is_leaf=is_handed)
         if not handed:
             return outputs
         changes = [_changed(was, take_apart(value, pieces)) for value, was in zip(handed, before, strict=True)]
