@@ -168,6 +168,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The softmax subtracts no maximum, so it may give NaN, and the model reads it, as nan_to_num does.",
             _LEFT + "Use torch.softmax, or subtract the largest of all scores that the softmax gets.",
         ),
+        "rounded": Entry(
+            "find",
+            "The model casts its scores or weights to fewer bits than query, key, value and output have.",
+            _LEFT + "A kernel computes them in float32. Leave out the cast, or cast query, key and value too.",
+        ),
         "sink-shape": Entry(
             "find",
             "The scores are joined with something that is not one sink logit for each head.",
