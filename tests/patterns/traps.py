@@ -205,12 +205,29 @@ MATCH = {
         with_padding,
         "key_padding(attention_mask)",
     ),
+    "an output in float16": Match(lambda q, k, v: (torch.softmax(scores(q, k), -1) @ v).half()),
+    "everything in float16, and the softmax in float32": Match(
+        lambda q, k, v: torch.softmax(scores(q.half(), k.half()).float(), -1).half() @ v.half()
+    ),
     "a scale that is not the usual one": Match(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0625), scale=0.0625
     ),
 }
 
 KEEP = {
+    **{
+        f"{name} in {kind} alone": Keep(attention(kind), f"is {str(kind).removeprefix('torch.')}, and no kernel rounds")
+        for kind in (torch.float16, torch.bfloat16)
+        for name, attention in {
+            "scores": lambda kind: lambda q, k, v: torch.softmax(scores(q, k).to(kind).float(), -1) @ v,
+            "a product": lambda kind: lambda q, k, v: torch.softmax(scores(q.to(kind), k.to(kind)).float(), -1) @ v,
+            "weights": lambda kind: lambda q, k, v: torch.softmax(scores(q, k), -1).to(kind).float() @ v,
+        }.items()
+    },
+    "scores that are infinite in float16": Keep(
+        lambda q, k, v: torch.softmax(scores(200 * q, 200 * k).half(), -1) @ v.half(),
+        "is float16, and no kernel rounds",
+    ),
     **{
         f"-1e9 added {name}": Keep(padded(change), "sees no key", all_padding)
         for name, (change, rows) in ROUNDED.items()
