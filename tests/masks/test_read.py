@@ -175,9 +175,21 @@ def test_some_rows_at_a_time(block: int, heights: list[int], dims: Dims, monkeyp
     assert torch.equal(torch.cat(cells, 2).flatten(), torch.arange(given.numel()).int())
 
 
-def test_several_numbers_that_hide_are_none() -> None:
-    of, _, _ = found(lambda x: torch.where(x.key == 1, -1e9, torch.where(x.row == 1, LOW, 0.0)), "add", 0.0)
-    assert isinstance(of, OtherForm) and of.reason.code == "mask-not-interval" and of.fill is None
+@pytest.mark.parametrize("block", [2**20, 1])
+@pytest.mark.parametrize(
+    ("hidden", "code"),
+    [
+        (lambda x: x.key == 1, "mask-not-interval"),
+        (lambda x: x.key < torch.arange(HEADS)[:, None, None], "mask-per-head"),
+    ],
+)
+def test_several_numbers_that_hide_are_none(
+    hidden: Program, code: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the later rows hide by another number than those of which no claim can be made."""
+    monkeypatch.setattr(module_read, "BLOCK", block)
+    of, _, _ = found(lambda x: torch.where(hidden(x), -1e9, torch.where(x.row == 1, LOW, 0.0)), "add", 0.0)
+    assert isinstance(of, OtherForm) and of.reason.code == code and of.fill is None
 
 
 @pytest.mark.parametrize("block", [2**20, 1])
