@@ -3,6 +3,12 @@
 EVERY = (("", ""),)
 """All mutants of a line. Some of them may be noticed."""
 GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
+    "capture/autocast.py": {
+        "a copy has one argument": {'self.found.setdefault(id(args[0]), kwargs["dtype"])': (("[0]", "[ -1]"),)},
+        "only one operator runs": {
+            "stack.enter_context(torch.autocast(device, to, cache_enabled=False))": (("False", "True"),),
+        },
+    },
     "masks/addends.py": {
         "any number near it will do": {"LOWERED = -(2.0**100)": (("100", " 101"), ("100", " 99"))},
         "the list has one element": {

@@ -33,6 +33,8 @@ from benchmarks.equivalent_mutants import EQUIVALENT
 from benchmarks.tested_lines import PACKAGE, QUIET, Test, in_child, tests_in, tests_of
 
 CLEAN = {
+    "capture/autocast.py": ("capture/test_casts.py",),
+    "capture/scatters.py": ("capture/test_scatters.py",),
     "masks/affine.py": ("masks/test_affine.py",),
     "masks/bounds.py": ("masks/test_bounds.py", "masks/test_conditions.py"),
     "masks/cases.py": ("masks/test_cases.py", "masks/test_elementwise.py"),
