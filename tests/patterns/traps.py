@@ -206,9 +206,6 @@ MATCH = {
         "key_padding(attention_mask)",
     ),
     "an output in float16": Match(lambda q, k, v: (torch.softmax(scores(q, k), -1) @ v).half()),
-    "everything in float16, and the softmax in float32": Match(
-        lambda q, k, v: torch.softmax(scores(q.half(), k.half()).float(), -1).half() @ v.half()
-    ),
     "a scale that is not the usual one": Match(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0625), scale=0.0625
     ),
