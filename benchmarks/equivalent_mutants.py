@@ -3,6 +3,12 @@
 EVERY = (("", ""),)
 """All mutants of a line. Some of them may be noticed."""
 GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
+    "capture/autocast.py": {
+        "a copy has one argument": {'self.found.setdefault(id(args[0]), kwargs["dtype"])': (("[0]", "[ -1]"),)},
+        "only one operator runs": {
+            "stack.enter_context(torch.autocast(device, to, cache_enabled=False))": (("False", "True"),),
+        },
+    },
     "masks/addends.py": {
         "any number near it will do": {"LOWERED = -(2.0**100)": (("100", " 101"), ("100", " 99"))},
         "the list has one element": {
@@ -170,6 +176,36 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
                 ("same(others, others[0])", "same(others, others[ -1])"),
             ),
         },
+    },
+    "replace/differences.py": {
+        "noise has no sign": {
+            "return output + torch.randn(output.shape).to(output) * size": (("output +", "output -"),),
+        },
+        "the other numbers are not negative": {
+            "seeing_none = _largest(difference.where(empty, 0))": ((", 0", ", -1"),),
+        },
+        "only magnitudes of 0 or nothing are left beside it": {
+            "size = self.tolerance(graft) * output.abs().nan_to_num(0, 0).max()": (
+                ("(0, 0)", "( -1, 0)"),
+                ("(0, 0)", "(0, -1)"),
+            ),
+            "return _largest(old.abs().where(counts & old.isfinite(), 0)).clamp_min(torch.finfo(torch.float32).tiny)": (
+                (", 0", ", -1"),
+            ),
+        },
+    },
+    "replace/running.py": {
+        "any seed will do": {
+            "torch.manual_seed(0)": (("(0)", "( 1)"), ("(0)", "( -1)")),
+        },
+        "it already is the last to read it": {
+            "if node not in last or runs.position[last[node]] < runs.position[g.result]:": (("<", "<="),),
+        },
+    },
+    "replace/verify.py": {
+        "a limit of effort": {"MOST_ELEMENTS = 2**26": EVERY},
+        "the next comparison says the same": {"if together > limit:": ((">", ">="),)},
+        "an error is not negative": {"error: float = 0.0": (("0.0", "-1.0"),)},
     },
 }
 """By module and reason: a line, and what the mutants have in it instead of what."""
