@@ -106,6 +106,12 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The graph has regions under torch.utils.checkpoint, and only those regions are rewritten.",
             _LEFT + "Checkpoint the module that holds this attention too, or checkpoint no module.",
         ),
+        "own-gradient": Entry(
+            "graph",
+            "A graph of torch.compile has a torch.autograd.Function or a hook of a tensor, and may be trained.",
+            "No attention of this graph is replaced, and it keeps its gradients. Write the function as operators, or "
+            "as a torch.library.custom_op with register_autograd.",
+        ),
         "unknown-node": Entry(
             "find",
             "No rule knows an operator between the two products.",
@@ -161,6 +167,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "find",
             "The softmax subtracts no maximum, so it may give NaN, and the model reads it, as nan_to_num does.",
             _LEFT + "Use torch.softmax, or subtract the largest of all scores that the softmax gets.",
+        ),
+        "rounded": Entry(
+            "find",
+            "The model casts its scores or weights to fewer bits than query, key, value and output have.",
+            _LEFT + "A kernel computes them in float32. Leave out the cast, or cast query, key and value too.",
         ),
         "sink-shape": Entry(
             "find",

@@ -12,9 +12,10 @@ from torch import fx, nn
 
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
 from neuron_attn_rewrite.capture.compare import capture_error
-from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.capture.export import Captured, capture
+from neuron_attn_rewrite.capture.own_gradients import REMEDY
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import RewriteWarning
+from neuron_attn_rewrite.errors import CaptureError, RewriteWarning
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.module import MODEL_CONFIG, PROVEN_VALUES, SIGNATURE, RewrittenModule, refuse_names
 from neuron_attn_rewrite.patterns.find import find
@@ -53,7 +54,8 @@ def rewrite(
     Raises:
         InputError: the example inputs are missing or don't fit.
         CaptureError: the model can't be captured as one graph, or that graph does not run on the example inputs, or it
-            does not compute or write what the model does.
+            does not compute or write what the model does. Or it may be trained and lacks gradients that the model
+            defines itself.
         RewriteError: `config.require` is not met.
     """
     config = RewriteConfig.of(config)
@@ -62,6 +64,7 @@ def rewrite(
         warnings.warn(words, RewriteWarning, stacklevel=2)
     refuse_names(model)
     captured = capture(model, args, kwargs, dynamic_shapes)
+    _check_gradients(captured, config)
     drift = capture_error(model, captured) if config.verify else None
     report = replace(rewrite_graph(captured.module, captured.inputs, config), capture_error=drift)
     LOG.info("%s", report)
@@ -85,9 +88,7 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     Raises:
         RewriteError: `config.require` is not met.
     """
-    if config.gradients is None:
-        trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
-        config = replace(config, gradients=trains)
+    config = replace(config, gradients=_takes_gradients(module, config))
     if inputs is not None:
         note_examples(module.graph, inputs)
     prover = Prover(module, config)
@@ -102,3 +103,22 @@ def rewrite_graph(module: fx.GraphModule, inputs: Sequence[Any] | None, config: 
     report = make_report(module.graph, before, verdicts, grafts, errors, config)
     check_required(report, config)
     return report
+
+
+def _takes_gradients(module: nn.Module, config: RewriteConfig) -> bool:
+    trains = module.training and any(parameter.requires_grad for parameter in module.parameters())
+    return trains if config.gradients is None else config.gradients
+
+
+def _check_gradients(captured: Captured, config: RewriteConfig) -> None:
+    """Check that a graph that may be trained has the gradients of the model.
+
+    Raises:
+        CaptureError: the model defines some itself.
+    """
+    if captured.own_gradients and _takes_gradients(captured.module, config):
+        raise CaptureError(
+            f"the model defines gradients itself ({', '.join(captured.own_gradients)}), and the captured graph has "
+            "those of the operators in its forward. If no gradients will be taken, call model.eval() or set "
+            f"RewriteConfig(gradients=False). {REMEDY}"
+        )

@@ -246,7 +246,7 @@ def _rewritten(module: fx.GraphModule, example_inputs: Sequence[Any] | None, con
     values = _values(example_inputs or ())
     try:
         with tracing_as(module):
-            source = to_aten(module)
+            source = to_aten(module, bool(config.gradients))
             report = replace(rewrite_graph(source, values, config), unused_inputs=())
     except NotAnalysed as error:
         return _untouched(module, config, error.reason)

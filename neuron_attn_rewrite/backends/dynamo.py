@@ -27,6 +27,7 @@ from neuron_attn_rewrite.capture.autocast import Autocast, current, insert_casts
 from neuron_attn_rewrite.capture.dialects import EXPANSIONS
 from neuron_attn_rewrite.capture.export import first_line
 from neuron_attn_rewrite.capture.normalise import PASSES, follow_input_device, normalise
+from neuron_attn_rewrite.capture.own_gradients import own_gradients
 from neuron_attn_rewrite.graph.held import IS_PARAMETER
 from neuron_attn_rewrite.graph.nodes import op_name
 from neuron_attn_rewrite.reasons import Reason
@@ -45,11 +46,15 @@ class NotAnalysed(Exception):
         self.reason = reason
 
 
-def to_aten(module: fx.GraphModule) -> fx.GraphModule:
+def to_aten(module: fx.GraphModule, gradients: bool = False) -> fx.GraphModule:
     """A new, normalised ATen graph that computes the same, with the same inputs in the same order.
 
+    Args:
+        module: the graph of Dynamo.
+        gradients: whether the new graph must also have the gradients.
+
     Raises:
-        NotAnalysed: an input is not a plain tensor, or a call can't be traced.
+        NotAnalysed: an input is not a plain tensor, or a call can't be traced. Or the model defines gradients itself.
     """
     _must_be_plain(module.graph)
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -60,12 +65,15 @@ def to_aten(module: fx.GraphModule) -> fx.GraphModule:
     devices = {v.device.type for v in values if isinstance(v, FakeTensor)}
     runner = _Run(module, devices)
     try:
-        with _reading_data(mode), mode, preserve_node_meta(), runner.restoring_state():
+        with own_gradients() as noted, _reading_data(mode), mode, preserve_node_meta(), runner.restoring_state():
             inputs = [_fresh(v) for v in values]
             traced = make_fx(lambda *a: runner.run(*a), pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:  # a tracer can raise anything; the graph is then passed on unchanged
         words = f"the graph can't be traced to ATen: {type(error).__name__}: {first_line(error)}"
         raise NotAnalysed(Reason("not-traced", words)) from error
+    if noted and gradients:
+        words = f"the model defines gradients itself ({', '.join(noted)}), and they are kept only in a graph as it was"
+        raise NotAnalysed(Reason("own-gradient", words))
     for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
         new._rename(_readable(old))
         new.meta.setdefault("val", value(old))

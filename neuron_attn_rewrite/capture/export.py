@@ -20,6 +20,7 @@ from neuron_attn_rewrite.capture.dialects import data_detached, open_masks, plai
 from neuron_attn_rewrite.capture.failures import check_dynamic_shapes, quiet, refuse_inputs, value_needed
 from neuron_attn_rewrite.capture.handed import closed, objects_opened, opened, shapes_of_tensors
 from neuron_attn_rewrite.capture.normalise import is_guard, normalise
+from neuron_attn_rewrite.capture.own_gradients import own_gradients
 from neuron_attn_rewrite.capture.state import state_kept
 from neuron_attn_rewrite.errors import CaptureError, InputError
 
@@ -46,6 +47,8 @@ class Captured:
     """The call with the caller's own objects."""
     signature: inspect.Signature | None = None
     """Of the model's `forward`. None if the model was a graph already."""
+    own_gradients: tuple[str, ...] = ()
+    """Where the model defines gradients that the graph does not have, in words."""
 
     @property
     def inputs(self) -> tuple[Any, ...] | None:
@@ -75,6 +78,7 @@ def capture(
     args, given = tuple(args), bool(args or kwargs)
     example: tuple[tuple[Any, ...], Mapping[str, Any]] = args, kwargs
     program: torch.export.ExportedProgram | fx.GraphModule
+    noted: list[str] = []
     if isinstance(model, torch.export.ExportedProgram):
         program, training = model, False
         _refuse_fake_constants(program)
@@ -94,7 +98,7 @@ def capture(
         example = args, kwargs
         kwargs = _in_signature_order(model, args, kwargs)
         args, kwargs = _distinct(model, args, kwargs)
-        program, training = _export(model, args, kwargs, dynamic_shapes), model.training
+        (program, noted), training = _export(model, args, kwargs, dynamic_shapes), model.training
     if dynamic_shapes is not None and program is model:
         raise InputError(
             "dynamic_shapes is for a model that is not captured yet: this one is, and its sizes are fixed."
@@ -109,7 +113,7 @@ def capture(
     has_values = given and not any(isinstance(t, torch.Tensor) and t.is_meta for t in tensors)
     given_forward = model.forward if isinstance(model, nn.Module) and program is not model else None
     signature = inspect.signature(given_forward) if given_forward else None
-    return Captured(module, (args, kwargs) if has_values else None, example, signature)
+    return Captured(module, (args, kwargs) if has_values else None, example, signature, tuple(noted))
 
 
 def _is_aten(module: fx.GraphModule) -> bool:
@@ -173,8 +177,11 @@ def _distinct(
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> torch.export.ExportedProgram:
-    """torch.export without Dynamo, and if that fails with it. Objects among the inputs are opened."""
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """torch.export without Dynamo, and if that fails with it. Objects among the inputs are opened.
+
+    The list says where the model defines gradients itself.
+    """
     check_dynamic_shapes(args, kwargs, dynamic_shapes)
     named = opened(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
     args, kwargs = opened((args, kwargs))
@@ -192,10 +199,18 @@ def _export(
         try:
             open_sizes = contextlib.nullcontext() if dynamic_shapes is None else _open_sizes(oblivious)
             data = contextlib.nullcontext() if strict else data_detached()
-            with quiet(), plain_transformers(), open_sizes, data, state_kept(model), objects_opened(model):
+            with (
+                own_gradients() as noted,
+                quiet(),
+                plain_transformers(),
+                open_sizes,
+                data,
+                state_kept(model),
+                objects_opened(model),
+            ):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
             _refuse_fake_constants(program)
-            return program
+            return program, noted
         except CaptureError as error:  # what one tracer refuses, the other one may leave out
             raise CaptureError(f"{type(model).__name__} could not be captured as one graph: {error}.") from None
         except Exception as error:  # any failure of a tracer is a failed capture

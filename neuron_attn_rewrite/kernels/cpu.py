@@ -82,6 +82,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         if terms.sink is not None:
             shares = (lse - terms.sink.to(lse.dtype)[:, None]).sigmoid()
             result = (result * shares[..., None]).to(query.dtype)
+        if bool(result.sum().isnan()):  # maybe of a hidden key: the flash kernel adds -inf to it, which hides no NaN
+            result = _by_reference(query, key, value, terms, tile)
         if terms.empty_rows == "mean" and tile.mask is not None:
             result = torch.where(tile.mask.amax(-1, keepdim=True) == float("-inf"), empty_row, result)
         if out is None:
@@ -95,6 +97,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         out = query.new_empty(batch, heads, q_len, value.shape[3])
     out[:, :, done:] = empty_row
     return out
+
+
+def _by_reference(query: Tensor, key: Tensor, value: Tensor, terms: Terms, tile: _Tile) -> Tensor:
+    """The result of a tile, without the sum of a score and -inf. It holds the scores of some rows at a time."""
+    batch, heads = query.shape[:2]
+    keys, starts = tile.keys, range(tile.rows.start, tile.rows.stop, TILE_ROWS)
+    results = []
+    for rows in (slice(start, min(start + TILE_ROWS, tile.rows.stop)) for start in starts):
+        part = terms.part(slice(0, batch), slice(0, heads), rows, keys)
+        results.append(reference.attention(query[:, :, rows], key[:, :, keys], value[:, :, keys], part))
+    return torch.cat(results, 2)
 
 
 def _span(tensor: Tensor, part: slice) -> Tensor:
@@ -154,9 +167,12 @@ def _tiles(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Tile]:
             parts.append(_additive(seen, dtype))
         if hidden is not None:
             parts.append(hidden if last - first == hidden.shape[3] else hidden[..., keys])
+        mask = functools.reduce(torch.add, parts) if parts else None
         if terms.bias is not None:
-            parts.append(narrow(terms.bias, EVERY, EVERY, rows, keys).to(dtype).expand(-1, -1, -1, last - first))
-        yield _Tile(rows, keys, functools.reduce(torch.add, parts) if parts else None)
+            bias = narrow(terms.bias, EVERY, EVERY, rows, keys).to(dtype).expand(-1, -1, -1, last - first)
+            # Where a key is hidden, the bias may be +inf or no number.
+            mask = bias if mask is None else (mask + bias).masked_fill_(mask == float("-inf"), float("-inf"))
+        yield _Tile(rows, keys, mask)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

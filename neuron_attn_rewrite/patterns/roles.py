@@ -54,10 +54,11 @@ def assign_roles(
         return set(refine(atoms(dims), everything))
 
     of_query, of_key, of_value, key_atoms = fine(query), fine(key), fine(value), set(refine(keys, everything))
-    if not key_atoms <= of_key or of_query & key_atoms:
+    if of_query & key_atoms:
         return Reason("axes", "the softmax does not run over the keys alone")
-    if not key_atoms <= of_value:
-        return Reason("axes", "the product after the softmax does not sum over the keys")
+    for name, of in (("key", of_key), ("value", of_value)):
+        if not key_atoms <= of:
+            return Reason("axes", f"the {name} has copies of its elements along the keys, and no kernel makes these")
     shared = of_key | of_value
     others = [refine(dim, everything) for i, dim in enumerate(scores) if i != key_dim]
     row_dims = [i for i, dim in enumerate(others) if not set(dim) & shared]

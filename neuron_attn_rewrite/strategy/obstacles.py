@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.graph.nodes import tensor
 from neuron_attn_rewrite.graph.strides import memory_order
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.masks.nan_readers import nan_is_read
@@ -24,6 +26,7 @@ def obstacle(site: AttentionSite, proof: Proof, prover: Prover, config: RewriteC
     return (
         _other_readers(site, config)
         or _write_between(site, prover.writes)
+        or _rounded(site)
         or (OVERFLOWS if site.overflows and nan_is_read(site.output) else None)
         or _mixed_gradients(site, prover.grad_modes)
         or _unknown_size(site, proof, prover, config)
@@ -51,6 +54,22 @@ def _write_between(site: AttentionSite, writes: Writes) -> Reason | None:
         for node in reader.all_input_nodes:
             if writes.between(node, reader, site.output):
                 return Reason("written", f"{node.name} is written after {reader.name} has read it")
+    return None
+
+
+def _rounded(site: AttentionSite) -> Reason | None:
+    """The model rounds on the way to less than query, key, value and output have, and a kernel does not.
+
+    A smaller range matters before the softmax only: a score beyond it is infinite.
+    """
+    coarsest, widest = torch.finfo(site.coarsest), torch.finfo(site.dtype)
+    for node in inside(site)[0]:
+        value = tensor(node)
+        if value is None or not value.is_floating_point():
+            continue
+        kind = torch.finfo(value.dtype)
+        if kind.eps > coarsest.eps or (kind.max < widest.max and node < site.anchor):
+            return Reason("rounded", f"{node.name} is {kind.dtype}, and no kernel rounds as the model does there")
     return None
 
 

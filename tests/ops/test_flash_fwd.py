@@ -332,6 +332,48 @@ def test_operands_of_stride_zero() -> None:
         assert relative_error(out, expected(query, key, value, scale=0.25, **options)) <= TOLERANCES[torch.float32]
 
 
+def _hidden_key(options: dict[str, Any], sizes: Sizes) -> Tensor:
+    """Bool [batch, 1, q_len, kv_len]: the keys that band, bounds and key padding hide."""
+    j, i = torch.arange(sizes.kv_len), torch.arange(sizes.q_len)[:, None]
+    hidden = torch.zeros(sizes.batch, 1, sizes.q_len, sizes.kv_len, dtype=torch.bool)
+    hidden |= j > i + options.get("band_upper", sizes.kv_len)
+    if "key_padding" in options:
+        hidden |= ~options["key_padding"][:, None, None]
+    if "bounds" in options:
+        hidden |= (j >= options["bounds"][:, None, :, 1:]) | (j < options["bounds"][:, None, :, :1])
+    return hidden
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("empty_rows", ["zero", "mean"])
+@pytest.mark.parametrize("length", [40, 600])
+def test_what_a_mask_hides_may_be_no_number(length: int, empty_rows: str, softcap: float | None, number: float) -> None:
+    """A key or a bias behind band, bounds or padding changes nothing, whatever it holds."""
+    sizes = Sizes(q_len=length, kv_len=length)
+    query, key, value = operands(sizes, torch.float32)
+    padding = torch.ones(2, length, dtype=torch.bool)
+    padding[0, :3] = padding[1, 7] = False
+    ends = torch.arange(length).clamp(max=length - 9)
+    masks: tuple[dict[str, Any], ...] = (
+        {"band_upper": -1},
+        {"key_padding": padding},
+        {"key_padding": padding, "band_upper": 0},
+        {"bounds": torch.stack([ends // 2, ends], -1)[None]},
+    )
+    for mask in masks:
+        options = {"scale": 0.25, "softcap": softcap, "empty_rows": empty_rows, **mask}
+        hidden = _hidden_key(mask, sizes)
+        bias = torch.randn(hidden.shape)
+        want = flash_fwd(query, key, value, bias=bias, **options)
+        new = flash_fwd(query, key, value, bias=bias.masked_fill(hidden, number), **options)
+        assert relative_error(new, want) <= TOLERANCES[torch.float32]
+        never = hidden.all(2)  # for all rows
+        want = flash_fwd(query, key, value, **options)
+        new = flash_fwd(query, key.masked_fill(never[..., None], number), value, **options)
+        assert never.any() and relative_error(new, want) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("strategy", ["SHARDED_KERNEL", "SLIDING_WINDOW_KERNEL"])
 def test_hints_change_no_number(strategy: str) -> None:
     qkv = operands(Sizes(), torch.float32)

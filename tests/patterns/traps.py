@@ -205,12 +205,40 @@ MATCH = {
         with_padding,
         "key_padding(attention_mask)",
     ),
+    "an output in float16": Match(lambda q, k, v: (torch.softmax(scores(q, k), -1) @ v).half()),
     "a scale that is not the usual one": Match(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0625), scale=0.0625
     ),
 }
 
 KEEP = {
+    **{
+        f"{name} in {kind} alone": Keep(attention(kind), f"is {str(kind).removeprefix('torch.')}, and no kernel rounds")
+        for kind in (torch.float16, torch.bfloat16)
+        for name, attention in {
+            "scores": lambda kind: lambda q, k, v: torch.softmax(scores(q, k).to(kind).float(), -1) @ v,
+            "a product": lambda kind: lambda q, k, v: torch.softmax(scores(q.to(kind), k.to(kind)).float(), -1) @ v,
+            "weights": lambda kind: lambda q, k, v: torch.softmax(scores(q, k), -1).to(kind).float() @ v,
+        }.items()
+    },
+    **{
+        f"{name} of the value along the keys": Keep(
+            lambda q, k, v, copied=copied: torch.softmax(scores(q, torch.cat([k, 2 * k], 2)), -1) @ copied(v),
+            "the value has copies of its elements along the keys",
+        )
+        for name, copied in {
+            "two copies": lambda v: torch.cat([v, v], 2),
+            "interleaved copies": lambda v: v.repeat_interleave(2, 2),
+        }.items()
+    },
+    "two copies of the key": Keep(
+        lambda q, k, v: torch.softmax(scores(q, torch.cat([k, k], 2)), -1) @ torch.cat([v, 2 * v], 2),
+        "the key has copies of its elements along the keys",
+    ),
+    "scores that are infinite in float16": Keep(
+        lambda q, k, v: torch.softmax(scores(200 * q, 200 * k).half(), -1) @ v.half(),
+        "is float16, and no kernel rounds",
+    ),
     **{
         f"-1e9 added {name}": Keep(padded(change), "sees no key", all_padding)
         for name, (change, rows) in ROUNDED.items()
