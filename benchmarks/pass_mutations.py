@@ -34,6 +34,7 @@ from benchmarks.tested_lines import PACKAGE, QUIET, Test, in_child, tests_in, te
 
 CLEAN = {
     "capture/autocast.py": ("capture/test_casts.py",),
+    "capture/objects.py": ("capture/test_parts.py",),
     "capture/scatters.py": ("capture/test_scatters.py",),
     "masks/addends.py": ("masks/test_empty_rows.py",),
     "masks/affine.py": ("masks/test_affine.py",),
