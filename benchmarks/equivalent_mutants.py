@@ -3,6 +3,18 @@
 EVERY = (("", ""),)
 """All mutants of a line. Some of them may be noticed."""
 GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
+    "capture/autocast.py": {
+        "a copy has one argument": {'self.found.setdefault(id(args[0]), kwargs["dtype"])': (("[0]", "[ -1]"),)},
+        "only one operator runs": {
+            "stack.enter_context(torch.autocast(device, to, cache_enabled=False))": (("False", "True"),),
+        },
+    },
+    "masks/addends.py": {
+        "any number near it will do": {"LOWERED = -(2.0**100)": (("100", " 101"), ("100", " 99"))},
+        "the list has one element": {
+            "return len(loose) == 1 and loose[0].rounds_alike": (("[0]", "[ -1]"),),
+        },
+    },
     "masks/affine.py": {
         "a limit of effort": {
             "MOST_INEQUALITIES = 400": (("400", "399"), ("400", "401")),
@@ -72,19 +84,16 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             "if not guard or not case.guard or not e.impossible(both):": EVERY,
         },
     },
+    "masks/empty_rows.py": {
+        "any number near it will do": {"ABSORBS = 1e6": (("1e6", "1000001.0"), ("1e6", "999999.0"))},
+    },
     "masks/fit.py": {
         "the chunks of one key are a band of one key, which is tried first": {
             "begins = i[seen & (first == i) & (i > 0)]": (("i > 0", "i > 1"),),
         },
     },
     "masks/growing.py": {
-        "no kernel takes a condition on two elements of one axis": {
-            "if pair is None or one.constant or -one not in given or _axis(pair[0]) > _axis(pair[1]):": (
-                ("> _", ">= _"),
-            ),
-        },
         "both are of one row": {
-            "for far, place, step in _steps(pair[0], e):": (("[0]", "[ 1]"), ("[0]", "[ -1]")),
             "others = (*pair[0].index[:-1], pair[0].index[-1] - place)": (
                 ("*pair[0]", "*pair[ 1]"),
                 ("*pair[0]", "*pair[ -1]"),
@@ -110,6 +119,21 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
             ),
         },
     },
+    "masks/read.py": {
+        "a limit of memory": {
+            "BLOCK = 2**20": (("2**", "3**"), ("2**", "1**"), ("**20", "** 21"), ("**20", "** 19")),
+        },
+        "the axis of no other dim": {"PART = -1": (("-1", "- 2"),)},
+        "all of them are equal": {
+            "intervals = row_intervals(either[0, 0])": (("[0,", "[ -1,"), (", 0]", ", -1]")),
+        },
+        "the list has one element": {
+            "region = None if length == q_len else Region(along[0], start, length)": (("[0]", "[ -1]"),),
+        },
+        "only whether a copy is made": {
+            "uniform = next((end for end in ends if bool((visible | (values == end)).all())), None)": (("|", "&"),),
+        },
+    },
     "masks/stored.py": {
         "the list has one element": {
             "return (Case(frozenset(), at[wide[0]] * step + int(line[0])),)": (("wide[0]", "wide[ -1]"),),
@@ -127,6 +151,36 @@ GROUPS: dict[str, dict[str, dict[str, tuple[tuple[str, str], ...]]]] = {
                 ("same(others, others[0])", "same(others, others[ -1])"),
             ),
         },
+    },
+    "replace/differences.py": {
+        "noise has no sign": {
+            "return output + torch.randn(output.shape).to(output) * size": (("output +", "output -"),),
+        },
+        "the other numbers are not negative": {
+            "seeing_none = _largest(difference.where(empty, 0))": ((", 0", ", -1"),),
+        },
+        "only magnitudes of 0 or nothing are left beside it": {
+            "size = self.tolerance(graft) * output.abs().nan_to_num(0, 0).max()": (
+                ("(0, 0)", "( -1, 0)"),
+                ("(0, 0)", "(0, -1)"),
+            ),
+            "return _largest(old.abs().where(counts & old.isfinite(), 0)).clamp_min(torch.finfo(torch.float32).tiny)": (
+                (", 0", ", -1"),
+            ),
+        },
+    },
+    "replace/running.py": {
+        "any seed will do": {
+            "torch.manual_seed(0)": (("(0)", "( 1)"), ("(0)", "( -1)")),
+        },
+        "it already is the last to read it": {
+            "if node not in last or runs.position[last[node]] < runs.position[g.result]:": (("<", "<="),),
+        },
+    },
+    "replace/verify.py": {
+        "a limit of effort": {"MOST_ELEMENTS = 2**26": EVERY},
+        "the next comparison says the same": {"if together > limit:": ((">", ">="),)},
+        "an error is not negative": {"error: float = 0.0": (("0.0", "-1.0"),)},
     },
 }
 """By module and reason: a line, and what the mutants have in it instead of what."""

@@ -33,14 +33,25 @@ from benchmarks.equivalent_mutants import EQUIVALENT
 from benchmarks.tested_lines import PACKAGE, QUIET, Test, in_child, tests_in, tests_of
 
 CLEAN = {
+    "capture/autocast.py": ("capture/test_casts.py",),
+    "capture/scatters.py": ("capture/test_scatters.py",),
     "masks/affine.py": ("masks/test_affine.py",),
     "masks/bounds.py": ("masks/test_bounds.py", "masks/test_conditions.py"),
     "masks/cases.py": ("masks/test_cases.py", "masks/test_elementwise.py"),
     "masks/conditions.py": ("masks/test_conditions.py",),
     "masks/fit.py": ("masks/test_fit.py",),
     "masks/movement.py": ("masks/test_movement.py",),
+    "masks/nan_readers.py": ("masks/test_nan_readers.py",),
     "masks/spec.py": ("masks/test_spec.py",),
     "masks/stored.py": ("masks/test_stored.py",),
+    "masks/symbolic.py": ("masks/test_symbolic.py", "masks/test_elementwise.py"),
+    "replace/commit.py": ("replace/test_commit.py",),
+    "replace/differences.py": ("replace/test_differences.py",),
+    "replace/exact.py": ("replace/test_exact.py",),
+    "replace/graft.py": ("replace/test_commit.py",),
+    "replace/operands.py": ("replace/test_operands.py",),
+    "replace/running.py": ("replace/test_running.py",),
+    "replace/verify.py": ("replace/test_compare.py",),
 }
 """Modules of which no mutant survives but those that are listed, with the tests that notice all others."""
 TESTS = {
@@ -162,7 +173,7 @@ class _Stripped(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
-        is_for_types = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        is_for_types = {part.id for part in ast.walk(node.test) if isinstance(part, ast.Name)} == {"TYPE_CHECKING"}
         return None if is_for_types else self.generic_visit(node)
 
 

@@ -133,22 +133,18 @@ def objects_opened(model: nn.Module) -> Iterator[None]:
         args, kwargs = closed((args, kwargs))
         handed, pieces = objects((args, kwargs)), Pieces()
         before = [take_apart(value, pieces) for value in handed]
-        numbers, count = {id(value): number for number, value in enumerate(handed)}, len(pieces.atoms)
-
-        def is_handed(value: Any) -> bool:
-            return bool(numbers) and id(value) in numbers  # Dynamo of torch 2.9 knows no id of a tensor
+        count = len(pieces.atoms)
+        entries = pytree.tree_leaves((args, kwargs), is_leaf=is_object)
+        outputs = forward(*args, **kwargs)
+        _refuse_other_entries(entries, pytree.tree_leaves((args, kwargs), is_leaf=is_object))
+        if not handed:  # Dynamo gets here: it knows no id() of a tensor
+            return pytree.tree_map(_opened_output, outputs)
+        numbers = {id(value): number for number, value in enumerate(handed)}
 
         def one(value: Any) -> Any:
-            if is_handed(value):
-                return Handed(numbers[id(value)])
-            return Opened(value) if holds_tensors(value) else value
+            return Handed(numbers[id(value)]) if id(value) in numbers else _opened_output(value)
 
-        entries = pytree.tree_leaves((args, kwargs), is_leaf=is_object)
-        result = forward(*args, **kwargs)
-        _refuse_other_entries(entries, pytree.tree_leaves((args, kwargs), is_leaf=is_object))
-        outputs = pytree.tree_map(one, result, is_leaf=is_handed)
-        if not handed:
-            return outputs
+        outputs = pytree.tree_map(one, outputs, is_leaf=lambda value: id(value) in numbers)
         changes = [_changed(was, take_apart(value, pieces)) for value, was in zip(handed, before, strict=True)]
         return Effects(outputs, pieces.atoms[count:], changes)
 
@@ -173,6 +169,10 @@ def _refuse_other_entries(before: list[Any], after: list[Any]) -> None:
             "the model changes the entries of a list, dict or deque among its inputs, and a graph can't. If the caller "
             "needs the change, make the list or dict an attribute of an object; if not, let the model change a copy"
         )
+
+
+def _opened_output(value: Any) -> Any:
+    return Opened(value) if holds_tensors(value) else value
 
 
 def _replaced(tree: Any, kind: type, by: Callable[[Any], Any]) -> Any:

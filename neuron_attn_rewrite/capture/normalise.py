@@ -115,10 +115,10 @@ def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def flatten_vmap(module: fx.GraphModule) -> None:
-    """Turn the batch dims of a recorded torch.vmap into plain dims.
+    """Turn the batch dims of a recorded torch.vmap into plain dims, and its indexing into plain indexing.
 
     Export records vmap as bookkeeping calls that are not connected to the data. Each outermost region is traced again,
-    so that torch applies its own batching rules.
+    so that torch applies its own batching rules. Indexing that vmap can batch is a call of its own (`flat_apply`).
     """
     for region in list(_vmap_regions(module.graph)):
         _flatten_region(module, region)
@@ -157,6 +157,8 @@ def _vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         if name == "lazy_load_decompositions" and not depth:
             region = [node]
             continue
+        if name == "flat_apply" and not depth and not region:
+            yield [node]
         depth += name == "_vmap_increment_nesting"
         if depth or region:
             region.append(node)

@@ -46,7 +46,7 @@ def scatter(view: fx.Node, where: Memory) -> Scatter | None:
         diagonal = (values["offset"], values["dim1"], values["dim2"])
         return lambda call, base, value: call(aten.diagonal_scatter.default, base, value, *diagonal)
     if name == "narrow" and all(isinstance(values[n], int) for n in ("start", "length")):
-        return _slice(values["dim"], values["start"] % max(1, old.shape[values["dim"]]), values["length"])
+        return _slice(values["dim"], values["start"] % old.shape[values["dim"]], values["length"])
     if name in RESHAPES and all(isinstance(size, int) for size in old.shape):
         return lambda call, base, value: call(aten.reshape.default, value, list(old.shape))
     if name in PERMUTES:

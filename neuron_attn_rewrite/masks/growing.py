@@ -54,10 +54,11 @@ def compare_indices(inequalities: Iterable[Affine], e: Elements) -> frozenset[Af
     given = frozenset(inequalities)
     for one in given:
         pair = two_of_a_row(one)
-        if pair is None or one.constant or -one not in given or _axis(pair[0]) > _axis(pair[1]):
+        if pair is None or one.constant or -one not in given:
             continue
-        here, there = (number.index[-1] for number in pair)
-        for far, place, step in _steps(pair[0], e):
+        query, key = sorted(pair, key=_axis)
+        here, there = query.index[-1], key.index[-1]
+        for far, place, step in _steps(query, e):
             ((old, _),) = far.substitute(place, there).terms
             new = far.substitute(place, here) + (there - here) * step
             given = frozenset(g.substitute(old, new) for g in given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, op_name, values_read
+from neuron_attn_rewrite.graph.nodes import dtype, is_tensor, plain_name, values_read
 from neuron_attn_rewrite.graph.writes import written
 
 READERS = frozenset(
@@ -35,23 +35,30 @@ def nan_is_read(start: fx.Node) -> bool:
     while stack:
         node = stack.pop()
         for user in (u for u in node.users if u.op != "call_function" or node in values_read(u)):
-            if op_name(user).rstrip("_") in READERS or (is_tensor(user) and not _is_real(user)):
+            is_reader = plain_name(user).rstrip("_") in READERS  # also where its result is written later
+            behind = [user, *(held for target in written(user) for held in _memory_of(target))]
+            if (
+                is_reader
+                or isinstance(user.target, torch._ops.HigherOrderOperator)
+                or any(map(_holds_integers, behind))
+            ):
                 return True
-            if isinstance(user.target, torch._ops.HigherOrderOperator):
-                return True
-            behind = [user, *(held for target in written(user) for held in _readers_of(target))]
-            stack += [n for n in behind if n not in seen and (not is_tensor(n) or _is_real(n))]
+            stack += [n for n in behind if n not in seen]
             seen.update(behind)
     return False
 
 
-def _is_real(node: fx.Node) -> bool:
-    return dtype(node).is_floating_point or dtype(node).is_complex
+def _holds_integers(node: fx.Node) -> bool:
+    """Also bools."""
+    return is_tensor(node) and not (dtype(node).is_floating_point or dtype(node).is_complex)
 
 
-def _readers_of(written: fx.Node) -> list[fx.Node]:
-    """What reads the memory of a tensor that is written: in this call, or for a buffer in the next one."""
-    while written.op == "call_function" and written.args and isinstance(written.args[0], fx.Node):
-        written = written.args[0]
-    same = written.graph.find_nodes(op="get_attr", target=written.target) if written.op == "get_attr" else [written]
-    return list(same)
+def _memory_of(written: fx.Node) -> list[fx.Node]:
+    """Nodes from which written memory can be read: all that it may be a view of, and buffers also in the next call."""
+    found: list[fx.Node] = []
+    source: object = written
+    while isinstance(source, fx.Node):
+        found.append(source)
+        source = source.args[0] if source.args else None
+    root = found[-1]
+    return [*found, *root.graph.find_nodes(op="get_attr", target=root.target)] if root.op == "get_attr" else found

@@ -23,7 +23,7 @@ from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.axes import Dims, axis_dim, dim_size, layout_steps, run_layout
 from neuron_attn_rewrite.patterns.site import Term, hides
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.values.cells import UNKNOWN, CellTable
+from neuron_attn_rewrite.values.cells import CONSTANT, UNKNOWN, CellTable
 from neuron_attn_rewrite.values.evaluator import Evaluator, Opaque
 from neuron_attn_rewrite.values.regions import Region
 
@@ -32,6 +32,9 @@ BLOCK = 2**20
 
 NO_CELL = torch.iinfo(torch.int32).max
 """Larger than the number of any cell."""
+
+PART = -1
+"""The axis of some of the rows: that of no other dim."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     kv_len = dim_size(dims[3])
     rows: list[Tensor] = []
-    first = torch.tensor([[NO_CELL]]).expand(1, kv_len)
-    last = torch.tensor([[-1]]).expand(1, kv_len)
+    first = torch.tensor(NO_CELL)
+    last = torch.tensor([[CONSTANT]]).expand(1, kv_len)
     always = False
     senses: set[bool] = set()
     fills: set[float] = set()
@@ -78,7 +81,7 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
             continue  # only the numbers that hide keys are wanted
         lo, hi = (t.expand(*t.shape[:2], height, kv_len) for t in (seen.lo, seen.hi))
         either = lo | hi
-        if either.shape[:2] != (1, 1) and not torch.equal(either, either[:1, :1].expand_as(either)):
+        if not torch.equal(either, either[:1, :1].expand_as(either)):
             other_form = Reason("mask-per-head", "its visible keys differ between batch elements or heads")
             continue
         intervals = row_intervals(either[0, 0])
@@ -86,14 +89,14 @@ def read(term: Term, dims: Dims, evaluator: Evaluator) -> Reading | Unproven:
             other_form = Reason("mask-not-interval", "the visible keys of a query are not one interval")
             continue
         rows.append(intervals)
-        always |= bool(any_of(lo & hi))
-        depends = lo ^ hi
+        always |= any_of(lo & hi)
+        depends = seen.lo ^ seen.hi
         if any_of(depends):
             if any_of(depends & (seen.cell == UNKNOWN)):
                 return Unproven(Reason("mask-two-inputs", "some element depends on more than one element of a mask"))
-            lowest, highest = _cells_of_keys(depends, seen.cell)
-            first, last = torch.minimum(first, lowest), torch.maximum(last, highest)
-            senses |= {sense for sense, side in ((False, hi), (True, lo)) if any_of(depends & side)}
+            first = torch.minimum(first, seen.cell.where(depends, NO_CELL).amin((1, 2)))
+            last = torch.maximum(last, seen.cell.where(depends, CONSTANT).amax((1, 2)))
+            senses |= {sense for sense, side in ((False, seen.hi), (True, seen.lo)) if any_of(depends & side)}
     evaluator.forget_regions()
     fill = next(iter(fills)) if len(fills) == 1 else None
     used = last >= 0
@@ -112,10 +115,9 @@ def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Cell
     """The term's table in the kernel's layout, some query rows at a time."""
     q_len = dim_size(dims[2])
     along = [i for i, dim in enumerate(term.dims) if dim and dim == dims[2]]
-    others = {atom.axis for i, dim in enumerate(term.dims) for atom in dim if i not in along}
-    whole = len(along) != 1 or len(dims[2]) != 1 or dims[2][0].axis in others
-    per_row = max(1, int(torch.Size(shape(term.node)).numel()) // q_len)
-    height = q_len if whole else min(q_len, max(1, BLOCK // per_row))
+    height = q_len
+    if len(along) == 1:
+        height = min(q_len, max(1, BLOCK * q_len // torch.Size(shape(term.node)).numel()))
     for start in range(0, q_len, height):
         length = min(height, q_len - start)
         region = None if length == q_len else Region(along[0], start, length)
@@ -125,9 +127,9 @@ def _blocks(term: Term, dims: Dims, evaluator: Evaluator) -> Iterator[tuple[Cell
             cause = evaluator.cause(table.cause).name
             yield Unproven(Reason("mask-computed", f"it depends on {cause}, which is not a mask")), length
             return
-        part = axis_dim(dims[2][0].axis, length) if dims[2] else ()
-        cut = tuple(part if i in along and region else dim for i, dim in enumerate(term.dims))
-        layout = layout_steps(cut, (*dims[:2], part if region else dims[2], dims[3]))
+        part = axis_dim(PART, length) if region else dims[2]
+        cut, wanted = (tuple(part if dim == dims[2] else dim for dim in of) for of in (term.dims, dims))
+        layout = layout_steps(cut, wanted)
         assert layout is not None
         yield table.move(lambda t, layout=layout: run_layout(layout, t, _apply)), length
 
@@ -167,14 +169,6 @@ def hiding(values: Tensor, visible: Tensor, term: Term) -> set[float] | None:
     return found if all(map(hides, found)) else None
 
 
-def _cells_of_keys(depends: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """Int32 [batch | 1, kv_len] twice: the lowest and the highest cell on which a key depends in any of the rows."""
-    if cell.dim() == 4 and cell.shape[1:3] == (1, 1):  # the usual case: nothing of the size of the mask
-        any_row, cell = any_of(depends, 1, 2), cell[:, 0, 0]
-        return cell.where(any_row, NO_CELL), cell.where(any_row, -1)
-    return cell.where(depends, NO_CELL).amin((1, 2)), cell.where(depends, -1).amax((1, 2))
-
-
-def any_of(flags: Tensor, *dims: int) -> Tensor:
-    """`flags.any(dims)`, but many times faster on the CPU."""
-    return flags.view(torch.uint8).amax(dims).bool()
+def any_of(flags: Tensor) -> bool:
+    """`flags.any()`, but many times faster on the CPU."""
+    return bool(flags.view(torch.uint8).amax())

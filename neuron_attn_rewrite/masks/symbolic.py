@@ -85,8 +85,8 @@ class SymbolicEvaluator(Elements):
             raise Unknown(f"{node.name} is an input")
         if node.op == "get_attr":
             return stored(self.module, node, at)
-        if node.op != "call_function" or not is_tensor(node):
-            raise Unknown(f"{node.name} is not a tensor that an operator computes")
+        if not is_tensor(node):
+            raise Unknown(f"{node.name} is not a tensor")
         if name not in RULES:
             raise Unknown(f"there is no rule for {node.name}")
         return RULES[name](self, node, at)

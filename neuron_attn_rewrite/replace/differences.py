@@ -13,7 +13,7 @@ from neuron_attn_rewrite.graph.nodes import attribute
 from neuron_attn_rewrite.graph.sizes import at, examples
 from neuron_attn_rewrite.masks.nan_readers import nan_is_read
 from neuron_attn_rewrite.masks.proof import Padding
-from neuron_attn_rewrite.masks.spec import Band, EmptyRows
+from neuron_attn_rewrite.masks.spec import Band, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Layout, layout_steps, run_layout
 from neuron_attn_rewrite.patterns.extent import inside
 from neuron_attn_rewrite.patterns.site import MASKED, Term
@@ -67,7 +67,7 @@ class Measured:
         seeing = torch.minimum(_largest(difference.where(~empty, 0)), _largest(to_exact.where(~empty, 0)))
         seeing_none = _largest(difference.where(empty, 0))
         if rounding <= LARGEST_ROUNDING * scale:
-            seeing_none = torch.minimum((seeing_none - 2 * rounding).clamp_min(0), _largest(to_exact.where(empty, 0)))
+            seeing_none = seeing_none - 2 * rounding
         return float(torch.maximum(seeing, seeing_none) / scale)
 
     def tolerance(self, graft: Graft) -> float:
@@ -114,8 +114,8 @@ class Measured:
         layouts = [(term, layout_steps(term.dims, site.dims)) for term in site.terms]
         hidden = [self._moved(steps, _hides(term, values[term.node])) for term, steps in layouts if steps is not None]
         if site.is_causal:
-            causal = _causal(example.q_len, example.kv_len).to(values[site.output].device)
-            hidden.append(~causal[None, None])
+            causal = MaskSpec((Band(upper=0),)).visible(example.q_len, example.kv_len)
+            hidden.append(~causal[None, None].to(values[site.output].device))
         if not hidden:
             return None
         return self._in_output(graft, reduce(torch.logical_or, hidden).all(-1))
@@ -160,12 +160,6 @@ def _hides(term: Term, value: Tensor) -> Tensor:
         return value.double() * term.multiplier <= MASKED
     seen = value.bool() if term.kind == "show" else ~value.bool()
     return ~seen & (term.fill <= MASKED)
-
-
-def _causal(q_len: int, kv_len: int) -> Tensor:
-    first, end = Band(upper=0).rows(q_len, kv_len)[:, :, None].unbind(1)
-    keys = torch.arange(kv_len)
-    return (first <= keys) & (keys < end)
 
 
 def _vector(padding: Padding, value: Tensor, kv_len: int) -> Tensor:

@@ -28,7 +28,7 @@ class Graft:
 
 
 def graft(
-    module: fx.GraphModule, verdicts: Sequence[Verdict], writes: Writes, strict: bool = True
+    module: fx.GraphModule, verdicts: Sequence[Verdict], writes: Writes, strict: bool
 ) -> tuple[list[Graft], dict[int, UnknownAttention]]:
     """Add one kernel call for each verdict. Nodes of a call that fails are unused, and `commit` removes them.
 

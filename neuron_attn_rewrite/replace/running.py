@@ -95,7 +95,7 @@ class _Beside(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         value = self._value(node)
-        if node not in self.by_result or node not in self.only:
+        if node not in self.by_result:
             return value
         graft = self.by_result[node]
         instead = self.visit(graft, self.env, value)
@@ -115,9 +115,9 @@ class _Beside(fx.Interpreter):
                 return super().run_node(node)
             except Exception as error:  # whatever an operator raises
                 raise ModelError(error, node, self.env) from error
-        failed = [v for n in node.all_input_nodes if isinstance(v := self.env[n], Exception)]
-        if failed:
-            return failed[0]
+        for read in node.all_input_nodes:
+            if isinstance(failed := self.env[read], Exception):
+                return failed
         try:
             return super().run_node(node)
         except Exception as error:

@@ -166,12 +166,14 @@ def _output_errors(
             new = _floating(runs.run(inputs, {g: measured.reads(g) for g in replaced}, change))
         except ModelError:
             return torch.inf
-        return max((output_error(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
+        return max(output_error(a, b) for a, b in zip(old, new, strict=True))
 
-    limit = LARGEST_GROWTH * max(map(measured.tolerance, grafts), default=1.0)
-    if not grafts or not old or (together := error(grafts, measured.instead)) <= limit:
+    if not grafts or not old:
         return {}
-    limit = max(limit, LARGEST_NOISE * error(grafts, measured.noise))
+    limit = LARGEST_GROWTH * max(map(measured.tolerance, grafts))
+    together = error(grafts, measured.instead)
+    if together > limit:
+        limit = max(limit, LARGEST_NOISE * error(grafts, measured.noise))
     if together <= limit:
         return {}
     alone = {g: error([g], measured.instead) for g in grafts}

@@ -50,10 +50,17 @@ class Inputs:
     def breaks(self, positions: Tensor, compare: Callable[[Tensor, int], Tensor]) -> Tensor:
         return compare(positions.diff(dim=1, prepend=positions[:, :1] - 1), 1)
 
-    def diagonal(self, offset: int) -> Tensor:
-        """Elements [i, i + offset] of a matrix of numbers."""
-        numbers = self.wide[0].cumsum(0)
-        return (numbers[:, None] * numbers)[torch.arange(COLUMNS), torch.arange(COLUMNS) + offset]
+    def packed_along_a_diagonal(self) -> Tensor:
+        """A part ends where elements [0, i, i] and [0, i, i + 1] do not rise by 1."""
+        numbers = self.wide[:1].cumsum(1)
+        table, at = (numbers[..., None] * numbers[:, None])[0], torch.arange(COLUMNS)
+        first, second = table[at, at], table[at, at + 1]
+        return self.pairs((second - first != 1).cumsum(0), torch.eq) & self.pairs(second, torch.le)
+
+    def packed(self, numbers: Tensor) -> Tensor:
+        """Keys of the query's part up to its number. `numbers` are [ROWS, 1, COLUMNS]."""
+        part = (numbers.diff(prepend=numbers[..., :1] - 1) != 1).cumsum(2)
+        return self.pairs(part, torch.eq) & self.pairs(numbers, torch.le)
 
     def since(self, at: Tensor) -> Tensor:
         return at[None, None] - self.n[:, None, None, None]
@@ -199,6 +206,10 @@ SHOW: dict[str, tuple[Program, set[str]]] = {
         lambda x: x.pairs(x.part, torch.eq) & x.pairs(x.p, torch.le),
         {"causal(offset=0)", OWN},
     ),
+    "packed by numbers of three dims": (
+        lambda x: x.packed(x.p[:, None] * x.p[:, None]),
+        {"causal(offset=0)", "key >= first(cumsum >= cumsum[batch, 0, query]) !"},
+    ),
     "packed windows": (
         lambda x: x.pairs(x.part, torch.eq) & x.pairs(x.p, torch.le) & x.pairs(x.p, lambda k, q: k > q - 2),
         {OWN, "sliding_window(2)"},
@@ -326,11 +337,16 @@ UNPROVEN: dict[str, tuple[Program, str]] = {
         lambda x: (x.by_key(x.part) == x.wide.cumsum(1)[:, None, :5, None]) & x.pairs(x.p, torch.le),
         CONDITION,
     ),
-    "parts between twos": (lambda x: x.pairs((x.p != 2).cumsum(1), torch.eq) & x.pairs(x.p, torch.le), CONDITION),
-    "packed along a diagonal": (
-        lambda x: x.pairs((x.diagonal(1) - x.diagonal(0) != 1).cumsum(0), torch.eq) & x.pairs(x.diagonal(1), torch.le),
+    "the part of another row of keys": (
+        lambda x: (x.by_key(x.part.flip(0)) == x.part[:, None, :, None]) & x.pairs(x.p, torch.le),
         CONDITION,
     ),
+    "the part of another tensor of keys": (
+        lambda x: (x.by_key(x.wide.cumsum(1)[:, :5]) == x.part[:, None, :, None]) & x.pairs(x.p, torch.le),
+        CONDITION,
+    ),
+    "parts between twos": (lambda x: x.pairs((x.p != 2).cumsum(1), torch.eq) & x.pairs(x.p, torch.le), CONDITION),
+    "packed along a diagonal": (lambda x: x.packed_along_a_diagonal(), CONDITION),
     "packed, whatever the second is": (
         lambda x: x.pairs(((x.key != 1) & x.breaks(x.p, torch.ne)).cumsum(1), torch.eq) & x.pairs(x.p, torch.le),
         CONDITION,

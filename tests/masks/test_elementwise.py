@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from neuron_attn_rewrite.masks.affine import Affine
+from neuron_attn_rewrite.masks.affine import Affine, Truth
 from neuron_attn_rewrite.masks.cases import Case
 from neuron_attn_rewrite.masks.symbolic import SymbolicEvaluator
 from tests.masks.elements import assert_each_element, assert_unknown
+from tests.masks.test_soundness import graph_of
 
 ROWS, COLUMNS = 3, 5
 Program = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -142,6 +143,15 @@ def test_each_element(name: str) -> None:
 def test_no_rule(name: str) -> None:
     program, words = UNKNOWN[name]
     assert_unknown(named(program), draw, words)
+
+
+@pytest.mark.parametrize("name", ["zero", "not zero", "none", "cast to bool"])
+def test_whether_a_number_is_zero_is_one_condition(name: str) -> None:
+    """Not two inequalities: a padding is read of it."""
+    module = graph_of(named(KNOWN[name]), draw())
+    (node,) = module.graph.output_node().all_input_nodes
+    cases = SymbolicEvaluator(module, changed=frozenset()).cases(node, (Affine(), Affine(1)))
+    assert len(cases) == 2 and all(isinstance(v, Truth) for c in cases for g in c.guard for v in g.variables())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])

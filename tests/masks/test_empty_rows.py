@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from neuron_attn_rewrite.masks.addends import LOWERED, absorbs, fills_of_addends, may_hide
-from neuron_attn_rewrite.masks.empty_rows import ABSORBS, Effect, empty_row_value
+from neuron_attn_rewrite.masks.addends import LOWERED, absorbs, fills_of_addends, may_hide, rounds_alike
+from neuron_attn_rewrite.masks.empty_rows import ABSORBS, Effect, empty_row_value, may_be_nan
 from neuron_attn_rewrite.masks.spec import EmptyRows
-from neuron_attn_rewrite.patterns.site import Term
+from neuron_attn_rewrite.patterns.site import Term, hides
 from neuron_attn_rewrite.values.ranges import Ranges
 
 INF, LOW = torch.inf, torch.finfo(torch.float32).min
@@ -22,10 +22,10 @@ BIAS = Effect(0.0, is_dense=True)
 DENSE = Effect(None, is_dense=True)
 
 
-def held(value: Tensor) -> fx.Node:
-    """A node that reads a stored tensor."""
+def held(value: Tensor | tuple[Tensor, Tensor]) -> fx.Node:
+    """A node with a stored value."""
     module, graph = nn.Module(), fx.Graph()
-    module.register_buffer("held", value)
+    module.register_buffer("held", value if isinstance(value, Tensor) else None)
     node = graph.get_attr("held")
     node.meta["val"] = value
     graph.output(node)
@@ -36,11 +36,11 @@ def term(kind: str, value: Tensor | None = None, **options: Any) -> Term:
     return Term(kind, held(torch.zeros(2, dtype=torch.bool) if value is None else value), (), **options)
 
 
-def site(dtype: torch.dtype = torch.float32, anchor: torch.dtype = torch.float32, **options: Any) -> Any:
+def site(dtype: torch.dtype = torch.float32, softmax: torch.dtype = torch.float32, **options: Any) -> Any:
     """What is read of a site."""
     facts = {"pattern": "softmax", "safe": False, "floor": -INF, "is_causal": False, "terms": ()}
-    node = held(torch.zeros(2, dtype=anchor))
-    return SimpleNamespace(**{**facts, "dtype": dtype, "sink": None, "anchor": node, "output": node, **options})
+    nodes = {"anchor": held(torch.zeros(2, dtype=softmax)), "output": held(torch.zeros(2, dtype=torch.float16))}
+    return SimpleNamespace(**{**facts, "dtype": dtype, "sink": None, **nodes, **options})
 
 
 def added(fill: float | None, **options: Any) -> Effect:
@@ -55,6 +55,9 @@ SCORES = torch.tensor([-ABSORBS, 17.0, ABSORBS])
 F64 = torch.float64
 SDPA = "scaled_dot_product_attention"
 ONES = term("add", torch.ones(2))
+WIDE = torch.zeros(2, dtype=F64)
+PAIR = held((WIDE, WIDE))
+"""The node of an operator that gives two tensors."""
 HALF_BIAS = term("add", torch.zeros(2, dtype=torch.bfloat16))
 ROWS: dict[str, tuple[list[Effect], Any, EmptyRows]] = {
     "no term": ([], site(), OTHER),
@@ -80,7 +83,8 @@ ROWS: dict[str, tuple[list[Effect], Any, EmptyRows]] = {
     "several numbers behind -inf": ([added(-INF), added(None)], site(), OTHER),
     "absorbed by float32": ([added(-1e20)], site(), MEAN),
     "absorbed by float32, scores in float64": ([added(-1e20)], site(F64), OTHER),
-    "absorbed by float32, softmax in float64": ([added(-1e20)], site(anchor=F64), OTHER),
+    "absorbed by float32, softmax in float64": ([added(-1e20)], site(softmax=F64), OTHER),
+    "absorbed by float32, an operator in float64": ([added(-1e20)], site(anchor=PAIR, output=held(WIDE)), OTHER),
     "absorbed by float32, mask in float64": ([added(-1e20)], site(terms=(term("add", torch.zeros(2).to(F64)),)), OTHER),
     "absorbed by float32, mask in int64": ([added(-1e20)], site(terms=(term("add", torch.zeros(2).long()),)), MEAN),
     "absorbed by float32, scores in 16 bits": ([added(-1e20)], site(torch.bfloat16), MEAN),
@@ -92,7 +96,8 @@ ROWS: dict[str, tuple[list[Effect], Any, EmptyRows]] = {
     "a dense mask and -inf": ([DENSE, added(-INF)], site(), ANY),
     "a dense mask and -1e9": ([DENSE, added(-1e9)], site(), OTHER),
     "a dense mask and a dense bias": ([BIAS, DENSE], site(), ANY),
-    "a dense fill is a number": ([DENSE, replaced(-1e9, is_dense=True)], site(), OTHER),
+    "a dense mask and a dense fill": ([DENSE, replaced(-1e9, is_dense=True)], site(), OTHER),
+    "a dense fill that is a number": ([replaced(-1e9, is_dense=True)], site(), MEAN),
     "a dense mask and zeroed weights": ([DENSE, added(-INF, zeroes_weights=True)], site(), OTHER),
     "a dense mask above a floor": ([DENSE], site(floor=LOW), OTHER),
     "a dense mask in 16 bits": ([DENSE], site(terms=(HALF_BIAS,)), OTHER),
@@ -135,12 +140,41 @@ def test_the_mean_is_that_of_equal_scores() -> None:
 
 @pytest.mark.parametrize(
     ("fill", "does"),
-    [(-INF, True), (LOW, True), (-1e9, False), (-1.5 * 2.0**44, True), (-(2.0**44), False), (-1.5 * 2.0**43, False)],
+    [
+        (-INF, True),
+        (LOW, True),
+        (-1e9, False),
+        (-1.5 * 2.0**44, True),
+        (-(2.0**44), False),
+        (2.0**44, False),
+        (-1.5 * 2.0**43, False),
+    ],
 )
 def test_what_absorbs_a_score(fill: float, does: bool) -> None:
     assert absorbs(fill, torch.float32) == does
     scores = torch.cat([torch.linspace(-ABSORBS, ABSORBS, 99), torch.tensor([0.0])])
     assert bool((scores + fill == fill).all()) == does
+
+
+def test_what_hidden_scores_are_lowered_to() -> None:
+    assert hides(LOWERED) and absorbs(LOWERED, torch.float32) and float(torch.tensor(LOW) + LOWERED) == LOW
+
+
+ZEROED = replaced(-1e9, zeroes_weights=True)
+MAY_BE_NAN: dict[str, tuple[list[Effect], bool]] = {
+    "-inf": ([added(-INF)], False),
+    "-inf beside a bias": ([BIAS, added(-INF)], False),
+    "-inf beside zeroed weights": ([ZEROED, added(-INF)], True),
+    "a dense mask beside zeroed weights": ([ZEROED, DENSE], True),
+    "zeroed weights": ([ZEROED, ZEROED], False),
+}
+
+
+@pytest.mark.parametrize("name", MAY_BE_NAN)
+def test_a_row_that_may_be_nan(name: str) -> None:
+    effects, does = MAY_BE_NAN[name]
+    assert may_be_nan(effects, site()) == does
+    assert not may_be_nan(effects, site(safe=True))
 
 
 RANGES = Ranges(frozenset())
@@ -165,6 +199,30 @@ MASK = term("add", torch.tensor([0.0, LOW]))
 SOFT = term("add", torch.tensor([0.0, 1.0]))
 DEEP = term("add", torch.tensor([0.0, -INF]))
 UPSIDE_DOWN = term("add", torch.tensor([0.0, 1.0]), multiplier=-INF)
+ROUGH = term("add", torch.tensor([0.0, LOW]), rounds_alike=False)
+ROUNDING: dict[str, tuple[tuple[Term, ...], list[float | None], bool]] = {
+    "nothing": ((), [], True),
+    "a mask": ((MASK,), [LOW], True),
+    "masks": ((MASK, MASK), [LOW, LOW], True),
+    "a mask of unknown numbers": ((MASK,), [None], True),
+    "masks of unknown numbers": ((MASK, MASK), [None, None], False),
+    "a mask of -1e9 behind a bias": ((SOFT, MASK), [0.0, -1e9], False),
+    "a mask of -1e9 before a bias": ((MASK, SOFT), [-1e9, 0.0], False),
+    "a mask of -1e9 and one that absorbs": ((MASK, MASK), [-1e9, LOW], True),
+    "biases": ((SOFT, SOFT), [0.0, 0.0], True),
+    "a fill": ((SHOW, MASK), [-1e4, None], True),
+    "a rounded mask of -1e9": ((ROUGH,), [-1e9], False),
+    "a rounded mask that absorbs": ((ROUGH,), [LOW], True),
+    "a rounded bias": ((term("add", torch.ones(2), rounds_alike=False),), [0.0], True),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_sums_that_are_rounded_alike(name: str) -> None:
+    terms, fills, alike = ROUNDING[name]
+    assert rounds_alike(site(terms=terms), fills, RANGES) == alike
+
+
 FILLS: dict[str, tuple[Any, list[float | None], bool, tuple[float, ...] | None]] = {
     "a mask": (site(terms=(MASK,)), [LOW], False, (-INF,)),
     "a bias and a mask": (site(terms=(SOFT, MASK)), [0.0, LOW], False, (-INF, -INF)),
@@ -172,6 +230,12 @@ FILLS: dict[str, tuple[Any, list[float | None], bool, tuple[float, ...] | None]]
     "scores replaced by -1e4": (site(terms=(SHOW,)), [-1e4], False, (LOWERED,)),
     "scores replaced by -1e4, then finfo.min": (site(terms=(SHOW, MASK)), [-1e4, LOW], False, (LOWERED, -INF)),
     "scores replaced by -1e4, then -1e9": (site(terms=(SHOW, MASK)), [-1e4, -1e9], False, None),
+    "scores replaced by -1e4, then what absorbs just below": (
+        site(terms=(SHOW, term("add", torch.tensor([0.0, -(2.0**124)])))),
+        [-1e4, -(2.0**124)],
+        False,
+        (LOWERED, -INF),
+    ),
     "scores replaced by -1e4, then anything": (site(terms=(SHOW, MASK)), [-1e4, None], False, None),
     "scores replaced behind a bias": (site(terms=(SOFT, LESS)), [0.0, LOW], False, (-INF, LOW)),
     "scores replaced behind a mask": (site(terms=(MASK, LESS)), [LOW, LOW], False, None),

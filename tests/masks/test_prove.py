@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuron_attn_rewrite import RewriteConfig, RewriteWarning, rewrite
-from neuron_attn_rewrite.masks import KeyPadding
+from neuron_attn_rewrite.masks import KeyPadding, prove
+from neuron_attn_rewrite.masks.affine import Affine
+from neuron_attn_rewrite.masks.bounds import KeyBound
+from neuron_attn_rewrite.masks.proof import Proof
+from neuron_attn_rewrite.masks.spec import Band, Chunked, Claim, Limited, MaskSpec
 from tests.helpers import ALWAYS, check, relative_error
 
 LOW = torch.finfo(torch.float32).min
@@ -209,3 +214,39 @@ def test_a_soft_minus_infinity_keeps_its_empty_rows() -> None:
 def test_the_assumption_is_reported() -> None:
     model, _ = PADDINGS["additive"]
     assert "attention_mask holds only 0 and 1" in rewrite(model, inputs(), config=ALWAYS).report.sites[0].reasons
+
+
+SYMBOL = 1009
+"""Stands for a size that is not known."""
+BOUND = KeyBound(True, Affine(), shows_itself=True)
+SEES_A_KEY: dict[str, tuple[tuple[Claim, ...], tuple[int, int], bool, bool]] = {
+    "all keys": ((), (3, 3), True, True),
+    "causal": ((Band(upper=0),), (3, 3), True, True),
+    "only keys before": ((Band(upper=-1),), (3, 3), False, False),
+    "only keys behind": ((Band(lower=1),), (3, 3), False, False),
+    "keys behind, of more keys": ((Band(lower=1),), (3, 4), True, False),
+    "keys before, but the first": ((Band(upper=-1), Band(lower=-2)), (3, 3), False, False),
+    "one key, the own": ((Band(0, 0),), (3, 3), True, True),
+    "chunks": ((Chunked(2),), (3, 3), True, True),
+    "more queries than keys": ((Band(0, 0),), (4, 3), False, False),
+    "more queries than keys, causal": ((Band(upper=0),), (4, 3), True, False),
+    "all keys, size unknown": ((), (SYMBOL, SYMBOL), True, True),
+    "causal, size unknown": ((Band(upper=0),), (SYMBOL, SYMBOL), True, True),
+    "the own key, size unknown": ((Band(0, 0),), (SYMBOL, SYMBOL), True, True),
+    "only keys before, size unknown": ((Band(upper=-1),), (SYMBOL, SYMBOL), False, False),
+    "only keys behind, size unknown": ((Band(lower=1),), (SYMBOL, SYMBOL), False, False),
+    "causal, for queries of unknown number": ((Band(upper=0),), (SYMBOL, 3), False, False),
+    "causal, of unknown number": ((Band(upper=0),), (3, SYMBOL), False, False),
+    "chunks, size unknown": ((Chunked(2),), (SYMBOL, SYMBOL), False, False),
+    "limited, size unknown": ((Limited("key >= 0"),), (SYMBOL, SYMBOL), True, True),
+}
+
+
+@pytest.mark.parametrize("name", SEES_A_KEY)
+def test_a_row_that_sees_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without key bounds any key will do. With key bounds, it must be the query's own."""
+    claims, (q_len, kv_len), any_key, own_key = SEES_A_KEY[name]
+    monkeypatch.setattr(prove, "is_number", lambda size: size != SYMBOL)
+    site: Any = SimpleNamespace(q_len=q_len, kv_len=kv_len)
+    for bounds, expected in (((), any_key), ((BOUND,), own_key)):
+        assert prove._sees_a_key(Proof(MaskSpec(claims), key_bounds=bounds), site) == expected, bounds

@@ -17,13 +17,13 @@ FIRST = (Affine(),)
 
 
 def evaluated(
-    program: Callable[[Tensor], Tensor], given: Tensor, names_numbers: bool = False, changed: str = ""
+    program: Callable[[Tensor], Tensor], given: Tensor, changed: str = "", **options: bool
 ) -> tuple[fx.Node, Cases | str]:
     """The last node of a program, and its first element, or why it is unknown."""
     module = graph_of(lambda mask: program(mask), (given,))
     (node,) = module.graph.output_node().all_input_nodes
     written = frozenset(n for n in module.graph.nodes if n.name == changed)
-    evaluator = SymbolicEvaluator(module, changed=written, names_numbers=names_numbers)
+    evaluator = SymbolicEvaluator(module, changed=written, **options)
     try:
         return node, evaluator.cases(node, FIRST)
     except Unknown as unknown:
@@ -46,7 +46,7 @@ UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_stays_unknown(name: str, names_numbers: bool) -> None:
     program, given, words = UNKNOWN[name]
-    _, found = evaluated(program, given, names_numbers)
+    _, found = evaluated(program, given, names_numbers=names_numbers)
     assert isinstance(found, str) and any(word in found for word in words.split("|"))
 
 
@@ -78,7 +78,7 @@ def test_a_number_without_a_rule_is_a_variable_if_asked() -> None:
 def test_a_tensor_that_is_written_is_unknown() -> None:
     for dtype in (torch.bool, torch.int64):
         for names_numbers in (False, True):
-            _, found = evaluated(lambda x: x.clone(), torch.ones(3).to(dtype), names_numbers, changed="clone")
+            _, found = evaluated(lambda x: x.clone(), torch.ones(3).to(dtype), "clone", names_numbers=names_numbers)
             assert found == "the model writes into clone"
 
 
@@ -98,5 +98,5 @@ def test_what_is_no_tensor_is_unknown() -> None:
     module = graph_of(lambda x: x.max(0)[0], (FLOATS,))
     (node,) = module.graph.output_node().all_input_nodes
     evaluator = SymbolicEvaluator(module, changed=frozenset(), names_numbers=True)
-    with pytest.raises(Unknown, match=r"is not a tensor that an operator computes|no rule"):
+    with pytest.raises(Unknown, match=r"is not a tensor|no rule"):
         evaluator.cases(node, FIRST)
