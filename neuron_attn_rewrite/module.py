@@ -54,9 +54,9 @@ class RewrittenModule(fx.GraphModule):
 
     _held: list[tuple[dict[str, Any], str, torch.dtype]] | None = None
     """Each tensor that the graph reads: where it is kept, under which name, and the dtype of the capture."""
-    _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] | None = None
+    _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int, torch.Tensor | None]] | None = None
     """Each tensor that a proof depends on, as it was when it was compared last: where it is kept, under which name, the
-    tensor and its version counter."""
+    tensor, its version counter, and on the CPU an alias that keeps its memory."""
 
     @classmethod
     def wrap(cls, module: fx.GraphModule, report: RewriteReport) -> RewrittenModule:
@@ -214,20 +214,22 @@ class RewrittenModule(fx.GraphModule):
     def _check_proven_values(self) -> None:
         """Compare the tensors that a proof depends on with their values in the proof, if they may have changed.
 
-        A tensor that is the same object with the same version counter has not changed. So a call costs a comparison
-        of two numbers for each tensor.
+        A tensor that is the same object in the same memory with the same version counter counts as not changed. So a
+        call costs a comparison of a few numbers for each tensor. A write through `.data` or NumPy is not seen.
 
         Raises:
             RewriteError: a value has changed.
         """
         if self._seen is not None:
-            for tensors, key, last, version in self._seen:
+            for tensors, key, last, version, alias in self._seen:
                 if tensors[key] is not last or last._version != version:
+                    break
+                if alias is not None and last.data_ptr() != alias.data_ptr():  # after `tensor.data = other`
                     break
             else:
                 return
         self._seen = None
-        seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
+        seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int, torch.Tensor | None]] = []
         for name, value in self.meta.get(PROVEN_VALUES, {}).items():
             tensors, key = _place(self, name)
             tensor: Any = tensors[key]
@@ -237,7 +239,8 @@ class RewrittenModule(fx.GraphModule):
                     "the rewritten one share this tensor. Rewrite the model again, or restore the value."
                 )
             counted = not tensor.is_inference()  # a tensor of inference mode has no counter: compare it at each call
-            seen.append((tensors, key, tensor if counted else None, tensor._version if counted else 0))
+            alias = tensor.detach() if counted and tensor.is_cpu else None
+            seen.append((tensors, key, tensor if counted else None, tensor._version if counted else 0, alias))
         self._seen = seen
 
     def save(self, path: str | Path, *, weights: bool = True) -> None:

@@ -53,7 +53,12 @@ def assign_in_result(model: nn.Module, rewritten: nn.Module) -> None:
     rewritten.mask = torch.ones(8, 8, dtype=torch.bool)
 
 
+def other_memory(model: nn.Module, rewritten: nn.Module) -> None:
+    model.scale.data = torch.tensor(2.0)
+
+
 CHANGES = [
+    other_memory,
     load_into_parent,
     load_into_original,
     assign_in_result,

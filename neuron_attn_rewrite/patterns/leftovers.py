@@ -11,14 +11,17 @@ from collections.abc import Collection, Iterator
 from torch import fx
 
 from neuron_attn_rewrite.graph.nodes import arguments, attribute, module_path, op_name, plain_name
+from neuron_attn_rewrite.patterns.products import is_product
 from neuron_attn_rewrite.patterns.sdpa import is_sdpa
 from neuron_attn_rewrite.patterns.site import UnknownAttention
-from neuron_attn_rewrite.patterns.softmax_matmul import is_router, meets_product
-from neuron_attn_rewrite.patterns.softmaxes import OPERATORS
+from neuron_attn_rewrite.patterns.softmax_matmul import MIXES, is_router, meets_product
+from neuron_attn_rewrite.patterns.softmaxes import LOGSUMEXPS, OPERATORS
 from neuron_attn_rewrite.reasons import Reason
 
 MOST_FOLLOWED = 48
 """How many nodes behind an exponential are searched for its sum and for a division."""
+EXPS = ("exp", "exp2")
+LOGARITHMS = LOGSUMEXPS | {"log_softmax", "_log_softmax", "special_log_softmax"}
 UNKNOWN = Reason("unknown-node", "its exponentials are normalised in a way that no rule knows")
 IN_BRANCH = Reason(
     "unknown-node", "it lies in a graph inside the graph, such as a branch of torch.cond, and stays there"
@@ -27,7 +30,7 @@ IN_BRANCH = Reason(
 
 def leftover(node: fx.Node, covered: Collection[fx.Node]) -> Iterator[UnknownAttention]:
     """What must be said of a node that is in no attention that was found."""
-    if op_name(node) in ("exp", "exp2") and node not in covered and _is_normalised(node):
+    if op_name(node) in EXPS and node not in covered and (_is_normalised(node) or _has_logarithm(node)):
         source = node.args[0]
         if isinstance(source, fx.Node) and not is_router(source) and meets_product(node):
             yield UnknownAttention(module_path(node), "exp > matmul", node, UNKNOWN)
@@ -44,6 +47,20 @@ def _is_normalised(exponential: fx.Node) -> bool:
         op_name(node) == "div" and node.args[1] in totals and (node.args[0] in made or node.args[0] is exponential)
         for node in made
     )
+
+
+def _has_logarithm(exponential: fx.Node) -> bool:
+    """Whether the exponent is made of the logarithm of a sum of exponentials, behind the last product."""
+    seen, waiting = {exponential}, [exponential]
+    while waiting and len(seen) < MOST_FOLLOWED:
+        for node in waiting.pop(0).all_input_nodes:
+            sums = op_name(node) == "log" and any(op_name(n) == "sum" for n in node.all_input_nodes)
+            if sums or op_name(node) in LOGARITHMS:
+                return True
+            if node not in seen and not is_product(node) and op_name(node) not in MIXES:
+                seen.add(node)
+                waiting.append(node)
+    return False
 
 
 def _ahead(start: fx.Node) -> list[fx.Node]:

@@ -231,6 +231,17 @@ KEEP = {
             "interleaved copies": lambda v: v.repeat_interleave(2, 2),
         }.items()
     },
+    **{
+        f"an exponential less the logsumexp of {name}": Keep(
+            lambda q, k, v, other=other: (lambda x: (x - other(x).logsumexp(-1, keepdim=True)).exp() @ v)(scores(q, k)),
+            "its exponentials are normalised in a way that no rule knows",
+        )
+        for name, other in {"rounded scores": lambda x: x.half(), "other scores": lambda x: 2 * x}.items()
+    },
+    "an exponential less the logarithm of a rounded sum": Keep(
+        lambda q, k, v: (lambda x: (x - x.half().exp().sum(-1, True).log()).exp() @ v)(scores(q, k) / 9),
+        "its exponentials are normalised in a way that no rule knows",
+    ),
     "two copies of the key": Keep(
         lambda q, k, v: torch.softmax(scores(q, torch.cat([k, k], 2)), -1) @ torch.cat([v, 2 * v], 2),
         "the key has copies of its elements along the keys",
