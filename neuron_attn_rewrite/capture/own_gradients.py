@@ -11,14 +11,21 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-WITHOUT_EFFECT = frozenset({"_NoopSaveInputs"})
-"""Functions of torch that pass all gradients on, of torch.utils.checkpoint."""
+WITHOUT_EFFECT = frozenset({"_NoopSaveInputs", "ModIndex"})
+"""Functions of torch with the gradients of their operators: of torch.utils.checkpoint, and of indexing in a vmap."""
 IN_DYNAMO = frozenset({"ApplyTemplate"})
 """The function that stands for the model's own in a graph of Dynamo."""
 REMEDY = (
     "Write it as operators, as a torch.library.custom_op with register_autograd, or train with torch.compile's "
     "backend, which leaves such a graph as it is."
 )
+
+
+def _without_vmap(name: str) -> str:
+    """The name of a function before torch.vmap has made another class of it."""
+    while name.startswith("Vmapped"):
+        name = name.removeprefix("Vmapped")
+    return name
 
 
 @contextlib.contextmanager
@@ -39,7 +46,7 @@ def own_gradients() -> Iterator[list[str]]:
             noted.append(words)
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if cls.__name__ not in WITHOUT_EFFECT:
+        if _without_vmap(cls.__name__) not in WITHOUT_EFFECT:
             name = "" if cls.__name__ in IN_DYNAMO else f" {cls.__qualname__}"
             note(f"torch.autograd.Function{name}")
         return plain.__get__(None, cls)(*args, **kwargs)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from neuron_attn_rewrite import CaptureError, collect_reports, rewrite
 from neuron_attn_rewrite.capture.export import capture
+from neuron_attn_rewrite.capture.own_gradients import _without_vmap
+from tests.capture.test_objects import call_of, default_model
 from tests.helpers import ALWAYS, relative_error
 
 
@@ -166,3 +168,19 @@ def test_a_compiled_graph_with_a_function_says_why() -> None:
     with collect_reports() as reports, torch.no_grad():
         torch.compile(model, backend="neuron_attn_rewrite", options=options)(inputs())  # type: ignore[arg-type]
     assert reports.report.replaced
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "t5"])
+def test_masks_of_transformers_define_no_gradients(name: str) -> None:
+    """Some are made by torch.vmap, which indexes with a function of its own on torch 2.9."""
+    model = default_model(name)
+    ids, given = call_of(name, 0, 3)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    assert not capture(model.train(), (ids,), given).own_gradients
+
+
+def test_a_function_under_vmap_keeps_its_name() -> None:
+    assert _without_vmap("VmappedVmappedModIndex") == "ModIndex"
+    assert _without_vmap("Sharpened") == "Sharpened"
