@@ -54,7 +54,7 @@ class Parts:
     def __hash__(self) -> int:
         return hash(self.kind)
 
-    def difference(self, other: Any, name: str = "") -> str:
+    def differs_from(self, other: Any, name: str = "") -> str:
         """Where this object differs from `other`, as it was captured, in words. Empty if only in its tensors."""
         if not isinstance(other, Parts) or self.kind is not other.kind:
             return f"{name or 'it'} is {_in_words(self)}, and was {_in_words(other)}"
@@ -64,7 +64,7 @@ class Parts:
             place = f"{name}.{key}" if is_object else f"{name}[{key!r}]"
             if key not in mine or key not in its:
                 return f"{place} {'is new' if key in mine else 'is missing'}"
-            found: str = mine[key].difference(its[key], place) if isinstance(mine[key], Parts) else ""
+            found: str = mine[key].differs_from(its[key], place) if isinstance(mine[key], Parts) else ""
             if found:
                 return found
             if isinstance(mine[key], Slot) and isinstance(its[key], Slot) and mine[key] != its[key]:

@@ -169,7 +169,7 @@ def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
 
 def _is_opened(spec: pytree.TreeSpec) -> bool:
     """Whether this is the structure of an object that was taken apart, and can say how it differs from another one."""
-    return hasattr(spec.context, "difference")
+    return hasattr(spec.context, "differs_from")
 
 
 def tensors_of_objects(graph: fx.Graph) -> set[fx.Node]:
@@ -187,7 +187,7 @@ def _other_structure(value: Any, spec: pytree.TreeSpec, was: str) -> str:
     found = pytree.tree_structure(value)
     like_it = ". Give an object that is made like the example, or rewrite with an example like this one"
     if found.type is spec.type and _is_opened(spec):
-        return f"is another object than the captured one: {found.context.difference(spec.context)}{like_it}"
+        return f"is another object than the captured one: {found.context.differs_from(spec.context)}{like_it}"
     what = type(getattr(value, "whole", value)).__name__
     if _is_opened(spec):
         return f"is {'None' if value is None else f'a {what}'}, and was a {spec.context.kind.__name__}{like_it}"

@@ -116,6 +116,6 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_difference(name: str) -> None:
     mine, its, words = DIFFERENT[name]
-    assert parts_of(mine).difference(parts_of(its)) == words
+    assert parts_of(mine).differs_from(parts_of(its)) == words
     named = f"cache{words.removeprefix('it')}" if words else ""
-    assert parts_of(mine).difference(parts_of(its), "cache") == named
+    assert parts_of(mine).differs_from(parts_of(its), "cache") == named
