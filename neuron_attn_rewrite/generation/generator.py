@@ -1,0 +1,188 @@
+"""`Generator`: transformers' `generate` on rewritten graphs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.generation.layers import Room, cache_utils
+from neuron_attn_rewrite.generation.plan import Lengths, Piece
+from neuron_attn_rewrite.generation.step import Names, State
+from neuron_attn_rewrite.module import RewrittenModule
+from neuron_attn_rewrite.report.report import RewriteReport
+
+
+@dataclass
+class Progress:
+    """How far the cached sequences are."""
+
+    tokens: int = 0
+    """Cached tokens of each sequence, padding of the caller included."""
+    gap: int = 0
+    """How many tokens were filled in before them."""
+
+
+class Generator:
+    """A model that generates by rewritten graphs. `rewrite_for_generation` makes it."""
+
+    def __init__(
+        self,
+        model: Any,
+        names: Names,
+        state: State,
+        room: Room,
+        lengths: Lengths,
+        max_length: int,
+        graphs: Mapping[str, RewrittenModule],
+    ) -> None:
+        self.graphs = dict(graphs)
+        self.max_length, self.batch_size = max_length, room.batch
+        self._names, self._state, self._room, self._lengths = names, state, room, lengths
+        self._progress = Progress()
+        self._cache = Cache(self)
+        self._model = copy.copy(model)  # shares all weights
+        self._signature = inspect.signature(model.forward)
+
+        @functools.wraps(model.forward)  # generate reads the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(self._signature.bind(*args, **kwargs))
+
+        self._model.forward = forward
+
+    @property
+    def reports(self) -> dict[str, RewriteReport]:
+        """The report of each graph."""
+        return {name: graph.report for name, graph in self.graphs.items()}
+
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
+        """As `generate` of the model, with its arguments and its result.
+
+        Raises:
+            InputError: the inputs do not fit the graphs. Nothing is cached then.
+        """
+        self._check(inputs, options)
+        self._cache.reset()
+        return self._model.generate(inputs, **{self._names.cache: self._cache}, **options)
+
+    def _check(self, inputs: Tensor | None, options: Mapping[str, Any]) -> None:
+        for name in CONFLICTING:
+            if options.get(name) is not None:
+                raise InputError(f"generate: {name} can't be given: a generator has a cache of its own.")
+        if options.get("use_cache") is False:
+            raise InputError("generate: use_cache=False can't be given: a generator always uses its cache.")
+
+    def _forward(self, bound: inspect.BoundArguments) -> Any:
+        given = {name: value for name, value in bound.arguments.items() if value is not None}
+        given |= given.pop("kwargs", {})
+        names = self._names
+        tokens = given[names.tokens]
+        count, cached = tokens.shape[1], self._progress.tokens
+        mask = given.get(names.mask)
+        if mask is None:
+            mask = torch.ones(len(tokens), cached + count, dtype=torch.int64)
+        positions = given.get(names.positions)
+        if positions is None:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + count]
+        kept = given.get(names.keep, 1)
+        found = []
+        for piece in self._lengths.plan(count, kept or count, cached):
+            logits = self._run(piece, tokens, mask[:, : cached + piece.end], positions)
+            if piece.end > count - (kept or count):
+                found.append(logits[: len(tokens)])
+        return modeling_output(found, names.cache, self._cache)
+
+    def _run(self, piece: Piece, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        names, progress, state = self._names, self._progress, self._state
+        left = piece.fresh and state.is_recurrent
+        gap = piece.filling if left else progress.gap
+        fill = (piece.filling, 0) if left else (0, piece.filling)
+        start = 0 if piece.fresh else progress.gap + progress.tokens
+        width = piece.length if piece.fresh else self._room.capacity
+        rows = piece.end - piece.begin
+        inputs = {
+            names.tokens: pad(tokens[:, piece.begin : piece.end], fill),
+            names.mask: pad(mask, (gap, width - gap - mask.shape[1])),
+            names.positions: pad(positions[..., piece.begin : piece.end], fill),
+        }
+        inputs = {name: self._whole_batch(t) for name, t in inputs.items() if name is not None}
+        last = piece.length - 1 if left else rows - 1
+        if names.keep is not None and piece.fresh:
+            inputs[names.keep] = torch.tensor([last])
+        self._room.start.fill_(start)
+        graph = self.graphs[graph_name(piece.length, piece.fresh)]
+        logits, tensors = graph(self._room.start, state.tensors, inputs)
+        state.tensors[:] = tensors
+        progress.gap = gap
+        progress.tokens = rows if piece.fresh else progress.tokens + rows
+        if piece.fresh:
+            return logits if names.keep is not None else logits[:, last : last + 1]
+        return logits[:, :rows]
+
+    def _whole_batch(self, tensor: Tensor) -> Tensor:
+        missing = self.batch_size - len(tensor)
+        return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+class Cache(cache_utils.Cache):  # type: ignore[misc]
+    """What transformers' `generate` sees of the tensors of a generator."""
+
+    is_compileable = False
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__(layers=[])
+        self._generator = generator
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        """How many tokens are cached."""
+        return self._generator._progress.tokens
+
+    def get_max_length(self, *args: Any) -> int:
+        """How many tokens the cache holds."""
+        return self._generator.max_length
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._generator._progress = Progress()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other sequences: the i-th becomes number `beam_idx[i]`."""
+        tensors = self._generator._state.tensors
+        rows = torch.cat([beam_idx, torch.arange(len(beam_idx), len(tensors[0]))])
+        tensors[:] = [t.index_select(0, rows) for t in tensors]
+
+    def crop(self, count: int) -> None:
+        """Forget the last tokens: all but `count`, or `-count` of them."""
+        progress = self._generator._progress
+        progress.tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
+
+
+CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
+
+
+def graph_name(length: int, fresh: bool) -> str:
+    """The name of a graph, as in `Generator.graphs`."""
+    if fresh:
+        return f"prefill[{length}]"
+    return "decode" if length == 1 else f"decode[{length}]"
+
+
+def pad(tensor: Tensor, fill: tuple[int, int]) -> Tensor:
+    """Zeros before and behind the last dim."""
+    return torch.nn.functional.pad(tensor, fill)
+
+
+def modeling_output(logits: list[Tensor], cache_name: str, cache: Any) -> Any:
+    """As the output of a model of transformers."""
+    from transformers.utils import ModelOutput
+
+    return ModelOutput({"logits": torch.cat(logits, 1), cache_name: cache})

@@ -1,0 +1,222 @@
+"""Cache layers of fixed shape, in the place of those that grow.
+
+A layer of transformers that grows has another shape after each token. These have room for all tokens from the start:
+new keys and values are written at their positions, and the mask of the model hides what is not written yet.
+
+A model in generation is called in two ways. In a *fresh* call nothing is cached: the new keys and values are all that
+there is. In a *continuing* call the attention reads the whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.errors import CaptureError
+
+cache_utils: Any = import_module("transformers.cache_utils")
+Linear: Any = getattr(cache_utils, "LinearAttentionLayer", ())
+"""The layers with a state of fixed shape, such as those of Mamba. Older versions of transformers have none."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a cache of fixed shape holds."""
+
+    batch: int
+    capacity: int
+    """Tokens."""
+    start: Tensor
+    """Int64 []: how many tokens are cached before a call. All layers share it."""
+
+
+class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one attention, [batch, num_kv_heads, capacity, size], and nothing that depends on their values.
+
+    It has the methods that models and mask functions of transformers call while a graph is captured.
+    """
+
+    is_compileable = False  # transformers would make a mask itself, of the size that it takes for that of the cache
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, start: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.start = keys, values, start
+        self.fresh, self.new = False, 0
+        self.is_initialized = True
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that the layer has room for."""
+        return int(self.keys.shape[2])
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new rows, [batch, num_kv_heads, q_len, size]. Gives all keys and values that the attention reads."""
+        self.new = key.shape[2]
+        _write(self.keys, key, 2, self)
+        _write(self.values, value, 2, self)
+        return (key, value) if self.fresh else (self.keys, self.values)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the tensors are there."""
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """How many keys the attention reads, and the position of the first.
+
+        Older versions of transformers give the positions of the queries instead of their number.
+        """
+        rows = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return (rows if self.fresh else self.capacity), 0
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """How many tokens are cached. A tensor in a continuing call."""
+        if self.fresh:
+            return self.new
+        cached = self.start + self.new
+        return cached if torch.compiler.is_exporting() else int(cached)
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Make the next call a fresh one."""
+        self.fresh, self.new = True, 0
+
+
+class CrossLayer(FixedLayer):
+    """Keys and values of the encoder's output. They are written once, and stay."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write all rows, [batch, num_kv_heads, kv_len, size]."""
+        self.new = key.shape[2]
+        self.keys.copy_(key)
+        self.values.copy_(value)
+        return key, value
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """How many tokens are cached: all or none."""
+        return self.new if self.fresh else self.capacity
+
+
+class IndexedLayer(FixedLayer):
+    """A `FixedLayer` with the keys of an indexer that chooses what an attention sees, [batch, capacity, size]."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: Tensor, indexer_keys: Tensor) -> None:
+        super().__init__(keys, values, start)
+        self.indexer_keys, self.is_indexer_initialized = indexer_keys, True
+
+    def update_indexer(self, key: Tensor) -> Tensor:
+        """Write new rows, [batch, q_len, size]. Gives all keys that the indexer reads."""
+        _write(self.indexer_keys, key, 1, self)
+        return key if self.fresh else self.indexer_keys
+
+
+def _write(cached: Tensor, new: Tensor, dim: int, layer: FixedLayer) -> None:
+    rows = new.shape[dim]
+    if layer.fresh:
+        cached.narrow(dim, 0, rows).copy_(new)
+    else:
+        at = torch.arange(rows, device=layer.start.device) + layer.start
+        cached.index_copy_(dim, at, new)
+
+
+if Linear:
+
+    class HybridLayer(Linear, FixedLayer):  # type: ignore[misc]
+        """A `FixedLayer` with the states of linear attention beside."""
+
+        def __init__(self, keys: Tensor, values: Tensor, start: Tensor, linear: Any) -> None:
+            FixedLayer.__init__(self, keys, values, start)
+            vars(self).update({name: vars(linear)[name] for name in vars(Linear(linear.number_of_states))})
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            """As of linear attention. Keys and values are there."""
+            Linear.lazy_initialization(self, *args, **kwargs)
+
+        def reset(self) -> None:
+            """Make the next call a fresh one."""
+            Linear.reset(self)
+            FixedLayer.reset(self)
+
+
+def fixed(cache: Any, room: Room) -> Any:
+    """The cache with layers of fixed shape.
+
+    Args:
+        cache: what the model gave after one token, a `Cache` of transformers. It is changed.
+        room: how much it shall hold.
+
+    Raises:
+        CaptureError: the kind of a layer is not known.
+    """
+    if hasattr(cache, "cross_attention_cache"):
+        fixed(cache.self_attention_cache, room)
+        cache.cross_attention_cache.layers = [_cross(layer, room) for layer in cache.cross_attention_cache.layers]
+        return cache
+    cache.layers = [_fixed(layer, room) for layer in cache.layers]
+    return cache
+
+
+def layers(cache: Any) -> Iterator[Any]:
+    """Each layer of a cache."""
+    if hasattr(cache, "cross_attention_cache"):
+        yield from (*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers)
+    else:
+        yield from cache.layers
+
+
+def is_recurrent(cache: Any) -> bool:
+    """Whether a layer holds a state that each token changes, so that no token can be taken back."""
+    return any(isinstance(layer, Linear) for layer in layers(cache))
+
+
+def _fixed(layer: Any, room: Room) -> Any:
+    for kinds, make in _LAYERS:
+        if isinstance(layer, kinds):
+            return make(layer, room)
+    raise CaptureError(
+        f"the cache has a {type(layer).__name__}, and no layer of fixed shape is known that does the same."
+    )
+
+
+def _grown(tensor: Tensor, dim: int, room: Room) -> Tensor:
+    """Zeros of the shape of a tensor, with the capacity in this dim."""
+    shape = [*tensor.shape]
+    shape[dim] = room.capacity
+    return tensor.new_zeros(shape)
+
+
+def _keys_and_values(layer: Any, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    return _grown(layer.keys, 2, room), _grown(layer.values, 2, room), room.start
+
+
+def _cross(layer: Any, room: Room) -> Any:
+    return CrossLayer(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), room.start)
+
+
+def _indexed(layer: Any, room: Room) -> Any:
+    return IndexedLayer(*_keys_and_values(layer, room), _grown(layer.indexer_keys, 1, room))
+
+
+def _kinds(*names: str) -> tuple[type, ...]:
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+_LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any, Room], Any]], ...] = (
+    (
+        _kinds("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+        lambda layer, room: HybridLayer(*_keys_and_values(layer, room), layer),
+    ),
+    (_kinds("LinearAttentionLayer", "DummyLayer"), lambda layer, room: layer),
+    (_kinds("DynamicIndexedLayer"), _indexed),
+    (_kinds("DynamicLayer"), lambda layer, room: FixedLayer(*_keys_and_values(layer, room))),
+)
+"""For each kind of layer that grows, what takes its place. The first kind that fits decides."""

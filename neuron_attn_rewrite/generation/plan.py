@@ -1,0 +1,64 @@
+"""Which graphs process a number of new tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive new tokens that one graph processes."""
+
+    begin: int
+    end: int
+    length: int
+    """Of the graph. It is filled up with tokens that do not count."""
+    fresh: bool
+    """Whether nothing is cached yet."""
+
+    @property
+    def filling(self) -> int:
+        """How many tokens are filled in."""
+        return self.length - (self.end - self.begin)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of all graphs, each increasing."""
+
+    prompts: tuple[int, ...]
+    """Of fresh calls. Their graphs give the logits of the last token only."""
+    steps: tuple[int, ...]
+    """Of continuing calls. The first is 1. Each may be filled up."""
+    pieces: tuple[int, ...] = ()
+    """Of continuing calls that process a long prompt. They are never filled up."""
+
+    @property
+    def slack(self) -> int:
+        """How many tokens more than it shall hold a cache needs room for."""
+        return self.steps[-1] - 1
+
+    def plan(self, count: int, kept: int, cached: int) -> list[Piece]:
+        """How new tokens are processed.
+
+        Args:
+            count: the number of new tokens, at least 1.
+            kept: of how many of the last tokens the logits are wanted.
+            cached: the number of cached tokens.
+        """
+        found: list[Piece] = []
+        tail = kept if kept > 1 and (cached or kept < count) else 0
+        done = 0
+        if not cached:
+            # The first piece is the incomplete one: what is filled in behind it is overwritten by the next.
+            rest, longest = count - tail, self.prompts[-1]
+            first = rest if rest <= longest else (rest % longest if longest in self.pieces else 0) or longest
+            found.append(Piece(0, first, next(p for p in self.prompts if p >= first), fresh=True))
+            done = first
+        while done < count:
+            left = count - tail - done or count - done
+            whole = [p for p in self.pieces if p <= left and not (tail and done >= count - tail)]
+            length = whole[-1] if whole else next((s for s in self.steps if s >= left), self.steps[-1])
+            found.append(Piece(done, done + min(left, length), length, fresh=False))
+            done = found[-1].end
+        return found

@@ -1,0 +1,139 @@
+"""One call of a model with a cache, as a function of tensors alone."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_attn_rewrite.capture.objects import Pieces, put_together, take_apart
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.generation import layers
+from neuron_attn_rewrite.generation.layers import Room
+
+CACHES = ("past_key_values", "cache_params")
+"""What models of transformers call their cache."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a model calls its inputs. None for one that it does not take."""
+
+    tokens: str
+    mask: str | None
+    positions: str | None
+    cache_position: str | None
+    keep: str | None
+    cache: str
+
+    @classmethod
+    def of(cls, model: Any) -> Names:
+        """Read from the signature of a model of transformers.
+
+        Raises:
+            CaptureError: it takes no tokens or no cache.
+        """
+        parameters = inspect.signature(model.forward).parameters
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+
+        def known(*names: str) -> str | None:
+            return next((name for name in names if name in parameters), None)
+
+        tokens, cache = known(f"{prefix}input_ids"), known(*CACHES)
+        if tokens is None or cache is None:
+            lacks = f"{prefix}input_ids" if tokens is None else " or ".join(CACHES)
+            raise CaptureError(f"{type(model).__name__}.forward takes no {lacks}: it can't generate token by token.")
+        return cls(
+            tokens,
+            known(f"{prefix}attention_mask"),
+            known(f"{prefix}position_ids"),
+            known("cache_position"),
+            known("logits_to_keep"),
+            cache,
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model has cached: tensors of fixed shape, and all else that its cache consists of."""
+
+    tensors: list[Tensor]
+    names: list[str]
+    """Where each tensor is in the cache: `layers_0_keys`."""
+    fresh: Any
+    """The cache without its tensors, before a fresh call."""
+    going_on: Any
+    """The cache without its tensors, before a continuing call."""
+    is_recurrent: bool
+
+    @classmethod
+    def of(cls, model: Any, names: Names, room: Room, inputs: dict[str, Any]) -> State:
+        """Call the model with one token, and give its cache a fixed shape.
+
+        Raises:
+            CaptureError: the model fails, gives no cache, or a layer of it has no counterpart of fixed shape.
+        """
+        cache = _grown_cache(model, names, inputs)
+        cache = layers.fixed(cache, room)
+        pieces = _pieces(room.start)
+        going_on = take_apart(cache, pieces)
+        cache.reset()
+        return cls(
+            pieces.atoms[1:],
+            [name.strip("_") for name in pieces.names[1:]],
+            take_apart(cache, _pieces(room.start)),
+            going_on,
+            layers.is_recurrent(cache),
+        )
+
+
+def _grown_cache(model: Any, names: Names, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        outputs = model(**inputs, use_cache=True, return_dict=True)
+    cache = outputs.get(names.cache)
+    if not hasattr(cache, "layers") and not hasattr(cache, "cross_attention_cache"):
+        raise CaptureError(
+            f"{type(model).__name__} gives a {type(cache).__name__} as {names.cache}, and not a cache with layers."
+        )
+    return cache
+
+
+def _pieces(start: Tensor) -> Pieces:
+    return Pieces(atoms=[start], names=["start"])
+
+
+class Step(nn.Module):
+    """A model in generation: it takes the tensors of its cache and gives what they are after the call."""
+
+    def __init__(self, model: Any, names: Names, state: State, fresh: bool) -> None:
+        super().__init__()
+        self.model, self.names, self.fresh = model, names, fresh
+        self.parts = state.fresh if fresh else state.going_on
+        self.config = model.config
+        self.training = model.training
+
+    def forward(self, start: Tensor, cache: list[Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The logits, and the tensors of the cache.
+
+        Args:
+            start: int64 [], how many tokens are cached.
+            cache: as in `State.tensors`.
+            inputs: what the model takes, by name.
+
+        Raises:
+            CaptureError: the model changes the shape of its cache.
+        """
+        state = put_together(self.parts, [start, *cache])
+        if self.names.cache_position is not None:
+            rows = torch.arange(inputs[self.names.tokens].shape[1], device=start.device)
+            inputs = {**inputs, self.names.cache_position: rows if self.fresh else rows + start}
+        outputs = self.model(**inputs, **{self.names.cache: state}, use_cache=True, return_dict=True)
+        pieces = _pieces(start)
+        take_apart(state, pieces)
+        after = pieces.atoms[1:]
+        if [t.shape for t in after] != [t.shape for t in cache]:
+            raise CaptureError("the model changes the shapes of the tensors in its cache")
+        return outputs.logits, after
