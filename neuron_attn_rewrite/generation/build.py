@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.generation.check import compare
 from neuron_attn_rewrite.generation.generator import Generator, graph_name
 from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.plan import Lengths
@@ -42,7 +43,10 @@ def rewrite_for_generation(
     for fresh, each in ((True, prompts), (False, (*steps, *long))):
         for length in each:
             graphs[graph_name(length, fresh)] = _graph(model, names, state, room, length, fresh, config)
-    return Generator(model, names, state, room, lengths, max_length, graphs)
+    generator = Generator(model, names, state, room, lengths, max_length, graphs)
+    if verify:
+        compare(model, generator)
+    return generator
 
 
 def _graph(

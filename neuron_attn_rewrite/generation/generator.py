@@ -58,6 +58,11 @@ class Generator:
         self._model.forward = forward
 
     @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """The lengths of the graphs for prompts."""
+        return self._lengths.prompts
+
+    @property
     def reports(self) -> dict[str, RewriteReport]:
         """The report of each graph."""
         return {name: graph.report for name, graph in self.graphs.items()}
@@ -73,29 +78,80 @@ class Generator:
         return self._model.generate(inputs, **{self._names.cache: self._cache}, **options)
 
     def _check(self, inputs: Tensor | None, options: Mapping[str, Any]) -> None:
+        """Check what the graphs can't process.
+
+        Raises:
+            InputError: there is something.
+        """
         for name in CONFLICTING:
             if options.get(name) is not None:
                 raise InputError(f"generate: {name} can't be given: a generator has a cache of its own.")
         if options.get("use_cache") is False:
             raise InputError("generate: use_cache=False can't be given: a generator always uses its cache.")
+        prompt = options.get(self._names.tokens, inputs)
+        if not isinstance(prompt, Tensor):
+            return  # generate makes or asks for it
+        if prompt.dim() != 2 or 0 in prompt.shape or prompt.is_floating_point():
+            raise InputError(
+                f"generate: {self._names.tokens} must be integers [batch, length] with at least one token, not "
+                f"{list(prompt.shape)}, {prompt.dtype}."
+            )
+        rows, length = prompt.shape
+        settings = options.get("generation_config") or self._model.generation_config
+
+        def setting(name: str) -> Any:
+            return options[name] if options.get(name) is not None else getattr(settings, name, None)
+
+        rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        if rows > self.batch_size:
+            raise InputError(
+                f"generate: {rows} sequences, beams counted, do not fit batch_size={self.batch_size}, for which the "
+                "graphs were made."
+            )
+        given = setting("max_new_tokens"), setting("max_length")
+        total = next((n for n in (given[0] and length + given[0], given[1]) if n), length + 20)
+        if max(total, length + 1) > self.max_length:
+            raise InputError(
+                f"generate: {length} tokens and {max(total - length, 1)} new ones do not fit "
+                f"max_length={self.max_length}, for which the graphs were made. Give a shorter prompt or a smaller "
+                "max_new_tokens."
+            )
+        mask = options.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape != prompt.shape:
+            raise InputError(
+                f"generate: attention_mask must be {list(prompt.shape)}, as {self._names.tokens}, not "
+                f"{list(mask.shape)}."
+            )
 
     def _forward(self, bound: inspect.BoundArguments) -> Any:
         given = {name: value for name, value in bound.arguments.items() if value is not None}
         given |= given.pop("kwargs", {})
         names = self._names
+        for name, value in given.items():
+            if name not in (*vars(names).values(), *IGNORED) and (isinstance(value, Tensor) or value is True):
+                raise InputError(f"generate: the graphs were made without {name}, and can't take or give it.")
         tokens = given[names.tokens]
         count, cached = tokens.shape[1], self._progress.tokens
+        if cached + count > self.max_length or len(tokens) > self.batch_size:
+            raise InputError(
+                f"generate: {len(tokens)} sequences of {cached + count} tokens do not fit "
+                f"batch_size={self.batch_size} and max_length={self.max_length}, for which the graphs were made."
+            )
         mask = given.get(names.mask)
         if mask is None:
-            mask = torch.ones(len(tokens), cached + count, dtype=torch.int64)
+            mask = torch.ones(len(tokens), cached + count, dtype=torch.int64, device=tokens.device)
+        elif mask.shape != (len(tokens), cached + count):
+            raise InputError(
+                f"generate: {names.mask} must be {[len(tokens), cached + count]}, not {list(mask.shape)}."
+            )
         positions = given.get(names.positions)
         if positions is None:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + count]
-        kept = given.get(names.keep, 1)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
+        kept = given.get(names.keep, 1) or count
         found = []
-        for piece in self._lengths.plan(count, kept or count, cached):
+        for piece in self._lengths.plan(count, kept, cached):
             logits = self._run(piece, tokens, mask[:, : cached + piece.end], positions)
-            if piece.end > count - (kept or count):
+            if piece.end > count - kept:
                 found.append(logits[: len(tokens)])
         return modeling_output(found, names.cache, self._cache)
 
@@ -166,6 +222,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         progress.tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
 
 
+IGNORED = ("use_cache", "return_dict")
+"""Inputs of a model that the graphs do not need."""
 CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
 
 

@@ -1,0 +1,94 @@
+"""Compares a generator with the model that it was made from, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuron_attn_rewrite.capture.compare import HALF, LARGEST_ERROR, LARGEST_ERROR_OF_HALF, relative_difference
+from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.generation.generator import Generator
+
+STEPS = 5
+"""How many tokens are generated: one by the prompt's graph, four by the decode graph."""
+SEED = 5
+
+
+def compare(model: Any, generator: Generator) -> None:
+    """Let both generate the same tokens, and compare the logits of each step.
+
+    For each graph of a prompt there is a prompt with padding on the left, and one without.
+
+    Raises:
+        CaptureError: the model can't generate, or the logits differ by more than rounding can explain.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        for length in _prompts(generator):
+            for padded in (True, False):
+                _compare_one(model, generator, length, padded)
+
+
+def _prompts(generator: Generator) -> list[int]:
+    """A length for each graph of a prompt, and one for prompts in pieces."""
+    most = generator.max_length - STEPS + 1
+    *shorter, longest = generator.prompt_lengths
+    below = [0, *shorter][-1]
+    lengths = {*shorter, (below + longest + 1) // 2, longest + (longest + 1) // 2}
+    return sorted({min(n, most) for n in lengths if n > 0}) if most > 0 else []
+
+
+def _compare_one(model: Any, generator: Generator, length: int, padded: bool) -> None:
+    batch, vocabulary = generator.batch_size, model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(0, vocabulary, (batch, length + STEPS), device=model.device)
+    mask = torch.ones(batch, length, dtype=torch.int64, device=model.device)
+    if padded:
+        padding = torch.arange(batch, device=model.device)[:, None] + int(batch == 1)
+        mask = (torch.arange(length, device=model.device) >= (padding * length) // (batch + 1)).long()
+    given = {"attention_mask": mask, "forced": tokens[:, length:]}
+    try:
+        expected = _logits(model.generate, tokens[:, :length], **given)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__}.generate fails itself: {type(error).__name__}: {error}") from error
+    found = _logits(generator.generate, tokens[:, :length], **given)
+    limit = LARGEST_ERROR_OF_HALF if expected[0].dtype in HALF or model.dtype in HALF else LARGEST_ERROR
+    for step, (new, old) in enumerate(zip(found, expected, strict=True)):
+        error = relative_difference(old, new)
+        if not error <= limit:
+            raise CaptureError(
+                f"the generator is not the model: with a prompt of {length} tokens "
+                f"{'and padding on the left' if padded else 'without padding'}, the logits of step {step} differ by "
+                f"{error:.1%} of the largest. {REASONS} verify=False skips this comparison."
+            )
+
+
+REASONS = (
+    "Most often the model computes positions or a mask from a length that became a constant in the graph, or it keeps "
+    "something outside of its cache."
+)
+
+
+def _logits(generate: Any, prompt: Tensor, forced: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    """The logits of each step, [batch, vocabulary], if the tokens `forced` are generated."""
+    start = prompt.shape[1]
+
+    def force(tokens: Tensor, scores: Tensor) -> Tensor:
+        wanted = forced[:, tokens.shape[1] - start]
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+    result = generate(
+        prompt,
+        attention_mask=attention_mask,
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=STEPS,
+        max_new_tokens=STEPS,
+        pad_token_id=0,
+        use_cache=True,
+        logits_processor=[force],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return tuple(result.logits)
