@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         RewriteWarning,
         TraceError,
     )
+    from neuron_attn_rewrite.generation.build import rewrite_for_generation
+    from neuron_attn_rewrite.generation.generator import Generator
     from neuron_attn_rewrite.module import RewrittenModule
     from neuron_attn_rewrite.report.data import SiteReport
     from neuron_attn_rewrite.report.report import RewriteReport
@@ -33,6 +35,7 @@ _HOME = {
     "CaptureError": "errors",
     "ConfigError": "errors",
     "FlashAttentionStrategy": "config.strategies",
+    "Generator": "generation.generator",
     "InputError": "errors",
     "RewriteConfig": "config.options",
     "RewriteError": "errors",
@@ -47,6 +50,7 @@ _HOME = {
     "explain": "backends.explain",
     "register_with_transformers": "backends.huggingface",
     "rewrite": "rewriter",
+    "rewrite_for_generation": "generation.build",
     "rewrite_for_trace": "backends.trace",
     "verify_trace": "backends.trace",
 }
@@ -56,6 +60,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "FlashAttentionStrategy",
+    "Generator",
     "InputError",
     "RewriteConfig",
     "RewriteError",
@@ -70,6 +75,7 @@ __all__ = [
     "explain",
     "register_with_transformers",
     "rewrite",
+    "rewrite_for_generation",
     "rewrite_for_trace",
     "verify_trace",
 ]

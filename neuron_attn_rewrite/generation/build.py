@@ -1,70 +1,137 @@
-"""`rewrite_for_generation`: the graphs of a generator."""
+"""`rewrite_for_generation`: a generator, its graphs, and their comparison with the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from neuron_attn_rewrite.config.options import RewriteConfig
+from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
 from neuron_attn_rewrite.generation.generator import Generator, graph_name
 from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.plan import Lengths
-from neuron_attn_rewrite.generation.step import Names, State, Step
+from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
+from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
 
 def rewrite_for_generation(
     model: Any,
     *,
-    batch_size: int = 1,
     max_length: int,
-    prompt_lengths: Sequence[int] | int,
-    decode_lengths: Sequence[int] = (1,),
+    batch_size: int = 1,
+    prompt_lengths: int | Sequence[int] | None = None,
+    decode_lengths: int | Sequence[int] = 1,
     config: RewriteConfig | None = None,
     verify: bool = True,
 ) -> Generator:
-    """A generator..."""
+    """A generator: transformers' `generate` of this model, computed by rewritten graphs with a cache of fixed shape.
+
+    There is one graph for each length of a prompt, and one for each number of tokens that follow. Compilation for a
+    Neuron device needs such fixed shapes. A shorter prompt is filled up, and a longer one is processed in pieces.
+
+    Args:
+        model: a model of transformers that can generate, in eval mode. It is not changed. The generator shares its
+            weights.
+        max_length: how many tokens a sequence has at most, prompt, padding and new tokens together.
+        batch_size: how many sequences the graphs process at once. Each beam is a sequence. Fewer are allowed.
+        prompt_lengths: the lengths of the graphs for prompts. By default `max_length`.
+        decode_lengths: the lengths of the graphs for new tokens. A graph for one token is always made. Longer ones
+            check several proposed tokens at once, for `assistant_model` and `prompt_lookup_num_tokens`.
+        config: see `RewriteConfig`.
+        verify: compare the generator with `model.generate`: the logits of five steps, for each graph, with padding on
+            the left and without. `config.verify` compares each graph with the model.
+
+    Raises:
+        InputError: an argument does not fit the model or the others.
+        CaptureError: a call of the model can't be captured as one graph, its cache is of an unknown kind, or the
+            generator gives other logits than the model.
+        RewriteError: `config.require` is not met.
+    """
     config = RewriteConfig.of(config)
-    prompts = tuple(sorted({prompt_lengths} if isinstance(prompt_lengths, int) else set(prompt_lengths)))
-    steps = tuple(sorted({1, *decode_lengths}))
+    _check_model(model)
+    prompts = _lengths("prompt_lengths", max_length if prompt_lengths is None else prompt_lengths, max_length)
+    steps = _lengths("decode_lengths", decode_lengths, max_length)
+    if not _is_count(batch_size):
+        raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
     names = Names.of(model)
-    capacity = max_length + steps[-1] - 1
-    room = Room(batch_size, capacity, torch.zeros((), dtype=torch.int64))
-    one = {names.tokens: torch.zeros(batch_size, 1, dtype=torch.int64)}
-    state = State.of(model, names, room, one)
-    if state.is_recurrent:
-        steps = (1,)
-    long = (prompts[-1],) if max_length > prompts[-1] and not state.is_recurrent else ()
-    lengths = Lengths(prompts, steps, long)
-    graphs = {}
-    for fresh, each in ((True, prompts), (False, (*steps, *long))):
-        for length in each:
-            graphs[graph_name(length, fresh)] = _graph(model, names, state, room, length, fresh, config)
+    cache = grown_cache(model, names, batch_size)
+    lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(cache).recurrent)
+    start = torch.zeros((), dtype=torch.int64, device=model.device)
+    room = Room(batch_size, max_length + lengths.slack, start)
+    state = State.of(cache, room)
+    graphs = {
+        graph_name(length, fresh): _graph(model, names, state, room, length, fresh, config)
+        for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
+        for length in each
+    }
     generator = Generator(model, names, state, room, lengths, max_length, graphs)
     if verify:
         compare(model, generator)
     return generator
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate") or not hasattr(model, "generation_config"):
+        raise InputError(
+            f"rewrite_for_generation: model must be a model of transformers that can generate, such as that of "
+            f"AutoModelForCausalLM, not {type(model).__name__}."
+        )
+    if model.training:
+        raise InputError("rewrite_for_generation: the model is in train mode: call model.eval() first.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _lengths(name: str, given: Any, max_length: int) -> tuple[int, ...]:
+    """Lengths of graphs, increasing.
+
+    Raises:
+        InputError: they are no positive integers, or larger than `max_length`.
+    """
+    if not _is_count(max_length):
+        raise InputError(f"rewrite_for_generation: max_length must be an integer of at least 1, not {max_length!r}.")
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    wrong = [value for value in values if not _is_count(value) or value > max_length]
+    if wrong or not values:
+        raise InputError(
+            f"rewrite_for_generation: {name} must be integers from 1 to max_length={max_length}, not {given!r}."
+        )
+    return tuple(sorted(set(values)))
+
+
 def _graph(
     model: Any, names: Names, state: State, room: Room, length: int, fresh: bool, config: RewriteConfig
-) -> Any:
-    width = length if fresh else room.capacity
-    cached = 0 if fresh else (width - length) // 2
+) -> RewrittenModule:
+    """The rewritten graph of one call.
+
+    Raises:
+        CaptureError: the call can't be captured as one graph.
+        RewriteError: `config.require` is not met.
+    """
+    width = length if fresh or not state.kind.attends else room.capacity
+    cached = 0 if fresh or not state.kind.attends else (width - length) // 2
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     # As while generating, so that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
     mask[0, 0] = int(cached + length < 2)
     inputs = {
-        names.tokens: torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (room.batch, length)),
+        names.tokens: torch.randint(0, vocabulary, (room.batch, length)),
         names.mask: mask,
         names.positions: (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + length],
         names.keep: torch.tensor([length - 1]) if fresh else None,
     }
-    start = torch.full((), cached)
-    inputs = {name: t for name, t in inputs.items() if name is not None and t is not None}
-    step = Step(model, names, state, fresh)
-    with torch.no_grad():
-        return rewrite(step, (start, [t.clone() for t in state.tensors], inputs), config=config)
+    given = {name: t.to(room.start.device) for name, t in inputs.items() if name is not None and t is not None}
+    example = (torch.full_like(room.start, cached), [t.clone() for t in state.tensors], given)
+    try:
+        with torch.no_grad():
+            return rewrite(step_of(model, names, state, fresh), example, config=config)
+    except (CaptureError, InputError) as error:
+        raise CaptureError(f"{graph_name(length, fresh)}: {error}") from error

@@ -55,12 +55,12 @@ def _compare_one(model: Any, generator: Generator, length: int, padded: bool) ->
     found = _logits(generator.generate, tokens[:, :length], **given)
     limit = LARGEST_ERROR_OF_HALF if expected[0].dtype in HALF or model.dtype in HALF else LARGEST_ERROR
     for step, (new, old) in enumerate(zip(found, expected, strict=True)):
-        error = relative_difference(old, new)
-        if not error <= limit:
+        distance = relative_difference(old, new)
+        if not distance <= limit:
             raise CaptureError(
                 f"the generator is not the model: with a prompt of {length} tokens "
                 f"{'and padding on the left' if padded else 'without padding'}, the logits of step {step} differ by "
-                f"{error:.1%} of the largest. {REASONS} verify=False skips this comparison."
+                f"{distance:.1%} of the largest. {REASONS} verify=False skips this comparison."
             )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class Generator:
             )
 
     def _forward(self, bound: inspect.BoundArguments) -> Any:
-        given = {name: value for name, value in bound.arguments.items() if value is not None}
+        given: dict[str | None, Any] = {name: value for name, value in bound.arguments.items() if value is not None}
         given |= given.pop("kwargs", {})
         names = self._names
         for name, value in given.items():
@@ -141,9 +142,7 @@ class Generator:
         if mask is None:
             mask = torch.ones(len(tokens), cached + count, dtype=torch.int64, device=tokens.device)
         elif mask.shape != (len(tokens), cached + count):
-            raise InputError(
-                f"generate: {names.mask} must be {[len(tokens), cached + count]}, not {list(mask.shape)}."
-            )
+            raise InputError(f"generate: {names.mask} must be {[len(tokens), cached + count]}, not {list(mask.shape)}.")
         positions = given.get(names.positions)
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
@@ -157,15 +156,14 @@ class Generator:
 
     def _run(self, piece: Piece, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         names, progress, state = self._names, self._progress, self._state
-        left = piece.fresh and state.is_recurrent
+        left = piece.fresh and self._lengths.fill_left
         gap = piece.filling if left else progress.gap
         fill = (piece.filling, 0) if left else (0, piece.filling)
         start = 0 if piece.fresh else progress.gap + progress.tokens
-        width = piece.length if piece.fresh else self._room.capacity
         rows = piece.end - piece.begin
         inputs = {
             names.tokens: pad(tokens[:, piece.begin : piece.end], fill),
-            names.mask: pad(mask, (gap, width - gap - mask.shape[1])),
+            names.mask: self._mask(mask, piece, gap),
             names.positions: pad(positions[..., piece.begin : piece.end], fill),
         }
         inputs = {name: self._whole_batch(t) for name, t in inputs.items() if name is not None}
@@ -174,6 +172,7 @@ class Generator:
             inputs[names.keep] = torch.tensor([last])
         self._room.start.fill_(start)
         graph = self.graphs[graph_name(piece.length, piece.fresh)]
+        logits: Tensor
         logits, tensors = graph(self._room.start, state.tensors, inputs)
         state.tensors[:] = tensors
         progress.gap = gap
@@ -181,6 +180,13 @@ class Generator:
         if piece.fresh:
             return logits if names.keep is not None else logits[:, last : last + 1]
         return logits[:, :rows]
+
+    def _mask(self, mask: Tensor, piece: Piece, gap: int) -> Tensor:
+        """The mask of the caller, for the columns that a graph sees. All others are 0."""
+        if not piece.fresh and not self._state.kind.attends:
+            return mask[:, -piece.length :]
+        width = piece.length if piece.fresh else self._room.capacity
+        return pad(mask, (gap, width - gap - mask.shape[1]))
 
     def _whole_batch(self, tensor: Tensor) -> Tensor:
         missing = self.batch_size - len(tensor)
@@ -241,6 +247,5 @@ def pad(tensor: Tensor, fill: tuple[int, int]) -> Tensor:
 
 def modeling_output(logits: list[Tensor], cache_name: str, cache: Any) -> Any:
     """As the output of a model of transformers."""
-    from transformers.utils import ModelOutput
-
-    return ModelOutput({"logits": torch.cat(logits, 1), cache_name: cache})
+    make = import_module("transformers.utils").ModelOutput
+    return make({"logits": torch.cat(logits, 1), cache_name: cache})

@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_attn_rewrite.errors import CaptureError
+from neuron_attn_rewrite.errors import CaptureError, RewriteError
 
-cache_utils: Any = import_module("transformers.cache_utils")
+try:
+    cache_utils: Any = import_module("transformers.cache_utils")
+    cache_utils.CacheLayerMixin  # noqa: B018
+except (ImportError, AttributeError) as missing:
+    raise RewriteError(
+        "rewrite_for_generation needs transformers >= 4.57: pip install 'transformers>=4.57'."
+    ) from missing
 Linear: Any = getattr(cache_utils, "LinearAttentionLayer", ())
 """The layers with a state of fixed shape, such as those of Mamba. Older versions of transformers have none."""
 
@@ -35,8 +41,18 @@ class Room:
     """Int64 []: how many tokens are cached before a call. All layers share it."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Which kinds of layers a cache has."""
+
+    recurrent: bool
+    """A layer holds a state that each token changes. No token can be taken back, and a filled-in one must be masked."""
+    attends: bool
+    """A layer holds keys and values of single tokens."""
+
+
 class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one attention, [batch, num_kv_heads, capacity, size], and nothing that depends on their values.
+    """Keys and values of one attention, [batch, num_kv_heads, capacity, size].
 
     It has the methods that models and mask functions of transformers call while a graph is captured.
     """
@@ -135,7 +151,8 @@ if Linear:
 
         def __init__(self, keys: Tensor, values: Tensor, start: Tensor, linear: Any) -> None:
             FixedLayer.__init__(self, keys, values, start)
-            vars(self).update({name: vars(linear)[name] for name in vars(Linear(linear.number_of_states))})
+            for name in vars(Linear(linear.number_of_states)):
+                setattr(self, name, getattr(linear, name))
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
             """As of linear attention. Keys and values are there."""
@@ -173,9 +190,11 @@ def layers(cache: Any) -> Iterator[Any]:
         yield from cache.layers
 
 
-def is_recurrent(cache: Any) -> bool:
-    """Whether a layer holds a state that each token changes, so that no token can be taken back."""
-    return any(isinstance(layer, Linear) for layer in layers(cache))
+def kind_of(cache: Any) -> Kind:
+    """Which kinds of layers a cache has."""
+    linear = [isinstance(layer, Linear) for layer in layers(cache)]
+    attends = any(hasattr(layer, "keys") and layer.keys is not None for layer in layers(cache))
+    return Kind(any(linear), attends)
 
 
 def _fixed(layer: Any, room: Room) -> Any:

@@ -32,11 +32,31 @@ class Lengths:
     """Of continuing calls. The first is 1. Each may be filled up."""
     pieces: tuple[int, ...] = ()
     """Of continuing calls that process a long prompt. They are never filled up."""
+    fill_left: bool = False
+    """Whether fresh calls are filled up at the left. Others are at the right, and continuing calls always."""
+
+    @classmethod
+    def of(cls, prompts: tuple[int, ...], steps: tuple[int, ...], max_length: int, recurrent: bool) -> Lengths:
+        """Lengths for a model.
+
+        Args:
+            prompts: of the prompts, increasing.
+            steps: of what follows, increasing.
+            max_length: of whole sequences.
+            recurrent: whether each token changes a state. Then a filled-in token is masked, which models do at the left
+                of a prompt only, and a continuing call has one token.
+        """
+        if recurrent:
+            return cls(prompts, (1,), fill_left=True)
+        steps = tuple(sorted({1, *steps}))
+        return cls(prompts, steps, (prompts[-1],) if max_length > prompts[-1] > steps[-1] else ())
 
     @property
     def slack(self) -> int:
         """How many tokens more than it shall hold a cache needs room for."""
-        return self.steps[-1] - 1
+        if not self.fill_left:
+            return self.steps[-1] - 1
+        return max(b - a - 1 for a, b in zip((0, *self.prompts), self.prompts, strict=False))
 
     def plan(self, count: int, kept: int, cached: int) -> list[Piece]:
         """How new tokens are processed.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neuron_attn_rewrite.capture.objects import Pieces, put_together, take_apart
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.generation import layers
-from neuron_attn_rewrite.generation.layers import Room
+from neuron_attn_rewrite.generation.layers import Kind, Room
 
 CACHES = ("past_key_values", "cache_params")
 """What models of transformers call their cache."""
@@ -67,38 +67,51 @@ class State:
     """The cache without its tensors, before a fresh call."""
     going_on: Any
     """The cache without its tensors, before a continuing call."""
-    is_recurrent: bool
+    kind: Kind
 
     @classmethod
-    def of(cls, model: Any, names: Names, room: Room, inputs: dict[str, Any]) -> State:
-        """Call the model with one token, and give its cache a fixed shape.
+    def of(cls, cache: Any, room: Room) -> State:
+        """Give a cache a fixed shape, and take it apart.
+
+        Args:
+            cache: as `grown_cache` gives it.
+            room: how much it shall hold.
 
         Raises:
-            CaptureError: the model fails, gives no cache, or a layer of it has no counterpart of fixed shape.
+            CaptureError: a layer has no counterpart of fixed shape.
         """
-        cache = _grown_cache(model, names, inputs)
+        kind = layers.kind_of(cache)
         cache = layers.fixed(cache, room)
         pieces = _pieces(room.start)
         going_on = take_apart(cache, pieces)
         cache.reset()
-        return cls(
-            pieces.atoms[1:],
-            [name.strip("_") for name in pieces.names[1:]],
-            take_apart(cache, _pieces(room.start)),
-            going_on,
-            layers.is_recurrent(cache),
-        )
+        names = [name.strip("_") for name in pieces.names[1:]]
+        return cls(pieces.atoms[1:], names, take_apart(cache, _pieces(room.start)), going_on, kind)
 
 
-def _grown_cache(model: Any, names: Names, inputs: dict[str, Any]) -> Any:
-    with torch.no_grad():
-        outputs = model(**inputs, use_cache=True, return_dict=True)
+def grown_cache(model: Any, names: Names, batch: int) -> Any:
+    """What the model caches of one token for each sequence.
+
+    Raises:
+        CaptureError: the model fails, or gives no cache with layers.
+    """
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    kind = type(model).__name__
+    try:
+        with torch.no_grad():
+            outputs = model(**{names.tokens: tokens}, use_cache=True, return_dict=True)
+    except Exception as error:
+        raise CaptureError(f"{kind} fails on one token: {type(error).__name__}: {error}") from error
     cache = outputs.get(names.cache)
-    if not hasattr(cache, "layers") and not hasattr(cache, "cross_attention_cache"):
+    if hasattr(cache, "layers") or hasattr(cache, "cross_attention_cache"):
+        return cache
+    if cache is None and getattr(model.config, "is_decoder", None) is False:
         raise CaptureError(
-            f"{type(model).__name__} gives a {type(cache).__name__} as {names.cache}, and not a cache with layers."
+            f"{kind} caches nothing, because config.is_decoder is False: each token sees the whole sequence. Set "
+            "is_decoder=True in the config before the model is made."
         )
-    return cache
+    gives = "nothing" if cache is None else f"a {type(cache).__name__} without layers"
+    raise CaptureError(f"{kind} gives {gives} as {names.cache}, and a generator needs a cache of transformers.")
 
 
 def _pieces(start: Tensor) -> Pieces:
@@ -137,3 +150,9 @@ class Step(nn.Module):
         if [t.shape for t in after] != [t.shape for t in cache]:
             raise CaptureError("the model changes the shapes of the tensors in its cache")
         return outputs.logits, after
+
+
+def step_of(model: Any, names: Names, state: State, fresh: bool) -> Step:
+    """A `Step` whose class has the name of the model's, for reports and errors."""
+    named: type[Step] = type(type(model).__name__, (Step,), {})
+    return named(model, names, state, fresh)
