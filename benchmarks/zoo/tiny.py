@@ -115,8 +115,8 @@ def architectures() -> dict[str, type[PretrainedConfig]]:
     return {name: CONFIG_MAPPING[name] for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_MAPPING}
 
 
-def model_class(config: type[PretrainedConfig]) -> type[nn.Module]:
-    found = MODEL_MAPPING[config]
+def model_class(config: type[PretrainedConfig], mapping: Any = MODEL_MAPPING) -> type[nn.Module]:
+    found = mapping[config]
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
@@ -163,10 +163,29 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
-def build(model_type: str, implementation: str, sizes: Sizes, unset: bool) -> nn.Module:
-    """A model in eval mode with weights large enough that a wrong mask shows."""
+def build(
+    model_type: str,
+    implementation: str,
+    sizes: Sizes,
+    unset: bool,
+    mapping: Any = MODEL_MAPPING,
+    fields: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A model in eval mode with weights large enough that a wrong mask shows.
+
+    Args:
+        model_type: as in the config.
+        implementation: of its attention.
+        sizes: see `tiny`.
+        unset: see `tiny`.
+        mapping: the classes of models by their config: those of base models, or for a task.
+        fields: values for fields that the config has.
+    """
     config = tiny(model_type, sizes, unset)
-    make = model_class(CONFIG_MAPPING[model_type])._from_config  # type: ignore[attr-defined]
+    for name, value in (fields or {}).items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    make = model_class(CONFIG_MAPPING[model_type], mapping)._from_config  # type: ignore[attr-defined]
     # The default is not named: a part that does not support it then takes its own default.
     chosen = {} if implementation == supports(model_type)[0] else {"attn_implementation": implementation}
     size = 0

@@ -146,13 +146,16 @@ class Generator:
         positions = given.get(names.positions)
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
-        kept = given.get(names.keep, 1) or count
+        kept = min(given.get(names.keep) or 1, count)
         found = []
         for piece in self._lengths.plan(count, kept, cached):
             logits = self._run(piece, tokens, mask[:, : cached + piece.end], positions)
-            if piece.end > count - kept:
+            if names.keep is None or piece.end > count - kept:
                 found.append(logits[: len(tokens)])
-        return modeling_output(found, names.cache, self._cache)
+        given_logits = torch.cat(found, 1)
+        return modeling_output(
+            given_logits if names.keep is None else given_logits[:, -kept:], names.cache, self._cache
+        )
 
     def _run(self, piece: Piece, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         names, progress, state = self._names, self._progress, self._state
@@ -177,9 +180,9 @@ class Generator:
         state.tensors[:] = tensors
         progress.gap = gap
         progress.tokens = rows if piece.fresh else progress.tokens + rows
-        if piece.fresh:
-            return logits if names.keep is not None else logits[:, last : last + 1]
-        return logits[:, :rows]
+        if piece.fresh and names.keep is not None:
+            return logits
+        return logits[:, fill[0] : fill[0] + rows]
 
     def _mask(self, mask: Tensor, piece: Piece, gap: int) -> Tensor:
         """The mask of the caller, for the columns that a graph sees. All others are 0."""
@@ -245,7 +248,7 @@ def pad(tensor: Tensor, fill: tuple[int, int]) -> Tensor:
     return torch.nn.functional.pad(tensor, fill)
 
 
-def modeling_output(logits: list[Tensor], cache_name: str, cache: Any) -> Any:
+def modeling_output(logits: Tensor, cache_name: str, cache: Any) -> Any:
     """As the output of a model of transformers."""
     make = import_module("transformers.utils").ModelOutput
-    return make({"logits": torch.cat(logits, 1), cache_name: cache})
+    return make({"logits": logits, cache_name: cache})

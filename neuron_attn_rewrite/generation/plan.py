@@ -67,17 +67,18 @@ class Lengths:
             cached: the number of cached tokens.
         """
         found: list[Piece] = []
-        tail = kept if kept > 1 and (cached or kept < count) else 0
+        end = count  # of what `pieces` may process
         done = 0
         if not cached:
+            end = count - kept + 1  # a fresh graph gives the logits of its last token only
             # The first piece is the incomplete one: what is filled in behind it is overwritten by the next.
-            rest, longest = count - tail, self.prompts[-1]
-            first = rest if rest <= longest else (rest % longest if longest in self.pieces else 0) or longest
+            longest = self.prompts[-1]
+            first = end if end <= longest else (end % longest if longest in self.pieces else 0) or longest
             found.append(Piece(0, first, next(p for p in self.prompts if p >= first), fresh=True))
             done = first
         while done < count:
-            left = count - tail - done or count - done
-            whole = [p for p in self.pieces if p <= left and not (tail and done >= count - tail)]
+            left = (end if done < end else count) - done
+            whole = [p for p in self.pieces if p <= left and done < end]
             length = whole[-1] if whole else next((s for s in self.steps if s >= left), self.steps[-1])
             found.append(Piece(done, done + min(left, length), length, fresh=False))
             done = found[-1].end
