@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
+from neuron_attn_rewrite.generation.fit import Window
 from neuron_attn_rewrite.generation.generator import Generator, graph_name
 from neuron_attn_rewrite.generation.layers import Room
+from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
-from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
+from neuron_attn_rewrite.generation.step import State, grown_cache, step_of
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
@@ -27,6 +29,7 @@ def rewrite_for_generation(
     batch_size: int = 1,
     prompt_lengths: int | Sequence[int] | None = None,
     decode_lengths: int | Sequence[int] = 1,
+    example: Mapping[str, Any] | None = None,
     config: RewriteConfig | None = None,
     verify: bool = True,
 ) -> Generator:
@@ -59,20 +62,20 @@ def rewrite_for_generation(
     steps = _lengths("decode_lengths", decode_lengths, max_length)
     if not _is_count(batch_size):
         raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
-    names = Names.of(model)
-    cache = grown_cache(model, names, batch_size)
+    part = Part.of(model, batch_size, prompts[-1], example)
+    cache = grown_cache(part.module, part.names, part.first(batch_size))
     lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(cache).recurrent)
     start = torch.zeros((), dtype=torch.int64, device=model.device)
     room = Room(batch_size, max_length + lengths.slack, start)
     state = State.of(cache, room)
     graphs = {
-        graph_name(length, fresh): _graph(model, names, state, room, length, fresh, config)
+        graph_name(length, fresh): _graph(part, state, room, length, fresh, config)
         for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
         for length in each
     }
-    generator = Generator(model, names, state, room, lengths, max_length, graphs)
+    generator = Generator(model, part, state, room, lengths, max_length, graphs)
     if verify:
-        compare(model, generator)
+        compare(model, generator, example)
     return generator
 
 
@@ -107,19 +110,35 @@ def _lengths(name: str, given: Any, max_length: int) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
-def _graph(
-    model: Any, names: Names, state: State, room: Room, length: int, fresh: bool, config: RewriteConfig
-) -> RewrittenModule:
+def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, config: RewriteConfig) -> RewrittenModule:
     """The rewritten graph of one call.
 
     Raises:
         CaptureError: the call can't be captured as one graph.
         RewriteError: `config.require` is not met.
     """
-    width = length if fresh or not state.kind.attends else room.capacity
-    cached = 0 if fresh or not state.kind.attends else (width - length) // 2
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    # As while generating, so that the model builds its mask from it: with padding, and zeros for what comes later.
+    cached, given = _usual(part, state, room, length, fresh)
+    example = (torch.full_like(room.start, cached), [t.clone() for t in state.tensors], given)
+    try:
+        with torch.no_grad():
+            return rewrite(step_of(part.module, part.names, state, fresh), example, config=config)
+    except (CaptureError, InputError) as error:
+        raise CaptureError(f"{graph_name(length, fresh)}: {error}") from error
+
+
+def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tuple[int, dict[str, Any]]:
+    """How many tokens are cached before a call, and the inputs of the call: as while generating."""
+    names, attends = part.names, state.kind.attends
+    width = length if fresh or not attends else room.capacity
+    if part.path:
+        count = part.usual[names.tokens].shape[1]
+        begin = 0 if fresh else max(count - length, 0)
+        end = min(count, begin + length)
+        keys = (0, width - end) if fresh or attends else None
+        return begin, Window(begin, end, 0, (0, length + begin - end), keys, room.batch).fit(part.usual, names)
+    cached = 0 if fresh or not attends else (width - length) // 2
+    vocabulary = part.module.config.get_text_config(decoder=True).vocab_size
+    # So that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
     mask[0, 0] = int(cached + length < 2)
     inputs = {
@@ -128,10 +147,4 @@ def _graph(
         names.positions: (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + length],
         names.keep: torch.tensor([length - 1]) if fresh else None,
     }
-    given = {name: t.to(room.start.device) for name, t in inputs.items() if name is not None and t is not None}
-    example = (torch.full_like(room.start, cached), [t.clone() for t in state.tensors], given)
-    try:
-        with torch.no_grad():
-            return rewrite(step_of(model, names, state, fresh), example, config=config)
-    except (CaptureError, InputError) as error:
-        raise CaptureError(f"{graph_name(length, fresh)}: {error}") from error
+    return cached, {name: t.to(room.start.device) for name, t in inputs.items() if name is not None and t is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,56 +11,63 @@ from torch import Tensor
 from neuron_attn_rewrite.capture.compare import HALF, LARGEST_ERROR, LARGEST_ERROR_OF_HALF, relative_difference
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.generation.generator import Generator
+from neuron_attn_rewrite.generation.part import random_tokens
 
 STEPS = 5
 """How many tokens are generated: one by the prompt's graph, four by the decode graph."""
 SEED = 5
 
 
-def compare(model: Any, generator: Generator) -> None:
+def compare(model: Any, generator: Generator, example: Mapping[str, Any] | None = None) -> None:
     """Let both generate the same tokens, and compare the logits of each step.
 
-    For each graph of a prompt there is a prompt with padding on the left, and one without.
+    For each graph of a prompt there is a prompt with padding on the left, and one without. There is also the example.
 
     Raises:
         CaptureError: the model can't generate, or the logits differ by more than rounding can explain.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
+        if example is not None:
+            _compare_one(model, generator, example, "the example")
         for length in _prompts(generator):
             for padded in (True, False):
-                _compare_one(model, generator, length, padded)
+                words = f"a prompt of {length} tokens {'and' if padded else 'without'} padding on the left"
+                _compare_one(model, generator, _prompt(model, generator.batch_size, length, padded), words)
 
 
 def _prompts(generator: Generator) -> list[int]:
     """A length for each graph of a prompt, and one for prompts in pieces."""
-    most = generator.max_length - STEPS + 1
+    most = generator.max_length - STEPS
     *shorter, longest = generator.prompt_lengths
     below = [0, *shorter][-1]
     lengths = {*shorter, (below + longest + 1) // 2, longest + (longest + 1) // 2}
     return sorted({min(n, most) for n in lengths if n > 0}) if most > 0 else []
 
 
-def _compare_one(model: Any, generator: Generator, length: int, padded: bool) -> None:
-    batch, vocabulary = generator.batch_size, model.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.randint(0, vocabulary, (batch, length + STEPS), device=model.device)
+def _prompt(model: Any, batch: int, length: int, padded: bool) -> dict[str, Tensor]:
     mask = torch.ones(batch, length, dtype=torch.int64, device=model.device)
     if padded:
         padding = torch.arange(batch, device=model.device)[:, None] + int(batch == 1)
         mask = (torch.arange(length, device=model.device) >= (padding * length) // (batch + 1)).long()
-    given = {"attention_mask": mask, "forced": tokens[:, length:]}
+    return {"input_ids": random_tokens(model, batch, length), "attention_mask": mask}
+
+
+def _compare_one(model: Any, generator: Generator, given: Mapping[str, Any], words: str) -> None:
+    forced = random_tokens(model, len(given["input_ids"]), STEPS)
     try:
-        expected = _logits(model.generate, tokens[:, :length], **given)
+        expected = _logits(model.generate, given, forced)
     except Exception as error:
-        raise CaptureError(f"{type(model).__name__}.generate fails itself: {type(error).__name__}: {error}") from error
-    found = _logits(generator.generate, tokens[:, :length], **given)
+        raise CaptureError(
+            f"{type(model).__name__}.generate fails itself with {words}: {type(error).__name__}: {error}"
+        ) from error
+    found = _logits(generator.generate, given, forced)
     limit = LARGEST_ERROR_OF_HALF if expected[0].dtype in HALF or model.dtype in HALF else LARGEST_ERROR
     for step, (new, old) in enumerate(zip(found, expected, strict=True)):
         distance = relative_difference(old, new)
         if not distance <= limit:
             raise CaptureError(
-                f"the generator is not the model: with a prompt of {length} tokens "
-                f"{'and padding on the left' if padded else 'without padding'}, the logits of step {step} differ by "
+                f"the generator is not the model: with {words}, the logits of step {step} differ by "
                 f"{distance:.1%} of the largest. {REASONS} verify=False skips this comparison."
             )
 
@@ -70,17 +78,16 @@ REASONS = (
 )
 
 
-def _logits(generate: Any, prompt: Tensor, forced: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+def _logits(generate: Any, given: Mapping[str, Any], forced: Tensor) -> tuple[Tensor, ...]:
     """The logits of each step, [batch, vocabulary], if the tokens `forced` are generated."""
-    start = prompt.shape[1]
+    start = given["input_ids"].shape[1]
 
     def force(tokens: Tensor, scores: Tensor) -> Tensor:
         wanted = forced[:, tokens.shape[1] - start]
         return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
     result = generate(
-        prompt,
-        attention_mask=attention_mask,
+        **given,
         do_sample=False,
         num_beams=1,
         min_new_tokens=STEPS,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.generation.fit import Window, check_pieces
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
+from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
-from neuron_attn_rewrite.generation.step import Names, State
+from neuron_attn_rewrite.generation.step import State
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.report.report import RewriteReport
 
@@ -37,7 +37,7 @@ class Generator:
     def __init__(
         self,
         model: Any,
-        names: Names,
+        part: Part,
         state: State,
         room: Room,
         lengths: Lengths,
@@ -46,17 +46,17 @@ class Generator:
     ) -> None:
         self.graphs = dict(graphs)
         self.max_length, self.batch_size = max_length, room.batch
-        self._names, self._state, self._room, self._lengths = names, state, room, lengths
+        self._part, self._names = part, part.names
+        self._state, self._room, self._lengths = state, room, lengths
         self._progress = Progress()
         self._cache = Cache(self)
-        self._model = copy.copy(model)  # shares all weights
-        self._signature = inspect.signature(model.forward)
+        signature = inspect.signature(part.module.forward)
 
-        @functools.wraps(model.forward)  # generate reads the signature
+        @functools.wraps(part.module.forward)  # generate reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(self._signature.bind(*args, **kwargs))
+            return self._forward(bound(signature, args, kwargs))
 
-        self._model.forward = forward
+        self._model = with_forwards(model, {part.path: forward})
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -89,12 +89,12 @@ class Generator:
                 raise InputError(f"generate: {name} can't be given: a generator has a cache of its own.")
         if options.get("use_cache") is False:
             raise InputError("generate: use_cache=False can't be given: a generator always uses its cache.")
-        prompt = options.get(self._names.tokens, inputs)
+        prompt = options.get(self._part.prompt, inputs)
         if not isinstance(prompt, Tensor):
             return  # generate makes or asks for it
         if prompt.dim() != 2 or 0 in prompt.shape or prompt.is_floating_point():
             raise InputError(
-                f"generate: {self._names.tokens} must be integers [batch, length] with at least one token, not "
+                f"generate: {self._part.prompt} must be integers [batch, length] with at least one token, not "
                 f"{list(prompt.shape)}, {prompt.dtype}."
             )
         rows, length = prompt.shape
@@ -120,80 +120,74 @@ class Generator:
         mask = options.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape != prompt.shape:
             raise InputError(
-                f"generate: attention_mask must be {list(prompt.shape)}, as {self._names.tokens}, not "
+                f"generate: attention_mask must be {list(prompt.shape)}, as {self._part.prompt}, not "
                 f"{list(mask.shape)}."
             )
 
-    def _forward(self, bound: inspect.BoundArguments) -> Any:
-        given: dict[str | None, Any] = {name: value for name, value in bound.arguments.items() if value is not None}
-        given |= given.pop("kwargs", {})
+    def _forward(self, given: dict[str, Any]) -> Any:
+        names, part, cached = self._names, self._part, self._progress.tokens
+        tokens = given[names.tokens]
+        rows, count = tokens.shape[:2]
+        if cached + count > self.max_length or rows > self.batch_size:
+            raise InputError(
+                f"generate: {rows} sequences of {cached + count} tokens do not fit "
+                f"batch_size={self.batch_size} and max_length={self.max_length}, for which the graphs were made."
+            )
+        inputs = part.inputs(given, cached) if part.path else self._inputs(given, cached)
+        kept = min(given.get(names.keep or "") or 1, count)
+        plan = self._lengths.plan(count, kept, cached)
+        check_pieces(inputs.get(names.mask or ""), [(cached + piece.begin, cached + piece.end) for piece in plan])
+        found = []
+        for piece in plan:
+            result = self._run(piece, inputs, cached)
+            if names.keep is None or piece.end > count - kept:
+                found.append(result[:rows])
+        whole = torch.cat(found, 1)
+        given_back = whole if names.keep is None else whole[:, -kept:]
+        return part.output(**{part.result: given_back, names.cache: self._cache})
+
+    def _inputs(self, given: dict[str, Any], cached: int) -> dict[str, Any]:
         names = self._names
         for name, value in given.items():
             if name not in (*vars(names).values(), *IGNORED) and (isinstance(value, Tensor) or value is True):
                 raise InputError(f"generate: the graphs were made without {name}, and can't take or give it.")
-        tokens = given[names.tokens]
-        count, cached = tokens.shape[1], self._progress.tokens
-        if cached + count > self.max_length or len(tokens) > self.batch_size:
-            raise InputError(
-                f"generate: {len(tokens)} sequences of {cached + count} tokens do not fit "
-                f"batch_size={self.batch_size} and max_length={self.max_length}, for which the graphs were made."
-            )
-        mask = given.get(names.mask)
+        tokens, mask = given[names.tokens], given.get(names.mask or "")
+        shape = len(tokens), cached + tokens.shape[1]
         if mask is None:
-            mask = torch.ones(len(tokens), cached + count, dtype=torch.int64, device=tokens.device)
-        elif mask.shape != (len(tokens), cached + count):
-            raise InputError(f"generate: {names.mask} must be {[len(tokens), cached + count]}, not {list(mask.shape)}.")
-        positions = given.get(names.positions)
+            mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
+        elif mask.shape != shape:
+            raise InputError(f"generate: {names.mask} must be {list(shape)}, not {list(mask.shape)}.")
+        positions = given.get(names.positions or "")
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
-        kept = min(given.get(names.keep) or 1, count)
-        found = []
-        for piece in self._lengths.plan(count, kept, cached):
-            logits = self._run(piece, tokens, mask[:, : cached + piece.end], positions)
-            if names.keep is None or piece.end > count - kept:
-                found.append(logits[: len(tokens)])
-        given_logits = torch.cat(found, 1)
-        return modeling_output(
-            given_logits if names.keep is None else given_logits[:, -kept:], names.cache, self._cache
-        )
+        found = {names.tokens: tokens, names.mask: mask, names.positions: positions}
+        return {name: tensor for name, tensor in found.items() if name is not None}
 
-    def _run(self, piece: Piece, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, piece: Piece, inputs: dict[str, Any], cached: int) -> Tensor:
         names, progress, state = self._names, self._progress, self._state
         left = piece.fresh and self._lengths.fill_left
         gap = piece.filling if left else progress.gap
         fill = (piece.filling, 0) if left else (0, piece.filling)
         start = 0 if piece.fresh else progress.gap + progress.tokens
         rows = piece.end - piece.begin
-        inputs = {
-            names.tokens: pad(tokens[:, piece.begin : piece.end], fill),
-            names.mask: self._mask(mask, piece, gap),
-            names.positions: pad(positions[..., piece.begin : piece.end], fill),
-        }
-        inputs = {name: self._whole_batch(t) for name, t in inputs.items() if name is not None}
+        keys = None
+        if piece.fresh or state.kind.attends:
+            width = piece.length if piece.fresh else self._room.capacity
+            keys = gap, width - gap - cached - piece.end
+        inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names)
         last = piece.length - 1 if left else rows - 1
         if names.keep is not None and piece.fresh:
             inputs[names.keep] = torch.tensor([last])
         self._room.start.fill_(start)
         graph = self.graphs[graph_name(piece.length, piece.fresh)]
-        logits: Tensor
-        logits, tensors = graph(self._room.start, state.tensors, inputs)
+        result: Tensor
+        result, tensors = graph(self._room.start, state.tensors, inputs)
         state.tensors[:] = tensors
         progress.gap = gap
         progress.tokens = rows if piece.fresh else progress.tokens + rows
         if piece.fresh and names.keep is not None:
-            return logits
-        return logits[:, fill[0] : fill[0] + rows]
-
-    def _mask(self, mask: Tensor, piece: Piece, gap: int) -> Tensor:
-        """The mask of the caller, for the columns that a graph sees. All others are 0."""
-        if not piece.fresh and not self._state.kind.attends:
-            return mask[:, -piece.length :]
-        width = piece.length if piece.fresh else self._room.capacity
-        return pad(mask, (gap, width - gap - mask.shape[1]))
-
-    def _whole_batch(self, tensor: Tensor) -> Tensor:
-        missing = self.batch_size - len(tensor)
-        return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
+            return result
+        return result[:, fill[0] : fill[0] + rows]
 
 
 class Cache(cache_utils.Cache):  # type: ignore[misc]
@@ -215,6 +209,15 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     get_max_cache_shape = get_max_length
 
+    def get_query_offset(self, *args: Any) -> int:
+        """The position of the next token."""
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length: Any, *args: Any) -> tuple[int, int]:
+        """As of a layer: how many keys a mask is for, and the position of the first."""
+        rows = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.get_seq_length() + rows, 0
+
     def reset(self) -> None:
         """Forget everything."""
         self._generator._progress = Progress()
@@ -231,8 +234,6 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         progress.tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
 
 
-IGNORED = ("use_cache", "return_dict")
-"""Inputs of a model that the graphs do not need."""
 CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
 
 
@@ -241,14 +242,3 @@ def graph_name(length: int, fresh: bool) -> str:
     if fresh:
         return f"prefill[{length}]"
     return "decode" if length == 1 else f"decode[{length}]"
-
-
-def pad(tensor: Tensor, fill: tuple[int, int]) -> Tensor:
-    """Zeros before and behind the last dim."""
-    return torch.nn.functional.pad(tensor, fill)
-
-
-def modeling_output(logits: Tensor, cache_name: str, cache: Any) -> Any:
-    """As the output of a model of transformers."""
-    make = import_module("transformers.utils").ModelOutput
-    return make({"logits": logits, cache_name: cache})

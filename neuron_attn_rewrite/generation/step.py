@@ -30,8 +30,12 @@ class Names:
     cache: str
 
     @classmethod
-    def of(cls, model: Any) -> Names:
+    def of(cls, model: Any, tokens: str | None = None) -> Names:
         """Read from the signature of a model of transformers.
+
+        Args:
+            model: the model.
+            tokens: what it is called with in the place of `input_ids`.
 
         Raises:
             CaptureError: it takes no tokens or no cache.
@@ -42,7 +46,7 @@ class Names:
         def known(*names: str) -> str | None:
             return next((name for name in names if name in parameters), None)
 
-        tokens, cache = known(f"{prefix}input_ids"), known(*CACHES)
+        tokens, cache = tokens or known(f"{prefix}input_ids"), known(*CACHES)
         if tokens is None or cache is None:
             lacks = f"{prefix}input_ids" if tokens is None else " or ".join(CACHES)
             raise CaptureError(f"{type(model).__name__}.forward takes no {lacks}: it can't generate token by token.")
@@ -89,19 +93,18 @@ class State:
         return cls(pieces.atoms[1:], names, take_apart(cache, _pieces(room.start)), going_on, kind)
 
 
-def grown_cache(model: Any, names: Names, batch: int) -> Any:
-    """What the model caches of one token for each sequence.
+def grown_cache(model: Any, names: Names, inputs: dict[str, Any]) -> Any:
+    """What the model caches of a few tokens for each sequence.
 
     Raises:
         CaptureError: the model fails, or gives no cache with layers.
     """
-    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
     kind = type(model).__name__
     try:
         with torch.no_grad():
-            outputs = model(**{names.tokens: tokens}, use_cache=True, return_dict=True)
+            outputs = model(**inputs, use_cache=True, return_dict=True)
     except Exception as error:
-        raise CaptureError(f"{kind} fails on one token: {type(error).__name__}: {error}") from error
+        raise CaptureError(f"{kind} fails on a few tokens: {type(error).__name__}: {error}") from error
     cache = outputs.get(names.cache)
     if hasattr(cache, "layers") or hasattr(cache, "cross_attention_cache"):
         return cache
@@ -149,7 +152,7 @@ class Step(nn.Module):
         after = pieces.atoms[1:]
         if [t.shape for t in after] != [t.shape for t in cache]:
             raise CaptureError("the model changes the shapes of the tensors in its cache")
-        return outputs.logits, after
+        return outputs[0], after
 
 
 def step_of(model: Any, names: Names, state: State, fresh: bool) -> Step:
