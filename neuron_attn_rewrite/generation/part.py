@@ -35,15 +35,8 @@ from neuron_attn_rewrite.generation.step import CACHES, Names
 EMBEDDINGS = "inputs_embeds"
 MEDIA = re.compile(r"pixel_|image|video|vision|audio|input_features|input_values|cross_attention_states")
 """In the name of an input that is no text."""
-IGNORED = (
-    "use_cache",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "cache_position",
-)
-"""Inputs of a model that the graphs do not need, if they are False or as in each call of a generation."""
+IGNORED = ("use_cache", "return_dict", "cache_position")
+"""Inputs of a model that the graphs do not need."""
 
 Forward = Callable[..., Any]
 
