@@ -201,8 +201,15 @@ def test_a_model_that_caches_nothing_says_why() -> None:
 class CountsInPython(transformers.LlamaForCausalLM):
     """The first logit of each row is the number of cached tokens, as a Python number where the model is not traced."""
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        result = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **kw: Any,
+    ) -> Any:
+        result = super().forward(input_ids, attention_mask, position_ids, past_key_values, **kw)
         count = 7 if torch.compiler.is_exporting() or not past_key_values else past_key_values.get_seq_length()
         result.logits = torch.cat([result.logits[..., 1:], torch.full_like(result.logits[..., :1], float(count))], -1)
         return result
