@@ -18,6 +18,7 @@ from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
 from neuron_attn_rewrite.generation.step import State, grown_cache, step_of
+from neuron_attn_rewrite.generation.towers import towers
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
@@ -29,7 +30,7 @@ def rewrite_for_generation(
     batch_size: int = 1,
     prompt_lengths: int | Sequence[int] | None = None,
     decode_lengths: int | Sequence[int] = 1,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     config: RewriteConfig | None = None,
     verify: bool = True,
 ) -> Generator:
@@ -46,6 +47,9 @@ def rewrite_for_generation(
         prompt_lengths: the lengths of the graphs for prompts. By default `max_length`.
         decode_lengths: the lengths of the graphs for new tokens. A graph for one token is always made. Longer ones
             check several proposed tokens at once, for `assistant_model` and `prompt_lookup_num_tokens`.
+        example: inputs of `generate` with media, such as what a processor gives, or several of them. Each tower gets a
+            graph for each size and number of media in them. Only the text part of a multimodal model without examples
+            is rewritten.
         config: see `RewriteConfig`.
         verify: compare the generator with `model.generate`: the logits of five steps, for each graph, with padding on
             the left and without. `config.verify` compares each graph with the model.
@@ -62,7 +66,8 @@ def rewrite_for_generation(
     steps = _lengths("decode_lengths", decode_lengths, max_length)
     if not _is_count(batch_size):
         raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
-    part = Part.of(model, batch_size, prompts[-1], example)
+    examples = _examples(example, batch_size, max_length)
+    part = Part.of(model, batch_size, prompts[-1], examples)
     cache = grown_cache(part.module, part.names, part.first(batch_size))
     lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(cache).recurrent)
     start = torch.zeros((), dtype=torch.int64, device=model.device)
@@ -73,10 +78,31 @@ def rewrite_for_generation(
         for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
         for length in each
     }
-    generator = Generator(model, part, state, room, lengths, max_length, graphs)
+    media = towers(model, part.path, examples, config)
+    generator = Generator(model, part, state, room, lengths, max_length, graphs, media)
     if verify:
-        compare(model, generator, example)
+        compare(model, generator, examples)
     return generator
+
+
+def _examples(given: Any, batch_size: int, max_length: int) -> list[dict[str, Any]]:
+    """The examples as dicts.
+
+    Raises:
+        InputError: one has no tokens, or does not fit.
+    """
+    found = []
+    for each in [given] if hasattr(given, "keys") else given:
+        tokens = each.get("input_ids") if hasattr(each, "keys") else None
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
+            raise InputError("rewrite_for_generation: example must hold input_ids [batch, length] beside the media.")
+        if len(tokens) > batch_size or tokens.shape[1] >= max_length:
+            raise InputError(
+                f"rewrite_for_generation: the example has input_ids {list(tokens.shape)}, which do not fit "
+                f"batch_size={batch_size} and max_length={max_length}."
+            )
+        found.append(dict(each))
+    return found
 
 
 def _check_model(model: Any) -> None:

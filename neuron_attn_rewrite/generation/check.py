@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,20 @@ STEPS = 5
 SEED = 5
 
 
-def compare(model: Any, generator: Generator, example: Mapping[str, Any] | None = None) -> None:
+def compare(model: Any, generator: Generator, examples: Sequence[Mapping[str, Any]] = ()) -> None:
     """Let both generate the same tokens, and compare the logits of each step.
 
-    For each graph of a prompt there is a prompt with padding on the left, and one without. There is also the example.
+    For each graph of a prompt there is a prompt with padding on the left, and one without.
+    The examples are compared too.
 
     Raises:
         CaptureError: the model can't generate, or the logits differ by more than rounding can explain.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        if example is not None:
-            _compare_one(model, generator, example, "the example")
+        for example in examples:
+            if example["input_ids"].shape[1] + STEPS <= generator.max_length:
+                _compare_one(model, generator, example, "an example")
         for length in _prompts(generator):
             for padded in (True, False):
                 words = f"a prompt of {length} tokens {'and' if padded else 'without'} padding on the left"

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuron_attn_rewrite.errors import InputError
+from neuron_attn_rewrite.errors import InputError, RewriteError
 from neuron_attn_rewrite.generation.fit import Window, check_pieces
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
 from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
 from neuron_attn_rewrite.generation.step import State
+from neuron_attn_rewrite.generation.towers import Towers
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.report.report import RewriteReport
 
@@ -43,8 +44,9 @@ class Generator:
         lengths: Lengths,
         max_length: int,
         graphs: Mapping[str, RewrittenModule],
+        towers: Towers,
     ) -> None:
-        self.graphs = dict(graphs)
+        self.graphs = {**towers.named(), **graphs}
         self.max_length, self.batch_size = max_length, room.batch
         self._part, self._names = part, part.names
         self._state, self._room, self._lengths = state, room, lengths
@@ -56,7 +58,7 @@ class Generator:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(bound(signature, args, kwargs))
 
-        self._model = with_forwards(model, {part.path: forward})
+        self._model = with_forwards(model, {**towers.forwards(model), part.path: forward})
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -76,7 +78,16 @@ class Generator:
         """
         self._check(inputs, options)
         self._cache.reset()
-        return self._model.generate(inputs, **{self._names.cache: self._cache}, **options)
+        try:
+            return self._model.generate(inputs, **{self._names.cache: self._cache}, **options)
+        except RewriteError:
+            raise
+        except Exception as error:
+            if not self._part.path or self._progress.tokens:
+                raise
+            raise InputError(
+                f"generate: {type(self._model).__name__} can't merge these inputs: {type(error).__name__}: {error}"
+            ) from error
 
     def _check(self, inputs: Tensor | None, options: Mapping[str, Any]) -> None:
         """Check what the graphs can't process.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
@@ -98,14 +98,14 @@ class Part:
     """The first entry of it."""
 
     @classmethod
-    def of(cls, model: Any, batch: int, length: int, example: Mapping[str, Any] | None) -> Part:
+    def of(cls, model: Any, batch: int, length: int, examples: Sequence[Mapping[str, Any]]) -> Part:
         """The text part of a multimodal model, or the whole model.
 
         Args:
             model: a model of transformers.
             batch: the number of sequences.
             length: how many tokens a prompt has at most.
-            example: inputs with an image or other media, as for `generate`.
+            examples: inputs with media, as for `generate`.
 
         Raises:
             CaptureError: the model does not run, or calls its text part in a way that is not known.
@@ -116,7 +116,7 @@ class Part:
 
             return cls(path, model, Names.of(model), {}, ModelOutput, "logits")
         module = model.get_submodule(path)
-        calls = [call for offer in _offers(model, batch, length, example) for call in _calls(model, path, offer)]
+        calls = _all_calls(model, path, [*examples, _text(model, batch, length)])
         names = replace(Names.of(module, EMBEDDINGS), keep=None)
         outputs = calls[0].outputs
         if not hasattr(outputs, "keys"):
@@ -185,13 +185,30 @@ def bound(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _offers(model: Any, batch: int, length: int, example: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Inputs of `generate`: the example, then text alone."""
+def _text(model: Any, batch: int, length: int) -> dict[str, Tensor]:
+    """Inputs of `generate` without media."""
     length = min(8, length)
     mask = torch.ones(batch, length, dtype=torch.int64, device=model.device)
     mask[0, 0] = int(length < 2)
-    text = {"input_ids": random_tokens(model, batch, length), "attention_mask": mask}
-    return [text] if example is None else [example, text]
+    return {"input_ids": random_tokens(model, batch, length), "attention_mask": mask}
+
+
+def _all_calls(model: Any, path: str, offers: list[Mapping[str, Any]]) -> list[Call]:
+    """The calls of a module for each of these inputs.
+
+    Raises:
+        CaptureError: the model fails.
+    """
+    calls: list[Call] = []
+    for offer in offers:
+        try:
+            calls += _calls(model, path, offer)
+        except Exception as error:
+            with_what = ", ".join(offer)
+            raise CaptureError(
+                f"{type(model).__name__}.generate fails itself with {with_what}: {type(error).__name__}: {error}"
+            ) from error
+    return calls
 
 
 def random_tokens(model: Any, batch: int, length: int) -> Tensor:
