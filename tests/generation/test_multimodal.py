@@ -202,7 +202,7 @@ def test_a_batch_that_does_not_fit(case: Case) -> None:
 
 @pytest.mark.parametrize("wrong", [{"pixel_values": torch.zeros(1)}, {"input_ids": torch.ones(3, 4).long()}])
 def test_an_example_that_does_not_fit(case: Case, wrong: dict[str, Tensor]) -> None:
-    with pytest.raises(InputError, match="rewrite_for_generation: (the )?example"):
+    with pytest.raises(InputError, match=r"rewrite_for_generation: (the )?example"):
         rewrite_for_generation(case.model, batch_size=2, max_length=8, example=wrong)
 
 
