@@ -53,7 +53,9 @@ class Kind:
 
 def llava() -> Any:
     vision = transformers.CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3})
-    return transformers.LlavaConfig(vision, transformers.LlamaConfig(**TEXT), image_token_id=IMAGE)
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE
+    )
 
 
 def qwen() -> Any:
