@@ -68,6 +68,11 @@ def rewrite_for_generation(
         raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
     examples = _examples(example, batch_size, max_length)
     part = Part.of(model, batch_size, prompts[-1], examples)
+    if examples and not part.path:
+        raise InputError(
+            f"rewrite_for_generation: example can't be given: {type(model).__name__} has no part that reads embeddings "
+            "and text alone, so its graphs take text only."
+        )
     cache = grown_cache(part.module, part.names, part.first(batch_size))
     lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(cache).recurrent)
     start = torch.zeros((), dtype=torch.int64, device=model.device)

@@ -208,6 +208,12 @@ def test_an_example_that_does_not_fit(case: Case, wrong: dict[str, Tensor]) -> N
         rewrite_for_generation(case.model, batch_size=2, max_length=8, example=wrong)
 
 
+def test_an_example_for_a_model_of_text() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
+    with pytest.raises(InputError, match="example can't be given: LlamaForCausalLM has no part"):
+        rewrite_for_generation(model, max_length=8, example={"input_ids": torch.ones(1, 4).long()})
+
+
 def test_the_text_part_of_a_model_for_text_is_the_model() -> None:
     with torch.device("meta"):
         assert text_part(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))) == ""
