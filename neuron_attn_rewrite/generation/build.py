@@ -73,11 +73,12 @@ def rewrite_for_generation(
             f"rewrite_for_generation: example can't be given: {type(model).__name__} has no part that reads embeddings "
             "and text alone, so its graphs take text only."
         )
-    cache = grown_cache(part.module, part.names, part.first(batch_size))
-    lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(cache).recurrent)
-    start = torch.zeros((), dtype=torch.int64, device=model.device)
-    room = Room(batch_size, max_length + lengths.slack, start)
-    state = State.of(cache, room)
+    grown = grown_cache(part.module, part.names, part.first(batch_size))
+    lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(grown.cache).recurrent)
+    place = torch.zeros(2, dtype=torch.int64, device=model.device)
+    spare = lengths.steps[-1] - 1 if part.takes_padding else None
+    room = Room(batch_size, max_length + lengths.slack, place, spare)
+    state = State.of(grown, room)
     graphs = {
         graph_name(length, fresh): _graph(part, state, room, length, fresh, config)
         for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
@@ -149,7 +150,7 @@ def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, confi
         RewriteError: `config.require` is not met.
     """
     cached, given = _usual(part, state, room, length, fresh)
-    example = (torch.full_like(room.start, cached), [t.clone() for t in state.tensors], given)
+    example = (room.place.new_tensor([cached, length]), [t.clone() for t in state.tensors], given)
     try:
         with torch.no_grad():
             return rewrite(step_of(part.module, part.names, state, fresh), example, config=config)
@@ -160,14 +161,14 @@ def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, confi
 def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tuple[int, dict[str, Any]]:
     """How many tokens are cached before a call, and the inputs of the call: as while generating."""
     names, attends = part.names, state.kind.attends
-    width = length if fresh or not attends else room.capacity
+    width = length if fresh or not attends else room.capacity + state.held
     if part.path:
         count = part.usual[names.tokens].shape[1]
         begin = 0 if fresh else max(count - length, 0)
         end = min(count, begin + length)
         keys = (0, width - end) if fresh or attends else None
         return begin, Window(begin, end, 0, (0, length + begin - end), keys, room.batch).fit(part.usual, names)
-    cached = 0 if fresh or not attends else (width - length) // 2
+    cached = 0 if fresh or not attends else (room.capacity - length) // 2
     vocabulary = part.module.config.get_text_config(decoder=True).vocab_size
     # So that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
@@ -178,4 +179,4 @@ def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tu
         names.positions: (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + length],
         names.keep: torch.tensor([length - 1]) if fresh else None,
     }
-    return cached, {name: t.to(room.start.device) for name, t in inputs.items() if name is not None and t is not None}
+    return cached, {name: t.to(room.place.device) for name, t in inputs.items() if name is not None and t is not None}

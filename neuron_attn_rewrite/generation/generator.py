@@ -30,6 +30,8 @@ class Progress:
     """Cached tokens of each sequence, padding of the caller included."""
     gap: int = 0
     """How many tokens were filled in before them."""
+    most: int = 0
+    """The largest number of tokens that were cached at once."""
 
 
 class Generator:
@@ -183,19 +185,24 @@ class Generator:
         rows = piece.end - piece.begin
         keys = None
         if piece.fresh or state.kind.attends:
-            width = piece.length if piece.fresh else self._room.capacity
+            width = piece.length if piece.fresh else self._room.capacity + state.held
             keys = gap, width - gap - cached - piece.end
         inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names)
+        if state.kind.own and state.kind.attends and not piece.fresh and names.mask is not None:
+            # Such models look up the new tokens at the end of the mask. As keys they come later, and are hidden.
+            seen = inputs[names.mask]
+            inputs[names.mask] = torch.cat([seen[:, : -piece.length], seen[:, start : start + piece.length]], 1)
         last = piece.length - 1 if left else rows - 1
         if names.keep is not None and piece.fresh:
             inputs[names.keep] = torch.tensor([last])
-        self._room.start.fill_(start)
+        self._room.place.copy_(torch.tensor([start, piece.length if left else rows]))
         graph = self.graphs[graph_name(piece.length, piece.fresh)]
         result: Tensor
-        result, tensors = graph(self._room.start, state.tensors, inputs)
+        result, tensors = graph(self._room.place, state.tensors, inputs)
         state.tensors[:] = tensors
         progress.gap = gap
         progress.tokens = rows if piece.fresh else progress.tokens + rows
+        progress.most = max(progress.most, progress.tokens)
         if piece.fresh and names.keep is not None:
             return result
         return result[:, fill[0] : fill[0] + rows]
@@ -236,13 +243,28 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other sequences: the i-th becomes number `beam_idx[i]`."""
         tensors = self._generator._state.tensors
-        rows = torch.cat([beam_idx, torch.arange(len(beam_idx), len(tensors[0]))])
-        tensors[:] = [t.index_select(0, rows) for t in tensors]
+        state, batch = self._generator._state, self._generator.batch_size
+        rows = torch.cat([beam_idx, torch.arange(len(beam_idx), batch, device=beam_idx.device)])
+        tensors[:] = [t.index_select(dim, rows) for t, dim in zip(tensors, state.batch_dims, strict=True)]
 
     def crop(self, count: int) -> None:
-        """Forget the last tokens: all but `count`, or `-count` of them."""
-        progress = self._generator._progress
-        progress.tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
+        """Forget the last tokens: all but `count`, or `-count` of them.
+
+        Raises:
+            InputError: layers with a window do not hold the tokens any more that the window shows then.
+        """
+        progress, state, spare = self._generator._progress, self._generator._state, self._generator._room.spare or 0
+        tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
+        taken = progress.most - tokens
+        if state.held and taken > spare and progress.gap + progress.most > state.least_held:
+            raise InputError(
+                f"generate: {taken} tokens are taken back, and layers with a window hold {spare} more tokens than the "
+                f"window shows. Make the graphs with decode_lengths=(1, {taken + 1})."
+            )
+        for number in state.sliding:
+            tensor = state.tensors[number]
+            tensor.copy_(tensor.roll(progress.tokens - tokens, 2))  # the newest token is always the last
+        progress.tokens = tokens
 
 
 CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")

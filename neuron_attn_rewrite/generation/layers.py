@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import CaptureError, RewriteError
+from neuron_attn_rewrite.generation.own import OwnCache
+from neuron_attn_rewrite.generation.position import Position
 
 try:
     cache_utils: Any = import_module("transformers.cache_utils")
@@ -37,8 +39,10 @@ class Room:
     batch: int
     capacity: int
     """Tokens."""
-    start: Tensor
-    """Int64 []: how many tokens are cached before a call. All layers share it."""
+    place: Tensor
+    """Int64 [2]: how many tokens are cached before a call, and how many of its tokens count. All layers share it."""
+    spare: int | None = 0
+    """How many tokens may be taken back after a call. None if layers with a window must hold all tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Kind:
     """A layer holds a state that each token changes. No token can be taken back, and a filled-in one must be masked."""
     attends: bool
     """A layer holds keys and values of single tokens."""
+    own: bool
+    """The class of the cache is the model's own."""
 
 
 class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
@@ -60,11 +66,16 @@ class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False  # transformers would make a mask itself, of the size that it takes for that of the cache
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, start: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.start = keys, values, start
+        self.keys, self.values, self.place = keys, values, place
         self.fresh, self.new = False, 0
         self.is_initialized = True
+
+    @property
+    def start(self) -> Tensor:
+        """Int64 []: how many tokens are cached before a call."""
+        return self.place[0]
 
     @property
     def capacity(self) -> int:
@@ -86,7 +97,7 @@ class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
         Older versions of transformers give the positions of the queries instead of their number.
         """
-        rows = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        rows = query_length if isinstance(query_length, int) else query_length.shape[0]
         return (rows if self.fresh else self.capacity), 0
 
     def get_seq_length(self, *args: Any) -> Any:
@@ -107,6 +118,46 @@ class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self.fresh, self.new = True, 0
 
 
+class SlidingLayer(FixedLayer):
+    """Keys and values of the last tokens alone, [batch, num_kv_heads, held, size], the newest at the end.
+
+    An attention with a window sees no others. Early in a sequence the first rows stand for positions before 0. A mask
+    function looks these up at the end of the attention mask, so there must be `held` zeros.
+    """
+
+    is_sliding = True
+
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor, capacity: int) -> None:
+        super().__init__(keys, values, place)
+        self.held, self._capacity = int(keys.shape[2]), capacity
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that a sequence can have."""
+        return self._capacity
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new rows, [batch, num_kv_heads, q_len, size]. Gives the rows that were held, and the new ones."""
+        self.new = key.shape[2]
+        keys, values = self._add(self.keys, key), self._add(self.values, value)
+        return (key, value) if self.fresh else (keys, values)
+
+    def _add(self, held: Tensor, new: Tensor) -> Tensor:
+        whole = torch.cat([torch.zeros_like(held) if self.fresh else held, new], 2)
+        if self.new == 1:
+            held.copy_(whole[:, :, 1:])
+        else:  # the last tokens of the call may be such that do not count
+            held.copy_(whole.index_select(2, torch.arange(held.shape[2], device=held.device) + self.place[1]))
+        return whole
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, Any]:
+        """How many keys the attention reads, and the position of the first."""
+        rows = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if self.fresh:
+            return rows, 0
+        return self.held + rows, Position(self.start - self.held, -self.held, self.capacity - rows - self.held)
+
+
 class CrossLayer(FixedLayer):
     """Keys and values of the encoder's output. They are written once, and stay."""
 
@@ -125,8 +176,8 @@ class CrossLayer(FixedLayer):
 class IndexedLayer(FixedLayer):
     """A `FixedLayer` with the keys of an indexer that chooses what an attention sees, [batch, capacity, size]."""
 
-    def __init__(self, keys: Tensor, values: Tensor, start: Tensor, indexer_keys: Tensor) -> None:
-        super().__init__(keys, values, start)
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor, indexer_keys: Tensor) -> None:
+        super().__init__(keys, values, place)
         self.indexer_keys, self.is_indexer_initialized = indexer_keys, True
 
     def update_indexer(self, key: Tensor) -> Tensor:
@@ -149,8 +200,8 @@ if Linear:
     class HybridLayer(Linear, FixedLayer):  # type: ignore[misc]
         """A `FixedLayer` with the states of linear attention beside."""
 
-        def __init__(self, keys: Tensor, values: Tensor, start: Tensor, linear: Any) -> None:
-            FixedLayer.__init__(self, keys, values, start)
+        def __init__(self, keys: Tensor, values: Tensor, place: Tensor, linear: Any) -> None:
+            FixedLayer.__init__(self, keys, values, place)
             for name in vars(Linear(linear.number_of_states)):
                 setattr(self, name, getattr(linear, name))
 
@@ -174,6 +225,9 @@ def fixed(cache: Any, room: Room) -> Any:
     Raises:
         CaptureError: the kind of a layer is not known.
     """
+    if isinstance(cache, OwnCache):
+        cache.rows = {index: FixedLayer(*_keys_and_values(layer, room)) for index, layer in cache.rows.items()}
+        return cache
     if hasattr(cache, "cross_attention_cache"):
         fixed(cache.self_attention_cache, room)
         cache.cross_attention_cache.layers = [_cross(layer, room) for layer in cache.cross_attention_cache.layers]
@@ -184,17 +238,25 @@ def fixed(cache: Any, room: Room) -> Any:
 
 def layers(cache: Any) -> Iterator[Any]:
     """Each layer of a cache."""
-    if hasattr(cache, "cross_attention_cache"):
+    if isinstance(cache, OwnCache):
+        yield from cache.rows.values()
+    elif hasattr(cache, "cross_attention_cache"):
         yield from (*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers)
     else:
         yield from cache.layers
+
+
+def sliding(cache: Any) -> list[SlidingLayer]:
+    """The layers that hold the last tokens alone."""
+    return [layer for layer in layers(cache) if isinstance(layer, SlidingLayer)]
 
 
 def kind_of(cache: Any) -> Kind:
     """Which kinds of layers a cache has."""
     linear = [isinstance(layer, Linear) for layer in layers(cache)]
     attends = any(hasattr(layer, "keys") and layer.keys is not None for layer in layers(cache))
-    return Kind(any(linear), attends)
+    is_own = isinstance(cache, OwnCache)
+    return Kind(any(linear) or is_own, attends, is_own)
 
 
 def _fixed(layer: Any, room: Room) -> Any:
@@ -206,23 +268,31 @@ def _fixed(layer: Any, room: Room) -> Any:
     )
 
 
-def _grown(tensor: Tensor, dim: int, room: Room) -> Tensor:
-    """Zeros of the shape of a tensor, with the capacity in this dim."""
+def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros of the shape of a tensor, with another size of this dim."""
     shape = [*tensor.shape]
-    shape[dim] = room.capacity
+    shape[dim] = size
     return tensor.new_zeros(shape)
 
 
-def _keys_and_values(layer: Any, room: Room) -> tuple[Tensor, Tensor, Tensor]:
-    return _grown(layer.keys, 2, room), _grown(layer.values, 2, room), room.start
+def _keys_and_values(layer: Any, room: Room, size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = (_grown(t, 2, room.capacity if size is None else size) for t in (layer.keys, layer.values))
+    return keys, values, room.place
+
+
+def _sliding(layer: Any, room: Room) -> Any:
+    size = layer.sliding_window - 1 + (room.spare or 0)
+    if room.spare is None or size >= room.capacity:
+        return FixedLayer(*_keys_and_values(layer, room))
+    return SlidingLayer(*_keys_and_values(layer, room, size), room.capacity)
 
 
 def _cross(layer: Any, room: Room) -> Any:
-    return CrossLayer(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), room.start)
+    return CrossLayer(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), room.place)
 
 
 def _indexed(layer: Any, room: Room) -> Any:
-    return IndexedLayer(*_keys_and_values(layer, room), _grown(layer.indexer_keys, 1, room))
+    return IndexedLayer(*_keys_and_values(layer, room), _grown(layer.indexer_keys, 1, room.capacity))
 
 
 def _kinds(*names: str) -> tuple[type, ...]:
@@ -236,6 +306,7 @@ _LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any, Room], Any]], ...] = (
     ),
     (_kinds("LinearAttentionLayer", "DummyLayer"), lambda layer, room: layer),
     (_kinds("DynamicIndexedLayer"), _indexed),
+    (_kinds("DynamicSlidingWindowLayer"), _sliding),
     (_kinds("DynamicLayer"), lambda layer, room: FixedLayer(*_keys_and_values(layer, room))),
 )
 """For each kind of layer that grows, what takes its place. The first kind that fits decides."""

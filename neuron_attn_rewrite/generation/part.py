@@ -134,6 +134,12 @@ class Part:
         """What `generate` calls the tokens."""
         return "input_ids" if self.path else self.names.tokens
 
+    @property
+    def takes_padding(self) -> bool:
+        """Whether it makes its masks itself, from a mask of keys, [batch, keys]."""
+        mask = self.usual.get(self.names.mask or "") if self.path else None
+        return self.names.mask is not None and (not self.path or (isinstance(mask, Tensor) and mask.dim() == 2))
+
     def first(self, batch: int) -> dict[str, Any]:
         """Inputs of a call without a cache."""
         if not self.path:

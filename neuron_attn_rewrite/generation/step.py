@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuron_attn_rewrite.capture.objects import Pieces, put_together, take_apart
+from neuron_attn_rewrite.capture.objects import Pieces, holds_tensors, put_together, take_apart
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.layers import Kind, Room
+from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
 
 CACHES = ("past_key_values", "cache_params")
 """What models of transformers call their cache."""
@@ -72,53 +75,147 @@ class State:
     going_on: Any
     """The cache without its tensors, before a continuing call."""
     kind: Kind
+    sliding: tuple[int, ...]
+    """Which tensors hold the last tokens alone."""
+    batch_dims: tuple[int, ...]
+    """Which dim of each tensor is the batch."""
+    first: tuple[int, ...]
+    """Which tensors a fresh call begins with."""
+    zeros: frozenset[int]
+    """Which of them are zeros then."""
+    first_positions: int | None
+    """How many positions the model wants in a fresh call, if it is not the number of tokens."""
+    capacity: int
+    """How many tokens a sequence can have."""
+    held: int
+    """The largest number of tokens that one of them holds. 0 if there is none."""
+    least_held: int
+    """The smallest number."""
 
     @classmethod
-    def of(cls, cache: Any, room: Room) -> State:
+    def of(cls, grown: Grown, room: Room) -> State:
         """Give a cache a fixed shape, and take it apart.
 
         Args:
-            cache: as `grown_cache` gives it.
+            grown: the cache after one token.
             room: how much it shall hold.
 
         Raises:
             CaptureError: a layer has no counterpart of fixed shape.
         """
-        kind = layers.kind_of(cache)
-        cache = layers.fixed(cache, room)
-        pieces = _pieces(room.start)
+        kind = layers.kind_of(grown.cache)
+        cache = layers.fixed(grown.cache, room)
+        pieces = _pieces(room.place)
         going_on = take_apart(cache, pieces)
         cache.reset()
-        names = [name.strip("_") for name in pieces.names[1:]]
-        return cls(pieces.atoms[1:], names, take_apart(cache, _pieces(room.start)), going_on, kind)
+        first = _pieces(room.place)
+        fresh = take_apart(cache, first)
+        tensors, names = pieces.atoms[1:], pieces.names[1:]
+        numbers = tuple(names.index(name) for name in first.names[1:])
+        new = [n for n, t in zip(numbers, first.atoms[1:], strict=True) if t is not tensors[n]]
+        if any(t.any() for n, t in zip(numbers, first.atoms[1:], strict=True) if n in new):
+            raise CaptureError("the cache holds other numbers than zeros before the first call, and a graph has none.")
+        sliding = layers.sliding(cache)
+        last = {id(t) for layer in sliding for t in (layer.keys, layer.values)}
+        return cls(
+            tensors,
+            [name.strip("_") for name in names],
+            fresh,
+            going_on,
+            kind,
+            sliding=tuple(number for number, t in enumerate(tensors) if id(t) in last),
+            batch_dims=tuple(grown.batch_dims.get(name, 0) for name in names),
+            first=numbers,
+            zeros=frozenset(new),
+            first_positions=grown.first_positions,
+            capacity=room.capacity,
+            held=max((layer.held for layer in sliding), default=0),
+            least_held=min((layer.held for layer in sliding), default=0),
+        )
 
 
-def grown_cache(model: Any, names: Names, inputs: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Grown:
+    """A cache after a few tokens of each sequence."""
+
+    cache: Any
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    """Which dim of a tensor is the batch, if it is not the first."""
+    first_positions: int | None = None
+    """How many positions the model wants in a fresh call, if it is not the number of tokens."""
+
+
+def grown_cache(model: Any, names: Names, inputs: dict[str, Any]) -> Grown:
     """What the model caches of a few tokens for each sequence.
 
     Raises:
-        CaptureError: the model fails, or gives no cache with layers.
+        CaptureError: the model fails, or gives no cache.
     """
     kind = type(model).__name__
     try:
-        with torch.no_grad():
-            outputs = model(**inputs, use_cache=True, return_dict=True)
+        cache = _cached(model, names, inputs, None)
     except Exception as error:
         raise CaptureError(f"{kind} fails on a few tokens: {type(error).__name__}: {error}") from error
-    cache = outputs.get(names.cache)
     if hasattr(cache, "layers") or hasattr(cache, "cross_attention_cache"):
-        return cache
+        return Grown(cache)
     if cache is None and getattr(model.config, "is_decoder", None) is False:
         raise CaptureError(
             f"{kind} caches nothing, because config.is_decoder is False: each token sees the whole sequence. Set "
             "is_decoder=True in the config before the model is made."
         )
-    gives = "nothing" if cache is None else f"a {type(cache).__name__} without layers"
-    raise CaptureError(f"{kind} gives {gives} as {names.cache}, and a generator needs a cache of transformers.")
+    if not holds_tensors(cache):
+        gives = "nothing" if cache is None else f"a {type(cache).__name__} without tensors"
+        raise CaptureError(f"{kind} gives {gives} as {names.cache}, and a generator needs a cache of tensors.")
+    return _own(model, names, len(inputs[names.tokens]), type(cache))
 
 
-def _pieces(start: Tensor) -> Pieces:
-    return Pieces(atoms=[start], names=["start"])
+def _own(model: Any, names: Names, batch: int, kind: type) -> Grown:
+    """With a cache of the model's own kind."""
+    found = []
+    for rows in (batch, batch + 1):
+        pieces, zeros = Pieces(), torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        cache = own_cache(kind, functools.partial(_cached, model, names, {names.tokens: zeros}))
+        take_apart(cache, pieces)
+        found.append((cache, dict(zip(pieces.names, pieces.atoms, strict=True))))
+    (cache, tensors), (_, more) = found
+    dims = {}
+    for name, tensor in tensors.items():
+        differ = [
+            dim for dim, sizes in enumerate(zip(tensor.shape, more[name].shape, strict=True)) if len({*sizes}) > 1
+        ]
+        if len(differ) != 1:
+            raise CaptureError(f"{name.strip('_')} of the {kind.__name__} has no dim that is the batch.")
+        dims[name] = differ[0]
+    positions = _prepared(model, names, torch.zeros_like(zeros)).get("cache_position")
+    count = None if positions is None or len(positions) == 1 else len(positions)
+    return Grown(cache, {name: dim for name, dim in dims.items() if dim}, count)
+
+
+def _cached(model: Any, names: Names, inputs: dict[str, Any], cache: Any) -> Any:
+    """The cache after a call. Without a cache, the model makes one."""
+    with torch.no_grad():
+        if cache is not None:
+            prepared = _prepared(model, names, inputs[names.tokens])
+            known = {} if names.cache_position is None else {names.cache_position: prepared.get("cache_position")}
+            model(**inputs, **known, **{names.cache: cache}, use_cache=True, return_dict=True)
+            return cache
+        found = model(**inputs, use_cache=True, return_dict=True).get(names.cache)
+        if found is None and names.tokens == "input_ids":
+            found = _prepared(model, names, inputs[names.tokens]).get(names.cache)
+            if found is not None:
+                _cached(model, names, inputs, found)
+    return found
+
+
+def _prepared(model: Any, names: Names, tokens: Tensor) -> dict[str, Any]:
+    """What `generate` gives the model in its first call."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    given = {names.cache: None, "attention_mask": torch.ones_like(tokens), "cache_position": positions}
+    return dict(model.prepare_inputs_for_generation(tokens, **given, use_cache=True))
+
+
+def _pieces(place: Tensor) -> Pieces:
+    return Pieces(atoms=[place], names=["place"])
 
 
 class Step(nn.Module):
@@ -128,31 +225,43 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.names, self.fresh = model, names, fresh
         self.parts = state.fresh if fresh else state.going_on
+        self.first = state.first if fresh else tuple(range(len(state.tensors)))
+        self.zeros = state.zeros if fresh else frozenset()
+        self.first_positions, self.capacity = state.first_positions, state.capacity
         self.config = model.config
         self.training = model.training
 
-    def forward(self, start: Tensor, cache: list[Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, place: Tensor, cache: list[Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The logits, and the tensors of the cache.
 
         Args:
-            start: int64 [], how many tokens are cached.
+            place: int64 [2], how many tokens are cached, and how many of the new ones count.
             cache: as in `State.tensors`.
             inputs: what the model takes, by name.
 
         Raises:
             CaptureError: the model changes the shape of its cache.
         """
-        state = put_together(self.parts, [start, *cache])
+        before = [torch.zeros_like(cache[n]) if n in self.zeros else cache[n] for n in self.first]
+        state = put_together(self.parts, [place, *before])
+        positions = self._positions(inputs[self.names.tokens].shape[1], place)
         if self.names.cache_position is not None:
-            rows = torch.arange(inputs[self.names.tokens].shape[1], device=start.device)
-            inputs = {**inputs, self.names.cache_position: rows if self.fresh else rows + start}
-        outputs = self.model(**inputs, **{self.names.cache: state}, use_cache=True, return_dict=True)
-        pieces = _pieces(start)
+            inputs = {**inputs, self.names.cache_position: positions}
+        last = positions.shape[0] if self.fresh else self.capacity
+        answers = Answers(positions, (0, 0) if self.fresh else (1, last), last - 1)
+        with answers if isinstance(state, OwnCache) else nullcontext():
+            outputs = self.model(**inputs, **{self.names.cache: state}, use_cache=True, return_dict=True)
+        pieces = _pieces(place)
         take_apart(state, pieces)
         after = pieces.atoms[1:]
         if [t.shape for t in after] != [t.shape for t in cache]:
             raise CaptureError("the model changes the shapes of the tensors in its cache")
         return outputs[0], after
+
+    def _positions(self, count: int, place: Tensor) -> Tensor:
+        if self.fresh:
+            return torch.arange(self.first_positions or count, device=place.device)
+        return torch.arange(count, device=place.device) + place[0]
 
 
 def step_of(model: Any, names: Names, state: State, fresh: bool) -> Step:

@@ -1,0 +1,307 @@
+"""Layers of fixed shape do what the layers of transformers do that grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from neuron_attn_rewrite import CaptureError, Generator, InputError, RewriteConfig, rewrite_for_generation
+from neuron_attn_rewrite.generation.layers import FixedLayer, Room, SlidingLayer, fixed
+from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
+from neuron_attn_rewrite.generation.position import Position
+from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
+from tests.models import DECODER, VOCABULARY
+
+BATCH, CAPACITY, WINDOW, SPARE = 2, 24, 6, 2
+
+
+def make(kind: str, **fields: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**{**DECODER, "use_cache": True, **fields})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(4)  # large scores, so that a wrong mask shows
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Any:
+    return make("Mistral", sliding_window=WINDOW)
+
+
+def place(start: int, count: int) -> Tensor:
+    return torch.tensor([start, count])
+
+
+def state_of(model: Any, capacity: int = CAPACITY, spare: int | None = SPARE) -> tuple[Names, State]:
+    names = Names.of(model)
+    first = {names.tokens: torch.zeros(BATCH, 1, dtype=torch.int64)}
+    return names, State.of(grown_cache(model, names, first), Room(BATCH, capacity, place(0, 0), spare))
+
+
+def prompt(length: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(1, VOCABULARY, (BATCH, CAPACITY), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones(BATCH, CAPACITY, dtype=torch.int64)
+    mask[1, : length // 2] = 0
+    return tokens, mask
+
+
+class Run:
+    """Calls of a model with layers of fixed shape, without a graph."""
+
+    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, gap: int = 0) -> None:
+        self.names, self.state = state_of(model)
+        self.steps = {fresh: step_of(model, self.names, self.state, fresh) for fresh in (True, False)}
+        self.cache = [t.clone() for t in self.state.tensors]
+        self.tokens, self.mask, self.gap = tokens, mask, gap
+
+    def call(self, begin: int, end: int, fill: int = 0) -> Tensor:
+        """Logits of the tokens, the call filled up at the right with some that do not count."""
+        fresh, gap = begin == 0, self.gap
+        before = gap if fresh else 0
+        width = end + gap + fill if fresh else CAPACITY + self.state.held
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)[:, begin:end]
+        pad = torch.nn.functional.pad
+        mask = pad(self.mask[:, :end], (gap, width - gap - end))
+        inputs = {
+            self.names.tokens: pad(self.tokens[:, begin:end], (before, fill), value=3),
+            self.names.mask: mask if fresh or self.state.kind.attends else mask[:, gap + begin : gap + end],
+            self.names.positions: pad(positions, (before, fill)),
+        }
+        given = {name: t for name, t in inputs.items() if name is not None}
+        at = place(0 if fresh else gap + begin, end - begin + before)
+        with torch.no_grad():
+            logits, self.cache = self.steps[fresh](at, self.cache, given)
+        return logits[:, before : before + end - begin]
+
+
+def expected(model: Any, tokens: Tensor, mask: Tensor, end: int) -> Tensor:
+    """Logits of a call without a cache."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, :end]
+    with torch.no_grad():
+        given = {"position_ids": positions} if Names.of(model).positions else {}
+        result: Tensor = model(tokens[:, :end], attention_mask=mask[:, :end], **given, use_cache=False).logits
+    return result
+
+
+def check(found: Tensor, wanted: Tensor, mask: Tensor) -> None:
+    seen = mask.bool()
+    torch.testing.assert_close(found[seen], wanted[seen], rtol=1e-3, atol=1e-3)
+
+
+CALLS = {
+    "step by step": [(0, 3), *((n, n + 1) for n in range(3, 20))],
+    "a long prompt": [(0, 15), (15, 16), (16, 17)],
+    "in pieces": [(0, 4), (4, 12), (12, 20)],
+    "several at once": [(0, 2), (2, 5), (5, 9), (9, 10), (10, 14)],
+}
+
+
+@pytest.mark.parametrize("fill", [0, 2])
+@pytest.mark.parametrize("way", CALLS)
+def test_a_window_shows_the_same_tokens(mistral: Any, way: str, fill: int) -> None:
+    tokens, mask = prompt(len(way))
+    run = Run(mistral, tokens, mask)
+    assert all(t.shape[2] == WINDOW - 1 + SPARE for t in run.cache)
+    wanted = expected(mistral, tokens, mask, CAPACITY)
+    for begin, end in CALLS[way]:
+        rest = min(fill, CAPACITY - end)
+        check(run.call(begin, end, rest if end - begin > 1 else 0), wanted[:, begin:end], mask[:, begin:end])
+
+
+def test_a_window_that_shows_more_gives_other_numbers(mistral: Any) -> None:
+    wider = make("Mistral", sliding_window=WINDOW + 1)
+    tokens, mask = prompt(9)
+    a, b = (Run(model, tokens, mask).call(0, 15) for model in (mistral, wider))
+    assert (a - b).abs().max() > 0.1
+
+
+def test_which_layers_hold_the_last_tokens_alone() -> None:
+    layer = transformers.cache_utils.DynamicSlidingWindowLayer(WINDOW)
+    layer.update(torch.randn(BATCH, 2, 1, 8), torch.randn(BATCH, 2, 1, 8))
+    full = transformers.cache_utils.DynamicLayer()
+    full.update(torch.randn(BATCH, 2, 1, 8), torch.randn(BATCH, 2, 1, 8))
+
+    def made(layer: Any, capacity: int, spare: int | None) -> Any:
+        cache = transformers.DynamicCache()
+        cache.layers = [layer]
+        return fixed(cache, Room(BATCH, capacity, place(0, 0), spare)).layers[0]
+
+    held = made(layer, CAPACITY, SPARE)
+    assert type(held) is SlidingLayer
+    assert held.keys.shape == (BATCH, 2, WINDOW - 1 + SPARE, 8)
+    for other in (made(layer, WINDOW + 1, SPARE), made(layer, CAPACITY, None), made(full, CAPACITY, SPARE)):
+        assert type(other) is FixedLayer
+        assert other.keys.shape[2] == other.capacity
+    assert type(made(layer, WINDOW + 2, SPARE)) is SlidingLayer
+
+
+# A generator
+
+
+@pytest.fixture(scope="module")
+def generator(mistral: Any) -> Generator:
+    return rewrite_for_generation(
+        mistral,
+        batch_size=3,
+        max_length=32,
+        prompt_lengths=10,
+        decode_lengths=(1, 3),
+        config=RewriteConfig(policy="always"),
+        verify=False,
+    )
+
+
+def test_masks_of_a_window_are_proven(generator: Generator) -> None:
+    assert all(site.kernel == "flash_fwd" for report in generator.reports.values() for site in report.sites)
+    masks = {name: str(report.sites[0].mask) for name, report in generator.reports.items()}
+    # One that is shifted by what is held, for every position.
+    assert masks["decode[3]"].startswith(f"sliding_window({WINDOW}, offset={WINDOW - 1 + 2})")
+    assert masks["decode"].startswith("key >= 2 & key_padding")
+    assert all(t.shape[2] == WINDOW - 1 + 2 for t in generator._state.tensors)
+
+
+@pytest.mark.parametrize("length", [2, 6, 10, 11, 23])
+def test_tokens_with_a_window(mistral: Any, generator: Generator, length: int) -> None:
+    tokens = torch.randint(1, VOCABULARY, (3, length), generator=torch.Generator().manual_seed(length))
+    mask = (torch.arange(length) >= torch.arange(3)[:, None] * length // 4).long()
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(generator.generate(tokens, **options), mistral.generate(tokens, **options))
+    options |= {"attention_mask": mask[2:], "num_beams": 3}
+    assert torch.equal(generator.generate(tokens[2:], **options), mistral.generate(tokens[2:], **options))
+
+
+@pytest.mark.parametrize("length", [4, 10, 14])
+def test_tokens_are_taken_back(mistral: Any, generator: Generator, length: int) -> None:
+    tokens = torch.randint(1, 5, (1, length), generator=torch.Generator().manual_seed(3))  # few words: n-grams repeat
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 14, "do_sample": False}
+    options["eos_token_id"] = VOCABULARY  # older versions need one; this one is never generated
+    found = generator.generate(tokens, prompt_lookup_num_tokens=2, **options)
+    assert torch.equal(found, mistral.generate(tokens, **options))
+
+
+def test_more_tokens_than_are_held_are_not_taken_back(generator: Generator) -> None:
+    cache, progress = generator._cache, generator._progress
+    tokens = torch.randint(1, VOCABULARY, (1, 14))
+    generator.generate(tokens, max_new_tokens=2, do_sample=False)
+    progress = generator._progress
+    assert progress.tokens == 15
+    before = [t.clone() for t in generator._state.tensors]
+    with pytest.raises(InputError, match=r"3 tokens are taken back.*decode_lengths=\(1, 4\)"):
+        cache.crop(-3)
+    assert progress.tokens == 15
+    assert all(torch.equal(a, b) for a, b in zip(before, generator._state.tensors, strict=True))
+    cache.crop(-1)
+    with pytest.raises(InputError, match="3 tokens are taken back"):
+        cache.crop(-2)
+    cache.crop(-1)
+    assert generator._progress.tokens == 13
+    generator.generate(tokens[:, :4], max_new_tokens=2, do_sample=False)
+    cache.crop(-4)  # nothing was dropped yet
+    assert generator._progress.tokens == 1
+
+
+# Positions
+
+
+def test_a_position_answers_what_is_known() -> None:
+    position = Position(torch.tensor(4), 1, 9)
+    assert (position > 0) is True
+    assert (5 + position - 20 > 0) is False
+    assert torch.equal(position > 3, torch.tensor(True))  # a tensor: it depends
+    assert torch.equal(torch.arange(3) + position, torch.tensor([4, 5, 6]))
+    assert torch.full((2, position + 1), 0.0).shape == (2, 10)
+
+
+def test_what_models_ask_about_positions_and_masks() -> None:
+    positions, other = torch.arange(4) + 2, torch.arange(4)
+    with Answers(positions, (1, 9), 9):
+        assert (positions[0] > 0) is True
+        assert int(positions[-1] + 1) == 10
+        assert isinstance(other[0] > 0, Tensor)
+        assert isinstance(positions[1] > 0, Tensor)
+        assert torch.all(torch.ones(2)) is False
+        assert isinstance(torch.all(torch.ones(2, 2), 1), Tensor)
+
+
+# Caches of a model's own kind
+
+
+class Lists:
+    """A cache as some models of transformers have: states that stay, keys and values that grow."""
+
+    def __init__(self) -> None:
+        self.has_previous_state = False
+        self.states = [torch.zeros(BATCH, 3), torch.tensor([[]] * BATCH)]
+        self.key_cache = [torch.tensor([[]] * BATCH)] * 2
+        self.value_cache = [torch.tensor([[]] * BATCH)] * 2
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        raise AssertionError("only a cache of fixed shape is called")
+
+
+def a_call(cache: Any) -> Any:
+    """As a model that makes its cache if it gets none."""
+    if cache is None:
+        return Lists()
+    cache.states[0] = cache.states[0] + 1
+    cache.update(torch.ones(BATCH, 2, 1, 4), torch.ones(BATCH, 2, 1, 5), 1)
+    cache.has_previous_state = True
+    return cache
+
+
+def test_a_cache_with_lists_gets_a_layer_for_each_attention() -> None:
+    cache = own_cache(Lists, a_call)
+    assert isinstance(cache, OwnCache) and isinstance(cache, Lists)
+    assert type(cache).__name__ == "Lists"
+    fixed(cache, Room(BATCH, CAPACITY, place(0, 0)))
+    assert [*cache.rows] == [1]
+    assert cache.rows[1].keys.shape == (BATCH, 2, CAPACITY, 4)
+    assert cache.rows[1].values.shape == (BATCH, 2, CAPACITY, 5)
+    assert cache.states[1] is None and cache.key_cache == [None, None]
+    assert cache.has_previous_state
+    assert cache.get_mask_sizes(torch.arange(2)) == (CAPACITY, 0)
+    cache.reset()
+    assert not cache.has_previous_state
+    assert not cache.states[0].any()
+    assert cache.get_mask_sizes(torch.arange(2)) == (2, 0)
+    assert "__init__" in vars(Lists) and Lists().states[0].shape == (BATCH, 3)
+
+
+RECURRENT: dict[str, tuple[dict[str, Any], int]] = {
+    "Mamba": ({"state_size": 4, "expand": 2, "time_step_rank": 4}, 4),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_multiple_of": 8}, 0),
+}
+"""Fields of the config, and how many tokens are filled in. Lfm2 of older versions does not mask them in its states."""
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_states_are_those_of_the_model(kind: str) -> None:
+    fields, gap = RECURRENT[kind]
+    model = make(kind, **fields)
+    tokens, mask = prompt(8)
+    mask[:] = 1
+    run = Run(model, tokens, mask, gap)
+    again = [tuple(t.shape) for t in run.cache]
+    wanted = expected(model, tokens, mask, 12)
+    for _ in range(2):  # what the first sequence leaves is no part of the second
+        for begin, end in ((0, 8), *((n, n + 1) for n in range(8, 12))):
+            check(run.call(begin, end)[:, -1:], wanted[:, end - 1 : end], mask[:, :1])
+    assert [tuple(t.shape) for t in run.cache] == again
+
+
+def test_a_model_that_caches_no_tensors_is_refused(mistral: Any) -> None:
+    class Forgets(type(mistral)):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, **given: Any) -> Any:
+            return {"logits": super().forward(input_ids, use_cache=False).logits, "past_key_values": "nothing"}
+
+    model = Forgets(mistral.config).eval()
+    with pytest.raises(CaptureError, match="gives a str without tensors as past_key_values"):
+        grown_cache(model, Names.of(model), {"input_ids": torch.zeros(BATCH, 1, dtype=torch.int64)})
