@@ -12,6 +12,7 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
+from neuron_attn_rewrite.generation.encoder import Encode, Encoder
 from neuron_attn_rewrite.generation.fit import Window
 from neuron_attn_rewrite.generation.generator import Generator, graph_name
 from neuron_attn_rewrite.generation.layers import Room
@@ -30,6 +31,7 @@ def rewrite_for_generation(
     batch_size: int = 1,
     prompt_lengths: int | Sequence[int] | None = None,
     decode_lengths: int | Sequence[int] = 1,
+    encoder_lengths: int | Sequence[int] | None = None,
     example: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     config: RewriteConfig | None = None,
     verify: bool = True,
@@ -44,12 +46,15 @@ def rewrite_for_generation(
             weights.
         max_length: how many tokens a sequence has at most, prompt, padding and new tokens together.
         batch_size: how many sequences the graphs process at once. Each beam is a sequence. Fewer are allowed.
-        prompt_lengths: the lengths of the graphs for prompts. By default `max_length`.
+        prompt_lengths: the lengths of the graphs for prompts. By default `max_length`. For a model with an encoder,
+            these are prompts of the decoder, 1 by default.
         decode_lengths: the lengths of the graphs for new tokens. A graph for one token is always made. Longer ones
             check several proposed tokens at once, for `assistant_model` and `prompt_lookup_num_tokens`.
+        encoder_lengths: the lengths of the graphs for an encoder that takes tokens. By default `max_length`. Shorter
+            inputs are filled up, and `attention_mask` hides what is filled in.
         example: inputs of `generate` with media, such as what a processor gives, or several of them. Each tower gets a
             graph for each size and number of media in them. Only the text part of a multimodal model without examples
-            is rewritten.
+            is rewritten. An encoder that takes features needs one, and has one graph, for features of this shape.
         config: see `RewriteConfig`.
         verify: compare the generator with `model.generate`: the logits of five steps, for each graph, with padding on
             the left and without. `config.verify` compares each graph with the model.
@@ -62,44 +67,61 @@ def rewrite_for_generation(
     """
     config = RewriteConfig.of(config)
     _check_model(model)
-    prompts = _lengths("prompt_lengths", max_length if prompt_lengths is None else prompt_lengths, max_length)
+    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    by_default = 1 if has_encoder else max_length
+    prompts = _lengths("prompt_lengths", by_default if prompt_lengths is None else prompt_lengths, max_length)
     steps = _lengths("decode_lengths", decode_lengths, max_length)
     if not _is_count(batch_size):
         raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
-    examples = _examples(example, batch_size, max_length)
+    examples: list[Mapping[str, Any]] = [example] if isinstance(example, Mapping) else list(example)
+    if not has_encoder:
+        _check_examples(examples, batch_size, max_length)
     part = Part.of(model, batch_size, prompts[-1], examples)
-    if examples and not part.path:
+    if examples and not part.path and not has_encoder:
         raise InputError(
             f"rewrite_for_generation: example can't be given: {type(model).__name__} has no part that reads embeddings "
             "and text alone, so its graphs take text only."
         )
-    grown = grown_cache(part.module, part.names, part.first(batch_size))
+    encoder = None
+    if has_encoder:
+        wanted = max_length if encoder_lengths is None else encoder_lengths
+        encoder = Encoder.of(
+            model, part.names, batch_size, _lengths("encoder_lengths", wanted), next(iter(examples), None)
+        )
+    elif encoder_lengths is not None:
+        raise InputError(
+            f"rewrite_for_generation: encoder_lengths can't be given: {type(model).__name__} has no encoder."
+        )
+    first = part.first(batch_size) | ({} if encoder is None else encoder.given(part.names))
+    grown = grown_cache(part.module, part.names, first)
     lengths = Lengths.of(prompts, steps, max_length, layers.kind_of(grown.cache).recurrent)
     place = torch.zeros(2, dtype=torch.int64, device=model.device)
     spare = lengths.steps[-1] - 1 if part.takes_padding else None
     room = Room(batch_size, max_length + lengths.slack, place, spare)
     state = State.of(grown, room)
     graphs = {
-        graph_name(length, fresh): _graph(part, state, room, length, fresh, config)
+        graph_name(length, fresh): _graph(part, state, room, length, fresh, encoder, config)
         for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
         for length in each
     }
-    media = towers(model, part.path, examples, config)
-    generator = Generator(model, part, state, room, lengths, max_length, graphs, media)
+    if encoder is not None:
+        encode = Encode(model.get_encoder())
+        graphs |= {name: _rewritten(name, encode, (each,), config) for name, each in encoder.examples.items()}
+    media = towers(model, part.path, examples if part.path else [], config)
+    generator = Generator(model, part, state, room, lengths, max_length, graphs, media, encoder)
     if verify:
         compare(model, generator, examples)
     return generator
 
 
-def _examples(given: Any, batch_size: int, max_length: int) -> list[dict[str, Any]]:
-    """The examples as dicts.
+def _check_examples(examples: Sequence[Mapping[str, Any]], batch_size: int, max_length: int) -> None:
+    """Check the examples for a multimodal model.
 
     Raises:
         InputError: one has no tokens, or does not fit.
     """
-    found = []
-    for each in [given] if hasattr(given, "keys") else given:
-        tokens = each.get("input_ids") if hasattr(each, "keys") else None
+    for each in examples:
+        tokens = each.get("input_ids")
         if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
             raise InputError("rewrite_for_generation: example must hold input_ids [batch, length] beside the media.")
         if len(tokens) > batch_size or tokens.shape[1] >= max_length:
@@ -107,8 +129,6 @@ def _examples(given: Any, batch_size: int, max_length: int) -> list[dict[str, An
                 f"rewrite_for_generation: the example has input_ids {list(tokens.shape)}, which do not fit "
                 f"batch_size={batch_size} and max_length={max_length}."
             )
-        found.append(dict(each))
-    return found
 
 
 def _check_model(model: Any) -> None:
@@ -125,24 +145,25 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _lengths(name: str, given: Any, max_length: int) -> tuple[int, ...]:
+def _lengths(name: str, given: Any, max_length: int | None = None) -> tuple[int, ...]:
     """Lengths of graphs, increasing.
 
     Raises:
         InputError: they are no positive integers, or larger than `max_length`.
     """
-    if not _is_count(max_length):
+    if max_length is not None and not _is_count(max_length):
         raise InputError(f"rewrite_for_generation: max_length must be an integer of at least 1, not {max_length!r}.")
     values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    wrong = [value for value in values if not _is_count(value) or value > max_length]
+    wrong = [value for value in values if not _is_count(value) or value > (max_length or value)]
     if wrong or not values:
-        raise InputError(
-            f"rewrite_for_generation: {name} must be integers from 1 to max_length={max_length}, not {given!r}."
-        )
+        limits = "of at least 1" if max_length is None else f"from 1 to max_length={max_length}"
+        raise InputError(f"rewrite_for_generation: {name} must be integers {limits}, not {given!r}.")
     return tuple(sorted(set(values)))
 
 
-def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, config: RewriteConfig) -> RewrittenModule:
+def _graph(
+    part: Part, state: State, room: Room, length: int, fresh: bool, encoder: Encoder | None, config: RewriteConfig
+) -> RewrittenModule:
     """The rewritten graph of one call.
 
     Raises:
@@ -150,12 +171,25 @@ def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, confi
         RewriteError: `config.require` is not met.
     """
     cached, given = _usual(part, state, room, length, fresh)
+    if encoder is not None:
+        given |= encoder.tensors(part.names)
     example = (room.place.new_tensor([cached, length]), [t.clone() for t in state.tensors], given)
+    step = step_of(part.module, part.names, state, fresh, None if encoder is None else encoder.kind)
+    return _rewritten(graph_name(length, fresh), step, example, config)
+
+
+def _rewritten(name: str, module: nn.Module, example: tuple[Any, ...], config: RewriteConfig) -> RewrittenModule:
+    """A rewritten graph.
+
+    Raises:
+        CaptureError: the module can't be captured as one graph.
+        RewriteError: `config.require` is not met.
+    """
     try:
         with torch.no_grad():
-            return rewrite(step_of(part.module, part.names, state, fresh), example, config=config)
+            return rewrite(module, example, config=config)
     except (CaptureError, InputError) as error:
-        raise CaptureError(f"{graph_name(length, fresh)}: {error}") from error
+        raise CaptureError(f"{name}: {error}") from error
 
 
 def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tuple[int, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,10 +30,15 @@ def compare(model: Any, generator: Generator, examples: Sequence[Mapping[str, An
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        for example in examples:
+        for example in examples if generator._encoder is None else ():
             if example["input_ids"].shape[1] + STEPS <= generator.max_length:
                 _compare_one(model, generator, example, "an example")
         for length in _prompts(generator):
+            if generator._encoder is not None:
+                for name, inputs in generator._encoder.examples.items():
+                    decoder = {generator._part.prompt: random_tokens(model, generator.batch_size, length)}
+                    _compare_one(model, generator, inputs | decoder, f"{length} tokens of the decoder and {name}")
+                continue
             for padded in (True, False):
                 words = f"a prompt of {length} tokens {'and' if padded else 'without'} padding on the left"
                 _compare_one(model, generator, _prompt(model, generator.batch_size, length, padded), words)
@@ -56,14 +62,15 @@ def _prompt(model: Any, batch: int, length: int, padded: bool) -> dict[str, Tens
 
 
 def _compare_one(model: Any, generator: Generator, given: Mapping[str, Any], words: str) -> None:
-    forced = random_tokens(model, len(given["input_ids"]), STEPS)
+    forced = random_tokens(model, generator.batch_size if generator._encoder else len(given["input_ids"]), STEPS)
     try:
-        expected = _logits(model.generate, given, forced)
+        expected = _logits(model, {}, given, forced)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}.generate fails itself with {words}: {type(error).__name__}: {error}"
         ) from error
-    found = _logits(generator.generate, given, forced)
+    generator._cache.reset()
+    found = _logits(generator._model, {generator._names.cache: generator._cache}, given, forced)
     limit = LARGEST_ERROR_OF_HALF if expected[0].dtype in HALF or model.dtype in HALF else LARGEST_ERROR
     for step, (new, old) in enumerate(zip(found, expected, strict=True)):
         distance = relative_difference(old, new)
@@ -80,15 +87,19 @@ REASONS = (
 )
 
 
-def _logits(generate: Any, given: Mapping[str, Any], forced: Tensor) -> tuple[Tensor, ...]:
+def _logits(model: Any, cache: Mapping[str, Any], given: Mapping[str, Any], forced: Tensor) -> tuple[Tensor, ...]:
     """The logits of each step, [batch, vocabulary], if the tokens `forced` are generated."""
-    start = given["input_ids"].shape[1]
+    mixin: Any = import_module("transformers").GenerationMixin
+    starts: list[int] = []  # generate may put a token before those of the decoder
 
     def force(tokens: Tensor, scores: Tensor) -> Tensor:
-        wanted = forced[:, tokens.shape[1] - start]
+        starts.append(tokens.shape[1])
+        wanted = forced[:, tokens.shape[1] - starts[0]]
         return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
-    result = generate(
+    result = mixin.generate(  # of Whisper and others, `generate` itself gives no logits
+        model,
+        **cache,
         **given,
         do_sample=False,
         num_beams=1,

@@ -56,9 +56,13 @@ class Window:
         return self._whole(pad(moved, self.fill).transpose(1, -1))
 
     def _whole(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """The whole batch."""
-        missing = self.batch - tensor.shape[dim]
-        return torch.cat([tensor, *[tensor.narrow(dim, 0, 1)] * missing], dim) if missing else tensor
+        return whole_batch(tensor, self.batch, dim)
+
+
+def whole_batch(tensor: Tensor, batch: int, dim: int = 0) -> Tensor:
+    """As many rows as a graph takes. Missing ones are copies of the first."""
+    missing = batch - tensor.shape[dim]
+    return torch.cat([tensor, *[tensor.narrow(dim, 0, 1)] * missing], dim) if missing else tensor
 
 
 def pad(tensor: Tensor, fill: tuple[int, int], value: float = 0) -> Tensor:

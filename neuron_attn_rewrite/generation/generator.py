@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError, RewriteError
-from neuron_attn_rewrite.generation.fit import Window, check_pieces
+from neuron_attn_rewrite.generation.encoder import MASK, Encoder
+from neuron_attn_rewrite.generation.fit import Window, check_pieces, whole_batch
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
 from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
@@ -47,6 +48,7 @@ class Generator:
         max_length: int,
         graphs: Mapping[str, RewrittenModule],
         towers: Towers,
+        encoder: Encoder | None = None,
     ) -> None:
         self.graphs = {**towers.named(), **graphs}
         self.max_length, self.batch_size = max_length, room.batch
@@ -54,13 +56,14 @@ class Generator:
         self._state, self._room, self._lengths = state, room, lengths
         self._progress = Progress()
         self._cache = Cache(self)
-        signature = inspect.signature(part.module.forward)
-
-        @functools.wraps(part.module.forward)  # generate reads the signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(bound(signature, args, kwargs))
-
-        self._model = with_forwards(model, {**towers.forwards(model), part.path: forward})
+        self._encoder = encoder
+        self._model = with_forwards(
+            model, {**towers.forwards(model), part.path: _forward_of(part.module, self._forward)}
+        )
+        if encoder is not None:
+            original = model.get_encoder()
+            encode = with_forwards(original, {"": _forward_of(original, self._encode)})
+            self._model.get_encoder = lambda *args, **kwargs: encode
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
@@ -102,7 +105,11 @@ class Generator:
                 raise InputError(f"generate: {name} can't be given: a generator has a cache of its own.")
         if options.get("use_cache") is False:
             raise InputError("generate: use_cache=False can't be given: a generator always uses its cache.")
-        prompt = options.get(self._part.prompt, inputs)
+        encoder = self._encoder
+        prompt = options.get(self._part.prompt, inputs if encoder is None else None)
+        if encoder is not None and not isinstance(prompt, Tensor):
+            source = options.get(encoder.main, inputs)  # the decoder starts with one token
+            prompt = torch.zeros(len(source), 1, dtype=torch.int64) if isinstance(source, Tensor) else None
         if not isinstance(prompt, Tensor):
             return  # generate makes or asks for it
         if prompt.dim() != 2 or 0 in prompt.shape or prompt.is_floating_point():
@@ -130,17 +137,19 @@ class Generator:
                 f"max_length={self.max_length}, for which the graphs were made. Give a shorter prompt or a smaller "
                 "max_new_tokens."
             )
-        mask = options.get("attention_mask")
+        name = "attention_mask" if encoder is None else self._names.mask or ""
+        mask = options.get(name)
         if isinstance(mask, Tensor) and mask.shape != prompt.shape:
             raise InputError(
-                f"generate: attention_mask must be {list(prompt.shape)}, as {self._part.prompt}, not "
-                f"{list(mask.shape)}."
+                f"generate: {name} must be {list(prompt.shape)}, as {self._part.prompt}, not {list(mask.shape)}."
             )
 
     def _forward(self, given: dict[str, Any]) -> Any:
-        names, part, cached = self._names, self._part, self._progress.tokens
+        names, part = self._names, self._part
         tokens = given[names.tokens]
         rows, count = tokens.shape[:2]
+        encoded = {} if self._encoder is None else self._encoded(self._encoder, given)
+        cached = self._progress.tokens
         if cached + count > self.max_length or rows > self.batch_size:
             raise InputError(
                 f"generate: {rows} sequences of {cached + count} tokens do not fit "
@@ -152,7 +161,7 @@ class Generator:
         check_pieces(inputs.get(names.mask or ""), [(cached + piece.begin, cached + piece.end) for piece in plan])
         found = []
         for piece in plan:
-            result = self._run(piece, inputs, cached)
+            result = self._run(piece, inputs, encoded, cached)
             if names.keep is None or piece.end > count - kept:
                 found.append(result[:rows])
         whole = torch.cat(found, 1)
@@ -176,7 +185,29 @@ class Generator:
         found = {names.tokens: tokens, names.mask: mask, names.positions: positions}
         return {name: tensor for name, tensor in found.items() if name is not None}
 
-    def _run(self, piece: Piece, inputs: dict[str, Any], cached: int) -> Tensor:
+    def _encode(self, given: dict[str, Any]) -> Any:
+        """The output of the encoder. A new sequence begins."""
+        assert self._encoder is not None
+        name, inputs = self._encoder.fit(given)
+        rows = len(inputs[self._encoder.main])
+        if rows > self.batch_size:
+            raise InputError(f"generate: {rows} inputs of the encoder do not fit batch_size={self.batch_size}.")
+        self._cache.reset()
+        return self._encoder.cut(self.graphs[name](self._whole(inputs)), given)
+
+    def _encoded(self, encoder: Encoder, given: dict[str, Any]) -> dict[str, Any]:
+        """What the graphs take of the encoder, by name. The inputs of the encoder are removed from those given."""
+        names = self._names
+        taken = {name: given.pop(name) for name in (encoder.main, MASK) if name in given}
+        output = given.get(names.encoder_outputs or "")
+        tensors, mask = encoder.for_decoder(self._encode(taken) if output is None else output, taken.get(MASK))
+        found: dict[str, Any] = {str(names.encoder_outputs): self._whole(tensors)}
+        return found | (self._whole({names.encoder_mask: mask}) if names.encoder_mask and mask is not None else {})
+
+    def _whole(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole_batch(tensor, self.batch_size) for name, tensor in inputs.items()}
+
+    def _run(self, piece: Piece, inputs: dict[str, Any], encoded: dict[str, Any], cached: int) -> Tensor:
         names, progress, state = self._names, self._progress, self._state
         left = piece.fresh and self._lengths.fill_left
         gap = piece.filling if left else progress.gap
@@ -187,7 +218,7 @@ class Generator:
         if piece.fresh or state.kind.attends:
             width = piece.length if piece.fresh else self._room.capacity + state.held
             keys = gap, width - gap - cached - piece.end
-        inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names)
+        inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names) | encoded
         if state.kind.own and state.kind.attends and not piece.fresh and names.mask is not None:
             # Such models look up the new tokens at the end of the mask. As keys they come later, and are hidden.
             seen = inputs[names.mask]
@@ -206,6 +237,17 @@ class Generator:
         if piece.fresh and names.keep is not None:
             return result
         return result[:, fill[0] : fill[0] + rows]
+
+
+def _forward_of(module: Any, call: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """A function in the place of the `forward` of a module."""
+    signature = inspect.signature(module.forward)
+
+    @functools.wraps(module.forward)  # generate reads the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(bound(signature, args, kwargs))
+
+    return forward
 
 
 class Cache(cache_utils.Cache):  # type: ignore[misc]

@@ -31,6 +31,8 @@ class Names:
     cache_position: str | None
     keep: str | None
     cache: str
+    encoder_outputs: str | None = None
+    encoder_mask: str | None = None
 
     @classmethod
     def of(cls, model: Any, tokens: str | None = None) -> Names:
@@ -60,6 +62,8 @@ class Names:
             known("cache_position"),
             known("logits_to_keep"),
             cache,
+            known("encoder_outputs") if prefix else None,
+            known("attention_mask") if prefix else None,
         )
 
 
@@ -221,9 +225,9 @@ def _pieces(place: Tensor) -> Pieces:
 class Step(nn.Module):
     """A model in generation: it takes the tensors of its cache and gives what they are after the call."""
 
-    def __init__(self, model: Any, names: Names, state: State, fresh: bool) -> None:
+    def __init__(self, model: Any, names: Names, state: State, fresh: bool, encoded: Any) -> None:
         super().__init__()
-        self.model, self.names, self.fresh = model, names, fresh
+        self.model, self.names, self.fresh, self.encoded = model, names, fresh, encoded
         self.parts = state.fresh if fresh else state.going_on
         self.first = state.first if fresh else tuple(range(len(state.tensors)))
         self.zeros = state.zeros if fresh else frozenset()
@@ -231,13 +235,13 @@ class Step(nn.Module):
         self.config = model.config
         self.training = model.training
 
-    def forward(self, place: Tensor, cache: list[Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, place: Tensor, cache: list[Tensor], inputs: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
         """The logits, and the tensors of the cache.
 
         Args:
             place: int64 [2], how many tokens are cached, and how many of the new ones count.
             cache: as in `State.tensors`.
-            inputs: what the model takes, by name.
+            inputs: what the model takes, by name: tensors, and those of the encoder's output by name.
 
         Raises:
             CaptureError: the model changes the shape of its cache.
@@ -247,6 +251,8 @@ class Step(nn.Module):
         positions = self._positions(inputs[self.names.tokens].shape[1], place)
         if self.names.cache_position is not None:
             inputs = {**inputs, self.names.cache_position: positions}
+        if self.names.encoder_outputs is not None:
+            inputs = {**inputs, self.names.encoder_outputs: self.encoded(**inputs[self.names.encoder_outputs])}
         last = positions.shape[0] if self.fresh else self.capacity
         answers = Answers(positions, (0, 0) if self.fresh else (1, last), last - 1)
         with answers if isinstance(state, OwnCache) else nullcontext():
@@ -264,7 +270,15 @@ class Step(nn.Module):
         return torch.arange(count, device=place.device) + place[0]
 
 
-def step_of(model: Any, names: Names, state: State, fresh: bool) -> Step:
-    """A `Step` whose class has the name of the model's, for reports and errors."""
+def step_of(model: Any, names: Names, state: State, fresh: bool, encoded: Any = None) -> Step:
+    """A `Step` whose class has the name of the model's, for reports and errors.
+
+    Args:
+        model: a model of transformers.
+        names: what it calls its inputs.
+        state: what it caches.
+        fresh: whether nothing is cached yet.
+        encoded: the class of the encoder's output.
+    """
     named: type[Step] = type(type(model).__name__, (Step,), {})
-    return named(model, names, state, fresh)
+    return named(model, names, state, fresh, encoded)
