@@ -18,6 +18,7 @@ from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
 from neuron_attn_rewrite.generation.step import State, grown_cache, step_of
+from neuron_attn_rewrite.generation.trace import EXAMPLE
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
@@ -121,9 +122,11 @@ def _graph(part: Part, state: State, room: Room, length: int, fresh: bool, confi
     example = (torch.full_like(room.start, cached), [t.clone() for t in state.tensors], given)
     try:
         with torch.no_grad():
-            return rewrite(step_of(part.module, part.names, state, fresh), example, config=config)
+            rewritten = rewrite(step_of(part.module, part.names, state, fresh), example, config=config)
     except (CaptureError, InputError) as error:
         raise CaptureError(f"{graph_name(length, fresh)}: {error}") from error
+    rewritten.meta[EXAMPLE] = (example[0], *given.values())
+    return rewritten
 
 
 def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tuple[int, dict[str, Any]]:
