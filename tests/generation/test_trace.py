@@ -50,6 +50,13 @@ def test_inputs_and_outputs_are_plain(generator: Generator) -> None:
         assert all(map(torch.equal, traced, outputs))
 
 
+def test_attentions_share_their_bounds(generator: Generator) -> None:
+    """They are computed once, and not for each layer."""
+    for name in ("decode", "decode[4]"):
+        calls = kernel_calls(generator.graphs[name])
+        assert len({call.kwargs["bounds"] for call in calls}) == 1 < len(calls)
+
+
 def test_a_loop_with_the_aliases(llama: Any, generator: Generator) -> None:
     """What a device does with the aliases, done by hand, gives the tokens of the model."""
     tokens = torch.randint(1, VOCABULARY, (BATCH, PROMPT))
