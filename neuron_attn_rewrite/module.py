@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph.calls import arguments_of, check_devices
+from neuron_attn_rewrite.graph.calls import Expected, arguments_of, check_devices
 from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.storage import file, interface
@@ -54,6 +54,8 @@ class RewrittenModule(fx.GraphModule):
 
     _held: list[tuple[dict[str, Any], str, torch.dtype]] | None = None
     """Each tensor that the graph reads: where it is kept, under which name, and the dtype of the capture."""
+    _expected: Expected | None = None
+    """What the arguments of a call must be."""
     _seen: list[tuple[dict[str, Any], str, torch.Tensor | None, int, torch.Tensor | None]] | None = None
     """Each tensor that a proof depends on, as it was when it was compared last: where it is kept, under which name, the
     tensor, its version counter, and on the CPU an alias that keeps its memory."""
@@ -115,9 +117,16 @@ class RewrittenModule(fx.GraphModule):
         return super().__call__(*args, **kwargs)
 
     def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
-        given = arguments_of(self.graph, self.meta.get(SIGNATURE), args, kwargs)
-        check_devices(self.graph, given, next(self._tensors(), None))
+        if self._expected is None:
+            self._expected = Expected.of(self.graph)
+        given = arguments_of(self._expected, self.meta.get(SIGNATURE), args, kwargs)
+        check_devices(self._expected, given, next(self._tensors(), None))
         return super().__call__(**given)
+
+    def recompile(self) -> Any:
+        """As of fx.GraphModule, after a change of the graph."""
+        self._expected, self._held = None, None
+        return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         copied: Any = super().__deepcopy__(memo)

@@ -197,6 +197,19 @@ def test_without_weights_the_inputs_are_on_one_device() -> None:
         new(q, k, v.to("meta"))
 
 
+def test_arguments_are_checked_against_a_changed_graph(rewritten: RewrittenModule) -> None:
+    x = torch.randn(1, 8, 16)
+    for _ in range(2):  # what is expected is kept from the first call on
+        rewritten(x)
+        with pytest.raises(InputError, match=r"'x' is float32\[1, 9, 16\], but was captured as float32\[1, 8, 16\]"):
+            rewritten(torch.randn(1, 9, 16))
+    given = next(iter(rewritten.graph.find_nodes(op="placeholder")))
+    given.meta["val"] = torch.empty(1, 9, 16, device="meta")
+    rewritten.recompile()
+    with pytest.raises(InputError, match=r"'x' is float32\[1, 8, 16\], but was captured as float32\[1, 9, 16\]"):
+        rewritten(x)
+
+
 def test_the_original_in_another_dtype_is_noticed() -> None:
     model, x = Layer().eval(), torch.randn(1, 8, 16)
     new = rewrite(model, (x,), config=ALWAYS)

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -125,6 +125,8 @@ class TraceCheck:
     """Largest difference from the module on the CPU, relative to the largest magnitude. None if it was not run."""
     tolerance: float
     """The largest accepted `max_error`."""
+    wrong_aliases: tuple[str, ...] = ()
+    """What is wrong with the input-output aliases."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -136,6 +138,7 @@ class TraceCheck:
                 "example that uses it, such as an attention_mask with padding, and do not fix a device in the model."
             )
         found += [f"weight {name} vanished: it is a constant in the lowered graph" for name in self.baked_weights]
+        found += self.wrong_aliases
         found += [f"{name} ran on the CPU while tracing: its result is a constant" for name in self.fallbacks]
         if self.expected_kernels is not None and self.kernels != self.expected_kernels:
             found.append(f"{self.kernels} NKI custom calls, but {self.expected_kernels} attentions were replaced")
@@ -151,7 +154,9 @@ class TraceCheck:
         return f"lowered: {self.kernels} NKI custom calls, every input read, no fallback; output {error}"
 
 
-def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True) -> TraceCheck:
+def verify_trace(
+    module: nn.Module, example_inputs: Any, *, aliases: Mapping[Tensor, int] | None = None, strict: bool = True
+) -> TraceCheck:
     """Lower a module through torch_xla on the CPU, as torch_neuronx.trace does, and check the lowered graph.
 
     To inspect the graph, kernels are lowered as placeholder custom calls. To run it, they are lowered as plain torch
@@ -160,6 +165,8 @@ def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True)
     Args:
         module: the result of `rewrite_for_trace`, or any other module.
         example_inputs: as for torch_neuronx.trace: a tensor, a tuple, or a dict that is passed in its order.
+        aliases: as `input_output_aliases` of torch_neuronx.trace: for parameters and buffers the number of the output
+            that takes their place.
         strict: raise if anything is wrong.
 
     Raises:
@@ -170,7 +177,7 @@ def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True)
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     inputs = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else example_inputs
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    lowered = _lower(module, inputs)
+    lowered = _lower(module, inputs, aliases or {})
     error, tolerance = _difference(module, inputs)
     report = getattr(module, "report", None)
     sites = _without_scores(report.sites) if isinstance(report, RewriteReport) else ()
@@ -184,6 +191,7 @@ def verify_trace(module: nn.Module, example_inputs: Any, *, strict: bool = True)
         score_buffers=tuple(dict.fromkeys(shape for site in sites for shape in score_buffers(lowered.hlo, site))),
         max_error=error,
         tolerance=tolerance,
+        wrong_aliases=lowered.wrong_aliases,
     )
     if strict and check.problems:
         raise TraceError(f"{type(module).__name__} does not lower as it should:\n  " + "\n  ".join(check.problems))
@@ -196,14 +204,15 @@ class _Lowered:
     unused_inputs: tuple[str, ...]
     baked_weights: tuple[str, ...]
     fallbacks: tuple[str, ...]
+    wrong_aliases: tuple[str, ...]
 
 
 def lowered_hlo(module: nn.Module, example_inputs: tuple[Any, ...]) -> str:
     """The lowered graph as HLO text, with placeholder calls for kernels. Nothing is executed."""
-    return _lower(module, example_inputs).hlo
+    return _lower(module, example_inputs, {}).hlo
 
 
-def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
+def _lower(module: nn.Module, inputs: tuple[Any, ...], aliases: Mapping[Tensor, int]) -> _Lowered:
     torch_xla: Any = import_module("torch_xla")
     metrics: Any = import_module("torch_xla.debug.metrics")
     torch_xla.sync()
@@ -236,7 +245,39 @@ def _lower(module: nn.Module, inputs: tuple[Any, ...]) -> _Lowered:
         and name in (read_weights or ())
         and context.tensor_parameter_id(tensor) == -1
     ]
-    return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks)
+    read = {name for name, tensor in weights.items() if context.tensor_parameter_id(tensor) != -1}
+    wrong = tuple(_wrong_aliases(module, aliases, pytree.tree_leaves(outputs), read - set(baked)))
+    return _Lowered(hlo, tuple(unused), tuple(baked), fallbacks, wrong)
+
+
+def _wrong_aliases(
+    module: nn.Module, aliases: Mapping[Tensor, int], outputs: Sequence[Any], read: set[str]
+) -> Iterator[str]:
+    """One line for each alias that can't hold, or that a lowered graph would lose.
+
+    Args:
+        module: whose parameters and buffers are aliased.
+        aliases: as of `verify_trace`.
+        outputs: of the module, as a flat list.
+        read: the names of the parameters and buffers that the lowered graph reads.
+    """
+    names = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    for place, count in Counter(aliases.values()).items():
+        if count > 1:
+            yield f"{count} tensors are aliased to output {place}"
+    for tensor, place in aliases.items():
+        name = names.get(id(tensor))
+        kind = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        output = outputs[place] if 0 <= place < len(outputs) else None
+        if name is None:
+            yield f"a tensor {kind} is aliased, and is no parameter or buffer of the module"
+        elif not isinstance(output, Tensor):
+            yield f"{name} is aliased to output {place}, and there are {len(outputs)} outputs"
+        elif (output.shape, output.dtype) != (tensor.shape, tensor.dtype):
+            found = f"{str(output.dtype).removeprefix('torch.')}{list(output.shape)}"
+            yield f"{name} is {kind}, and is aliased to output {place}, which is {found}"
+        elif name not in read:
+            yield f"{name} is aliased, and the lowered graph does not read it: it would lose the alias"
 
 
 def _moved_weights(module: nn.Module, device: torch.device) -> dict[str, Tensor]:

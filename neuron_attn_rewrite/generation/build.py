@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, InputError
@@ -20,6 +21,7 @@ from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
 from neuron_attn_rewrite.generation.step import State, grown_cache, step_of
 from neuron_attn_rewrite.generation.towers import towers
+from neuron_attn_rewrite.generation.trace import EXAMPLE
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
@@ -175,7 +177,9 @@ def _graph(
         given |= encoder.tensors(part.names)
     example = (room.place.new_tensor([cached, length]), [t.clone() for t in state.tensors], given)
     step = step_of(part.module, part.names, state, fresh, None if encoder is None else encoder.kind)
-    return _rewritten(graph_name(length, fresh), step, example, config)
+    graph = _rewritten(graph_name(length, fresh), step, example, config)
+    graph.meta[EXAMPLE] = (example[0], *pytree.tree_leaves(given))
+    return graph
 
 
 def _rewritten(name: str, module: nn.Module, example: tuple[Any, ...], config: RewriteConfig) -> RewrittenModule:

@@ -19,6 +19,7 @@ from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwa
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
 from neuron_attn_rewrite.generation.step import State
 from neuron_attn_rewrite.generation.towers import Towers
+from neuron_attn_rewrite.generation.trace import ForTrace, for_trace
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.report.report import RewriteReport
 
@@ -74,6 +75,20 @@ class Generator:
     def reports(self) -> dict[str, RewriteReport]:
         """The report of each graph."""
         return {name: graph.report for name, graph in self.graphs.items()}
+
+    def for_trace(self, name: str) -> ForTrace:
+        """A graph for `torch_neuronx.trace`, with the cache as aliased buffers.
+
+        Args:
+            name: of one of the `graphs`, such as "decode".
+
+        Raises:
+            InputError: there is no such graph.
+        """
+        if name not in self.graphs:
+            raise InputError(f"for_trace: there is no graph {name!r}. There are {', '.join(self.graphs)}.")
+        cache = dict(zip(self._state.names, self._state.tensors, strict=True))
+        return for_trace(self.graphs[name], cache, fresh=name.startswith(PREFILL))
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
         """As `generate` of the model, with its arguments and its result.
@@ -312,8 +327,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
 
 
+PREFILL = "prefill"
+
+
 def graph_name(length: int, fresh: bool) -> str:
     """The name of a graph, as in `Generator.graphs`."""
     if fresh:
-        return f"prefill[{length}]"
+        return f"{PREFILL}[{length}]"
     return "decode" if length == 1 else f"decode[{length}]"

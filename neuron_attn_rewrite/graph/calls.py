@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,48 @@ from neuron_attn_rewrite.errors import InputError
 from neuron_attn_rewrite.graph.sizes import bind
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a call of a captured graph must give. It is read from the graph once, because reading takes longer than a
+    small call."""
+
+    values: dict[str, list[Any]]
+    """For each argument the captured value of each leaf."""
+    specs: dict[str, pytree.TreeSpec]
+    """The structure of each argument. None are known for a graph whose inputs are the arguments."""
+    fixed: dict[str, list[tuple[torch.dtype, tuple[int, ...], torch.layout]]]
+    """Dtype, shape and layout of the leaves of each argument that has only tensors, and no open size."""
+    one_device: bool
+    """Whether all tensors with dims were on one device."""
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Expected:
+        """Read from a graph."""
+        values, specs = _expected(graph)
+        sources = (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"))
+        captured = {t.device for node in sources if isinstance(t := node.meta.get("val"), torch.Tensor) and t.dim()}
+        fixed = {
+            name: [(t.dtype, tuple(t.shape), t.layout) for t in leaves]
+            for name, leaves in values.items()
+            if all(isinstance(t, torch.Tensor) and all(type(size) is int for size in t.shape) for t in leaves)
+        }
+        return cls(values, specs, fixed, len(captured) <= 1)
+
+    def fits(self, name: str, found: list[Any]) -> bool:
+        """Whether these leaves are known to fit an argument. If not, it takes a closer look."""
+        fixed = self.fixed.get(name)
+        if fixed is None or len(fixed) != len(found) or not all(isinstance(t, torch.Tensor) for t in found):
+            return False
+        return all((t.dtype, t.shape, t.layout) == wanted for t, wanted in zip(found, fixed, strict=True))
+
+
 def arguments_of(
-    graph: fx.Graph, signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    expectation: Expected, signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments of a call by name.
 
     Args:
-        graph: the captured graph.
+        expectation: of the captured graph.
         signature: of the model; None if there was none, then the graph's inputs are the arguments.
         args: the positional arguments.
         kwargs: the arguments by name.
@@ -28,7 +64,7 @@ def arguments_of(
     Raises:
         InputError: they do not fit what was captured.
     """
-    expected, specs = _expected(graph)
+    expected, specs = expectation.values, expectation.specs
     defaults = {} if signature is None else _defaults(signature)
     names = list(expected) if signature is None else _positions(signature, len(args))
     if len(args) > len(names):
@@ -47,27 +83,29 @@ def arguments_of(
     symbols: dict[Any, int] = {}
     sums: list[tuple[str, Any, int]] = []
     for name, values in expected.items():
-        was, is_left_out = _describe(values), name not in given
+        is_left_out = name not in given
         if is_left_out:
             is_fixed = signature is None and not any(isinstance(v, torch.Tensor) for v in values)
             if name not in defaults and not is_fixed:
-                raise InputError(f"argument {name!r} is missing: it was captured as {was}.")
+                raise InputError(f"argument {name!r} is missing: it was captured as {_describe(values)}.")
             given[name] = defaults[name] if name in defaults else values[0] if values else ()
         found = pytree.tree_leaves(given[name])
         comparable = name in specs and (len(found) == len(values) or _is_opened(specs[name]))
         if comparable and not _has_structure(given[name], specs[name]):
-            raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], was)}.")
+            raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], _describe(values))}.")
+        if expectation.fits(name, found):
+            continue
         later: list[tuple[Any, int]] = []
         wrong = _mismatch(found, values, symbols, later)
         sums += [(name, size, value) for size, value in later]
         if wrong is not None:
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
-            raise InputError(f"argument {name!r} is {now}, but was captured as {was}{wrong}.")
+            raise InputError(f"argument {name!r} is {now}, but was captured as {_describe(values)}{wrong}.")
     _bind_sums(sums, symbols, expected)
     return {name: given[name] for name in expected}
 
 
-def check_devices(graph: fx.Graph, given: Mapping[str, Any], held: torch.Tensor | None) -> None:
+def check_devices(expectation: Expected, given: Mapping[str, Any], held: torch.Tensor | None) -> None:
     """Check that the arguments are on one device, that of a tensor of the module, if all were when it was captured.
 
     A tensor without dims may be anywhere, as for the operators of torch.
@@ -75,9 +113,7 @@ def check_devices(graph: fx.Graph, given: Mapping[str, Any], held: torch.Tensor 
     Raises:
         InputError: they are not.
     """
-    sources = (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"))
-    captured = {t.device for node in sources if isinstance(t := node.meta.get("val"), torch.Tensor) and t.dim()}
-    if len(captured) > 1:
+    if not expectation.one_device:
         return
     first = ("the weights are", held)
     for name, value in given.items():

@@ -149,7 +149,8 @@ def _tiles(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Tile]:
     dtype = query.dtype
     if terms.bias is not None and terms.bias.dtype != dtype:
         dtype = work_dtype(dtype)
-    hidden = None if padding is None else _additive(padding[:, None, None], dtype)
+    # Of one tile only the keys that it reads are converted: a cache may be long, and nearly empty.
+    hidden = None if padding is None or step >= q_len else _additive(padding[:, None, None], dtype)
     strip, strip_start = None, 0
     for start in range(0, q_len, step):
         rows = slice(start, min(start + step, q_len))
@@ -167,6 +168,8 @@ def _tiles(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Tile]:
             parts.append(_additive(seen, dtype))
         if hidden is not None:
             parts.append(hidden if last - first == hidden.shape[3] else hidden[..., keys])
+        elif padding is not None:
+            parts.append(_additive(padding[:, None, None, keys], dtype))
         mask = functools.reduce(torch.add, parts) if parts else None
         if terms.bias is not None:
             bias = narrow(terms.bias, EVERY, EVERY, rows, keys).to(dtype).expand(-1, -1, -1, last - first)
@@ -177,7 +180,7 @@ def _tiles(query: Tensor, key: Tensor, terms: Terms) -> Iterator[_Tile]:
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where True, -inf where False."""
-    return seen.to(dtype).log_()
+    return torch.where(seen, 0.0, float("-inf")).to(dtype)
 
 
 def _trimmed(terms: Terms, kv_len: int) -> tuple[int, int, Tensor | None]:

@@ -151,16 +151,18 @@ class Emitter:
         if not proof.key_bounds:
             return constant
         join, before = self._join, site.output
-        columns: list[fx.Node] = []
+        found: list[fx.Node | None] = []
         for column, is_lower in enumerate((True, False)):
             bounds = [bound for bound in proof.key_bounds if bound.is_lower == is_lower]
             ends = [self._end(bound.end + (not is_lower), site) for bound in bounds]
             if constant is not None:
                 ends.append(join(aten.select.int, before, constant, -1, column))
             end = self._joined(aten.maximum.default if is_lower else aten.minimum.default, before, ends)
-            if end is None:
-                end = join(aten.full.default, before, [1, 1], 0 if is_lower else LARGEST_BOUND, **self._whole(site))
-            columns.append(join(aten.clamp.default, before, end, -LARGEST_BOUND, LARGEST_BOUND))
+            found.append(end and join(aten.clamp.default, before, end, -LARGEST_BOUND, LARGEST_BOUND))
+        lower, upper = found
+        # An open side is made like the other one, so that all attentions with the same bounds share them.
+        lower = lower or join(aten.full_like.default, before, upper, 0)
+        columns = [lower, upper or join(aten.full_like.default, before, lower, LARGEST_BOUND)]
         sizes = [self._size(max(shape(c)[0] for c in columns)), self._size(site.q_len)]
         wide = [join(aten.expand.default, before, c, sizes) for c in columns]
         return self._cast(join(aten.stack.default, before, wide, -1), torch.int32)

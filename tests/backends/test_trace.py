@@ -337,6 +337,18 @@ def test_hazards_are_seen() -> None:
     assert seen["bias"] == []
     assert seen["native beside a bias"] == ["a buffer f32[2,12,12] of scores is left"]
     assert any("1 NKI custom calls, but 2" in line for line in seen["lost kernel"])
+    lost = "second is aliased, and the lowered graph does not read it: it would lose the alias"
+    assert seen["aliases"] == {
+        "good": [],
+        "none": [],
+        "not read": [lost],
+        "twice": ["2 tensors are aliased to output 1", lost],
+        "too far": ["first is aliased to output 4, and there are 4 outputs"],
+        "negative": ["first is aliased to output -1, and there are 4 outputs"],
+        "shape": ["first is float32[2, 4], and is aliased to output 0, which is float32[]"],
+        "dtype": ["first is float32[2, 4], and is aliased to output 3, which is float64[2, 4]"],
+        "foreign": ["a tensor float32[2, 4] is aliased, and is no parameter or buffer of the module"],
+    }
 
 
 @needs_xla

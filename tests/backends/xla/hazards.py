@@ -90,6 +90,38 @@ def flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.neuron_attn.flash_fwd(query, key, value, scale=8**-0.5, bias=bias)  # type: ignore[no-any-return]
 
 
+class Cached(nn.Module):
+    """Two caches: it adds to the first, and overwrites the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.zeros(2, 4))
+        self.register_buffer("second", torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.sum(), self.first + x, x * 2, x.double()
+
+
+def wrong_aliases() -> dict[str, list[str]]:
+    """What `verify_trace` says of good aliases and of bad ones."""
+    module, x = Cached(), torch.randn(2, 4)
+    first, second = module.buffers()
+    aliases: dict[str, dict[Tensor, int]] = {
+        "good": {first: 1},
+        "none": {},
+        "not read": {second: 2},
+        "twice": {first: 1, second: 1},
+        "too far": {first: 4},
+        "negative": {first: -1},
+        "shape": {first: 0},
+        "dtype": {first: 3},
+        "foreign": {first.clone(): 1},
+    }
+    return {
+        name: list(verify_trace(module, x, aliases=given, strict=False).problems) for name, given in aliases.items()
+    }
+
+
 def padded(ones: bool = False) -> Tensor:
     mask = torch.ones(1, 12, dtype=torch.int64)
     mask[:, 9:] = int(ones)
@@ -135,6 +167,7 @@ def main() -> dict[str, Any]:
         "hashes": hashes(),
         "clean": problems(two, Q, padded()) + problems(naive, Q, padded()) + problems(grown, Q),
         "scores left": problems(scores, Q, padded()),
+        "aliases": wrong_aliases(),
         "lost kernel": problems(lost, Q, padded()),
         "bert": problems(FAMILIES[8].build("sdpa"), *FAMILIES[8].call("right").values()),
     }
