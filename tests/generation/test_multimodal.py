@@ -48,7 +48,7 @@ class Kind:
     """Of so many images, each of four tokens."""
     tower: str
     attentions: int
-    """Of the tower."""
+    """Of the tower: each image of Qwen2-VL has its own."""
 
 
 def llava() -> Any:
@@ -93,7 +93,7 @@ def patches(count: int, side: int = 4) -> dict[str, Tensor]:
 
 KINDS = (
     Kind("Llava", llava, pixels, "vision_tower", 3),
-    Kind("Qwen2VL", qwen, patches, "visual", 2),
+    Kind("Qwen2VL", qwen, patches, "visual", 4),
     Kind("Gemma3", gemma, pixels, "vision_tower", 2),
 )
 
