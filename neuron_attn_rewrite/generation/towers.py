@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
@@ -107,7 +107,7 @@ class Towers:
         return forward
 
 
-def towers(model: Any, part: str, examples: list[Mapping[str, Any]], config: RewriteConfig) -> Towers:
+def towers(model: Any, part: str, examples: Sequence[Mapping[str, Any]], config: RewriteConfig) -> Towers:
     """Graphs for each module with attention that a model calls on its media before its text part.
 
     Args:
