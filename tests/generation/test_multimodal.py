@@ -74,7 +74,7 @@ def gemma() -> Any:
     kinds = ["sliding_attention", "full_attention"]
     return transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 8, "sliding_window": 8, "layer_types": kinds, "query_pre_attn_scalar": 8},
-        vision_config=VISION,
+        vision_config={**VISION, "vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
