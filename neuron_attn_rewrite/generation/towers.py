@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteWarning
+from neuron_attn_rewrite.generation.constants import ConstantIntegers
 from neuron_attn_rewrite.generation.part import Forward, bound
 from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
@@ -59,7 +60,9 @@ class Tower(nn.Module):
     def forward(self, floats: list[Tensor]) -> Any:
         """What the tower gives."""
         rest = iter(floats)
-        return self.module(**pytree.tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, self.given))
+        given = pytree.tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, self.given)
+        with ConstantIntegers():
+            return self.module(**given)
 
 
 class Towers:
@@ -104,7 +107,7 @@ class Towers:
         return forward
 
 
-def towers(model: Any, part: str, examples: list[Mapping[str, Any]], config: RewriteConfig) -> Towers:
+def towers(model: Any, part: str, examples: Sequence[Mapping[str, Any]], config: RewriteConfig) -> Towers:
     """Graphs for each module with attention that a model calls on its media before its text part.
 
     Args:

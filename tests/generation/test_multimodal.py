@@ -48,7 +48,7 @@ class Kind:
     """Of so many images, each of four tokens."""
     tower: str
     attentions: int
-    """Of the tower."""
+    """Of the tower: each image of Qwen2-VL has its own."""
 
 
 def llava() -> Any:
@@ -74,7 +74,7 @@ def gemma() -> Any:
     kinds = ["sliding_attention", "full_attention"]
     return transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 8, "sliding_window": 8, "layer_types": kinds, "query_pre_attn_scalar": 8},
-        vision_config=VISION,
+        vision_config={**VISION, "vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -93,7 +93,7 @@ def patches(count: int, side: int = 4) -> dict[str, Tensor]:
 
 KINDS = (
     Kind("Llava", llava, pixels, "vision_tower", 3),
-    Kind("Qwen2VL", qwen, patches, "visual", 2),
+    Kind("Qwen2VL", qwen, patches, "visual", 4),
     Kind("Gemma3", gemma, pixels, "vision_tower", 2),
 )
 
