@@ -143,6 +143,17 @@ def test_which_layers_hold_the_last_tokens_alone() -> None:
     assert type(made(layer, WINDOW + 2, SPARE)) is SlidingLayer
 
 
+def test_a_derived_layer_is_not_known() -> None:
+    class Compressed(transformers.cache_utils.DynamicSlidingWindowLayer):  # type: ignore[misc]
+        """Keeps more than keys and values, as layers of some models do."""
+
+    cache = transformers.DynamicCache()
+    cache.layers = [Compressed(WINDOW)]
+    cache.layers[0].update(torch.randn(BATCH, 2, 1, 8), torch.randn(BATCH, 2, 1, 8))
+    with pytest.raises(CaptureError, match="the cache has a Compressed, and no layer of fixed shape is known"):
+        fixed(cache, Room(BATCH, CAPACITY, place(0, 0)))
+
+
 # A generator
 
 
