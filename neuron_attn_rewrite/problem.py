@@ -33,6 +33,8 @@ class AttentionProblem:
     softcap: float | None = None
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
+    prior: int | None = None
+    """How many of the keys lie apart, in a cache. None if all keys are one tensor."""
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class AttentionProblem:
         softcap: float | None = None,
         sink: bool = False,
         empty_rows: EmptyRows = EmptyRows.NEVER,
+        prior: int | None = None,
     ) -> AttentionProblem:
         """The problem of operands with these shapes.
 
@@ -60,6 +63,7 @@ class AttentionProblem:
             softcap: of the scores.
             sink: whether there is one.
             empty_rows: what a row that sees no key gives.
+            prior: how many of the keys lie apart, in a cache.
         """
         batch, num_heads, q_len, head_dim = query
         _, num_kv_heads, kv_len, v_head_dim = value
@@ -79,6 +83,7 @@ class AttentionProblem:
             softcap=softcap,
             sink=sink,
             empty_rows=empty_rows,
+            prior=prior,
         )
 
     @property

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.ops import launch, simulated
 from neuron_attn_rewrite.ops.arguments import check_devices, check_plain, checked_terms, readable
+from neuron_attn_rewrite.ops.flash_fwd import has_tangent
 from neuron_attn_rewrite.ops.paged import FlashPaged
 from neuron_attn_rewrite.ops.prior import FlashPrior
 
@@ -56,6 +58,33 @@ class CachedOp:
             launched=lambda: self._launched(call, tensors),
             decomposed=call.decomposed,
         )
+
+    def with_gradients(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """While autograd records. Gradients are those of `flash_fwd` with all keys as one tensor."""
+        given = (*tensors, *(value for value in options.values() if isinstance(value, Tensor)))
+        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        call = self._checked(tensors, options) if records or any(map(has_tangent, given)) else None
+        if isinstance(call, FlashPrior):
+            query, key, value, terms = call.as_one()
+            named = {field.name: getattr(terms, field.name) for field in fields(terms)}
+            result: Tensor = torch.ops.neuron_attn.flash_fwd.default(query, key, value, lnc=call.lnc, **named)
+            return result
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._again(tensors, options)
+
+    def in_autocast(self, device: str, key_set: Any, *tensors: Tensor, **options: Any) -> Tensor:
+        """Under autocast. Only operands of different dtypes are cast."""
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if len(kinds - {torch.float64}) > 1:
+            to = torch.get_autocast_dtype(device)
+            tensors = tuple(tensor.to(to) if tensor.is_floating_point() else tensor for tensor in tensors)
+        with torch._C._ExcludeDispatchKeyGuard(key_set):
+            return self._again(tensors, options)
+
+    def _again(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
+        """The op, below the dispatch key that is being handled."""
+        result: Tensor = getattr(torch.ops.neuron_attn, self.name).default(*tensors, **options)
+        return result
 
     def _launched(self, call: FlashPrior | FlashPaged, tensors: tuple[Tensor, ...]) -> Tensor:
         kernel = getattr(call, "kernel_name", self.name)

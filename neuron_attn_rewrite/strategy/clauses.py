@@ -73,6 +73,8 @@ class Kernel:
     """Bytes that it writes to HBM and reads again, which other kernels keep on the core."""
     bias_bytes: int | None = None
     """Bytes of one element of a bias as it is read. None for the operands' dtype."""
+    two_sources: bool = False
+    """Whether it reads the keys of a cache apart from the new ones, and nothing else."""
 
 
 def first_refusal(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:

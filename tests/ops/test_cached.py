@@ -95,6 +95,7 @@ def expected_prior(
     scale: float,
     window: int | None = None,
     prior_mask: Tensor | None = None,
+    new_mask: Tensor | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
@@ -111,6 +112,9 @@ def expected_prior(
         if prior_mask is not None:
             mask = prior_mask[b if len(prior_mask) > 1 else 0]
             seen &= torch.cat([mask[:length], torch.ones(q_len, dtype=torch.bool)])
+        if new_mask is not None:
+            mask = new_mask[b if len(new_mask) > 1 else 0]
+            seen &= torch.cat([torch.ones(length, dtype=torch.bool), mask])
         for h in range(heads):
             g = h // (heads // key.shape[1])
             keys = torch.cat([key_prior[b, g, :length], key[b, g]])
@@ -149,6 +153,8 @@ def test_token_generation_and_prefixes(data: st.DataObject) -> None:
         options["window"] = data.draw(st.sampled_from([1, 2, 127, 128, 129, 256]))
     if data.draw(st.booleans()):
         options["prior_mask"] = torch.rand(sizes.batch, sizes.capacity) < 0.7
+    if data.draw(st.booleans()):
+        options["new_mask"] = torch.rand(data.draw(st.sampled_from([1, sizes.batch])), sizes.q_len) < 0.7
     if data.draw(st.booleans()):
         options["sink"] = torch.randn(sizes.heads) * 3
     if data.draw(st.integers(0, 3)) == 0:
