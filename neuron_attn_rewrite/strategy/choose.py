@@ -110,7 +110,8 @@ def choose_among(
     """
     decisions = [choose(p, config, name, problems[0], partial(layout_bytes, i)) for i, p in enumerate(problems)]
     able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE]
-    able = able or [i for i, p in enumerate(problems) if candidates(p, config)[0]][:1] or [0]
+    if not able:  # the first one with a reason of its own
+        able = [i for i, d in enumerate(decisions) if d.reasons and d.reasons[0].code != "two-sources"][:1] or [0]
 
     def micros(i: int) -> float:
         kernel = decisions[i].kernel
