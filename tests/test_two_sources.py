@@ -343,9 +343,9 @@ class Together:
         module = rewrite(model, self.inputs(), config=replace(APART, verify=False))
         assert not calls(module)
         (site,) = module.report.sites
-        assert any(reason.code in ("two-sources", "written", "empty-rows") and self.words in reason for reason in site.reasons), str(
-            module.report
-        )
+        assert any(
+            reason.code in ("two-sources", "written", "empty-rows") and self.words in reason for reason in site.reasons
+        ), str(module.report)
         module = rewrite(model, self.inputs(), config=replace(ALWAYS, verify=False))
         assert not calls(module)
         agrees(model, module, self.inputs())
