@@ -54,6 +54,11 @@ class Behind:
     reasons: tuple[Reason, ...] = ()
 
     @property
+    def is_shared(self) -> bool:
+        """Whether all batch elements use as many keys of the cache."""
+        return not _depends_on(self.length, BATCH)
+
+    @property
     def proof(self) -> Proof:
         """The same as the proof of a site."""
         return Proof(self.mask, empty_rows=self.empty_rows, reasons=self.reasons)
@@ -88,10 +93,11 @@ def _along(site: AttentionSite, axis: int, prover: Prover) -> Affine:
     return variable(Axis(axis, prover.symbolic.size(dim_size(dim)))) if dim else Affine()
 
 
-def _depends_on_query(of: Affine) -> bool:
-    """Whether a sum contains the index of the query, also in the indices of elements."""
+def _depends_on(of: Affine, axis: int) -> bool:
+    """Whether a sum contains the index along an axis, also in the indices of elements."""
     return any(
-        (isinstance(v, Axis) and v.axis == QUERY) or any(map(_depends_on_query, _inside(v))) for v in of.variables()
+        (isinstance(v, Axis) and v.axis == axis) or any(_depends_on(i, axis) for i in _inside(v))
+        for v in of.variables()
     )
 
 
@@ -196,7 +202,7 @@ def _length(prior: _Seen, capacity: Affine) -> Affine:
     if prior.band.upper is not None or len(uppers) > 1:
         raise _No("the queries see different keys of the cache")
     length = uppers[0] if uppers else capacity
-    if _depends_on_query(length):
+    if _depends_on(length, QUERY):
         raise _No("the queries see different keys of the cache")
     return length
 
@@ -269,7 +275,7 @@ def _first_position(site: AttentionSite, found: Sources, place: Place, prover: P
         raise _No(f"{place.rows.node.name} does not number the batch elements")
     position, query = _element(site, place.positions, prover), _query(site, prover)
     first = position - query
-    if _depends_on_query(first):
+    if _depends_on(first, QUERY):
         raise _No(f"{place.positions.node.name} is not shown to hold consecutive positions")
     return first, place.wraps and not e.always(first)
 

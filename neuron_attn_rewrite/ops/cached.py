@@ -87,9 +87,11 @@ class CachedOp:
         return result
 
     def _launched(self, call: FlashPrior | FlashPaged, tensors: tuple[Tensor, ...]) -> Tensor:
-        kernel = getattr(call, "kernel_name", self.name)
+        kernel = call.kernel_name
         if kernel == self.name:
             return launch.run(call.launch(launch.generation()))
+        if isinstance(call, FlashPrior):
+            return call.by(vendor.require(kernel))
         terms = Terms(call.scale, softcap=call.softcap, sink=call.sink)
         result: Tensor = vendor.require(kernel).call(*tensors, terms, call.lnc)
         return result

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.errors import InputError
-from neuron_attn_rewrite.kernels import cpu, reference
+from neuron_attn_rewrite.kernels import cpu, reference, vendor
 from neuron_attn_rewrite.kernels.nki import prepare, tiling
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
 from neuron_attn_rewrite.kernels.nki.tiling import Intervals
 from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, TwoSources
 from neuron_attn_rewrite.ops.arguments import FARTHEST
 
 NAME = "flash_prior"
@@ -55,6 +56,8 @@ class FlashPrior:
     sink: Tensor | None = None
     """Float [num_heads]."""
     lnc: int = 1
+    kernel_name: str = NAME
+    """Ours, or a name in `kernels.vendor.BEHIND`. It changes no number."""
 
     def check(self) -> None:
         """Check what `arguments.checked_terms` does not.
@@ -62,6 +65,11 @@ class FlashPrior:
         Raises:
             InputError: an argument does not fit; the message names it.
         """
+        if self.kernel_name != NAME and self.kernel_name not in vendor.BEHIND:
+            raise InputError(
+                f"flash_prior: kernel_name must be one of {', '.join((NAME, *vendor.BEHIND))}, not "
+                f"{self.kernel_name!r}."
+            )
         query, key = self.query, self.key
         for name, prior, new in (
             ("key_prior", self.key_prior, key),
@@ -139,6 +147,16 @@ class FlashPrior:
 
     def as_one(self) -> tuple[Tensor, Tensor, Tensor, Terms]:
         """The same as one attention, whose keys are the cache and then the new ones: query, key, value and terms."""
+        keys, values = torch.cat([self.key_prior, self.key], 2), torch.cat([self.value_prior, self.value], 2)
+        return self.query, keys, values, self.terms()
+
+    def by(self, adapter: Adapter) -> Tensor:
+        """The result by a kernel of the SDK."""
+        tensors = (self.query, self.key, self.value, self.key_prior, self.value_prior, self.prior_lengths)
+        return adapter.attend_behind(TwoSources(*tensors, self.nearest, self.terms()), self.lnc)
+
+    def terms(self) -> Terms:
+        """What the rows see of the cache and then the new keys, as of one tensor."""
         q_len, capacity = self.query.shape[2], self.key_prior.shape[2]
         prior, new = self.intervals()
         lo = torch.where(prior.lo < prior.hi, prior.lo, new.lo + capacity)
@@ -147,14 +165,13 @@ class FlashPrior:
             counts = counts & self.prior_mask
         fresh = counts.new_ones(1, q_len) if self.new_mask is None else self.new_mask
         batch = max(len(counts), len(fresh))
-        terms = Terms(
+        return Terms(
             self.scale,
             key_padding=torch.cat([counts.expand(batch, -1), fresh.expand(batch, -1)], 1),
             bounds=torch.stack([lo, (new.hi + capacity).expand_as(lo)], 2),
             softcap=self.softcap,
             sink=self.sink,
         )
-        return self.query, torch.cat([self.key_prior, self.key], 2), torch.cat([self.value_prior, self.value], 2), terms
 
     def launch(self, target: str = "gen3") -> Launch:
         """The launch of our NKI kernel: that of `flash_fwd`, with the cache as a second source of keys."""

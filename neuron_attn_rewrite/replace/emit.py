@@ -24,6 +24,7 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.sources import Sources
 from neuron_attn_rewrite.strategy.choose import Decision
 from neuron_attn_rewrite.strategy.forms import Form
+from neuron_attn_rewrite.strategy.legality import PRIOR
 from neuron_attn_rewrite.strategy.open_sizes import computed_sizes, names_of_input_sizes
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Emitter:
         }
         if form.behind:
             op, operands, own = torch.ops.neuron_attn.flash_prior.default, *self._two_sources(form.behind, site)
+            own["kernel_name"] = None if decision.kernel == PRIOR else decision.kernel
         else:
             op, operands, own = torch.ops.neuron_attn.flash_fwd.default, *self._one_source(form, decision)
         options = {name: value for name, value in (shared | own).items() if value is not None}

@@ -19,7 +19,7 @@ from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, first_refusal, is_limited
 from neuron_attn_rewrite.strategy.cost import Time
-from neuron_attn_rewrite.strategy.legality import KERNELS, OURS, PRIOR, bridged, illegal
+from neuron_attn_rewrite.strategy.legality import OURS, PRIOR, bridged, illegal, reads_as_here
 from neuron_attn_rewrite.strategy.tables import NOTES, first, is_causal_window, is_masked, table
 
 NATIVE = "native"
@@ -165,7 +165,7 @@ def choose(
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
     kernel = fastest(able, problem, config, layout_bytes)
-    others = tuple(refused.values()) if kernel == OURS else bridged(kernel, problem, able[kernel])
+    others = tuple(refused.values()) if kernel in (OURS, PRIOR) else bridged(kernel, problem, able[kernel])
     return Decision(strategy, kernel, CORES.get(strategy, cores), (*reasons, *others))
 
 
@@ -180,7 +180,7 @@ def candidates(
     able, refused = {}, {}
     names: tuple[str, ...] = config.kernels or (OURS, PRIOR, *vendor.installed())
     for name in names:
-        if not config.kernels and name != wish and KERNELS[name].two_sources != (problem.prior is not None):
+        if not config.kernels and name != wish and not reads_as_here(name, problem):
             continue
         setting = setting_of(name, config)
         reason = illegal(name, problem, setting)

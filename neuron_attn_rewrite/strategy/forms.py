@@ -19,7 +19,7 @@ from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, dim_size, layout_steps, merged, split
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
-from neuron_attn_rewrite.problem import AttentionProblem
+from neuron_attn_rewrite.problem import AttentionProblem, Prior
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.open_sizes import at_example
 
@@ -62,8 +62,11 @@ def forms(
 def _apart(site: AttentionSite, behind: Behind, values: Mapping[sympy.Symbol, int]) -> Form:
     """The keys and values of the cache apart from the new ones."""
     problem = problem_at(site, behind.proof, values)
-    prior, new = (at(n, values) for n in (behind.sources.prior_len, behind.sources.new_len))
-    return Form(site, behind.proof, replace(problem, kv_len=prior + new, prior=prior), behind=behind)
+    keys, new = (at(n, values) for n in (behind.sources.prior_len, behind.sources.new_len))
+    is_masked = bool(behind.prior_paddings or behind.new_paddings)
+    is_masked |= behind.sources.place is not None and not behind.in_range
+    prior = Prior(keys, behind.window, behind.is_shared, is_masked)
+    return Form(site, behind.proof, replace(problem, kv_len=keys + new, prior=prior), behind=behind)
 
 
 def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, tuple[Reason, ...]] | None:

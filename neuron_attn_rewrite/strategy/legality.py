@@ -26,11 +26,16 @@ BACKWARD: Mapping[str, Kernel] = MappingProxyType({**nkilib.BACKWARD, **neuronxc
 def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | None:
     """Why this kernel can't compute this problem. None if it can."""
     kernel = KERNELS.get(name) or BACKWARD[name]
-    if kernel.two_sources != (problem.prior is not None):
-        words = "keys in two tensors, a cache and new ones" if kernel.two_sources else "keys in one tensor"
+    if not reads_as_here(name, problem):
+        words = "keys in two tensors, a cache and new ones" if 2 in kernel.sources else "keys in one tensor"
         return Reason("two-sources", f"{name}: it takes {words}")
     reason = first_refusal(kernel.clauses, problem, setting)
     return reason and reason.behind(f"{name}: ")
+
+
+def reads_as_here(name: str, problem: AttentionProblem) -> bool:
+    """Whether a kernel reads keys from as many tensors as the problem has."""
+    return (1 if problem.prior is None else 2) in (KERNELS.get(name) or BACKWARD[name]).sources
 
 
 def bridged(name: str, problem: AttentionProblem, setting: Setting) -> tuple[Reason, ...]:

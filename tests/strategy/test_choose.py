@@ -17,7 +17,7 @@ from neuron_attn_rewrite.errors import ConfigError, DeviceError
 from neuron_attn_rewrite.hardware import HARDWARE
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, Intervals, KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem
+from neuron_attn_rewrite.problem import AttentionProblem, Prior
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Setting
@@ -179,7 +179,7 @@ LIMITED = MaskSpec((Limited("key >= first[batch, query]"),))
 ROWS = MaskSpec((Intervals(((0, 5),) * 2048),))
 ONE = {"q_len": 1, "mask": FULL}
 D128 = {"head_dim": 128, "v_head_dim": 128}
-APART = {"q_len": 64, "kv_len": 1088, "prior": 1024, "mask": BACK}
+APART = {"q_len": 64, "kv_len": 1088, "prior": Prior(1024), "mask": BACK}
 OLD = {"sdk": "2.28", "target": "trn1", "cores": 1}
 # Kernel, setting, what it can compute, the nearest it can't, and a word of the clause.
 BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
@@ -193,7 +193,7 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("flash_fwd", {}, {"empty_rows": EmptyRows.MEAN}, {"empty_rows": EmptyRows.OTHER}, 'empty_rows="any"'),
     ("flash_fwd", {"target": "trn1", "cores": 1}, {"mask": PADDED}, {"mask": CAUSAL}, "trn1 lacks"),
     ("flash_fwd", {"target": "trn1", "cores": 1}, {"q_len": 1, "mask": MaskSpec((Band(upper=2047),))}, {}, ""),
-    ("flash_fwd", {}, {"prior": None}, {"prior": 1024}, "keys in one tensor"),
+    ("flash_fwd", {}, {"prior": None}, {"prior": Prior(1024)}, "keys in one tensor"),
     ("flash_prior", {}, APART, {}, "keys in two tensors"),
     ("flash_prior", {}, APART, APART | {"batch": 0}, "no size may be 0"),
     ("flash_prior", {}, APART, APART | {"num_heads": 7}, "num_heads 7 must be a multiple of num_kv_heads 2"),
@@ -228,6 +228,12 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("attention_cte", {}, {}, {"softcap": 50.0}, "no softcap"),
     ("attention_cte", {}, {"empty_rows": EmptyRows.ANY}, {"empty_rows": EmptyRows.ZERO}, "undefined"),
     ("attention_cte", {"sdk": "2.29"}, {"mask": ROWS}, {}, ""),
+    ("attention_cte", {}, APART, APART | {"prior": Prior(1024, is_shared=False)}, "one length for the whole batch"),
+    ("attention_cte", {}, APART, APART | {"prior": Prior(1024, is_masked=True)}, "without padding"),
+    ("attention_cte", {}, APART | {"batch": 2, "prior": Prior(1024, 256)}, {}, ""),
+    ("attention_cte", {}, APART | {"mask": LIMITED, "batch": 2}, {}, ""),
+    ("attention_tkg", {}, APART | {"q_len": 7}, APART | {"q_len": 8}, "q_len 8"),
+    ("attention_segmented_cte", {"sdk": "2.32"}, D128, D128 | {"prior": Prior(1024)}, "keys in one tensor"),
     ("attention_cte", {"sdk": "2.28"}, {"mask": WINDOW}, {"mask": ROWS}, "before SDK 2.29"),
     ("attention_cte", {"sdk": "2.31"}, {"mask": LIMITED}, {}, ""),
     (
@@ -449,7 +455,7 @@ def test_each_clause_is_tested_on_both_sides(kernel: str) -> None:
     clauses = (KERNELS | BACKWARD)[kernel].clauses
     broken, bordered = set(), set()
     for name, setting, good, bad, words in BORDERS:
-        if name == kernel and words and (problem(**bad).prior is not None) == (kernel == "flash_prior"):
+        if name == kernel and words and "keys in" not in words:
             where, p = Setting(**setting), problem(**bad)
             clause = next(c for c in clauses if not c.holds(p, where))
             broken.add(clause)
@@ -491,6 +497,7 @@ def test_an_installed_kernel_is_asked_what_it_takes() -> None:
         ("attention_cte", {"scale": 1.0, "v_head_dim": 32}, ["padded to the larger"]),
         ("attention_cte", {"scale": 1.0, "kv_len": 3072, "mask": BACK}, ["a prefix"]),
         ("attention_cte", {"scale": 1.0, "mask": MaskSpec((Chunked(512),))}, ["one interval"]),
+        ("attention_cte", {"scale": 1.0} | APART, []),
         ("attention_cte", {"scale": 1.0, "length": 100, "mask": MaskSpec((Chunked(50),))}, ["one interval", "128"]),
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 1, 2048, 2048)}, ["each head"]),
         ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1", "apart"]),

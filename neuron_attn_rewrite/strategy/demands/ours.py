@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from neuron_attn_rewrite.masks.spec import Band, EmptyRows
+from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.strategy.clauses import (
     DTYPES,
     GROUPS,
@@ -14,6 +14,7 @@ from neuron_attn_rewrite.strategy.clauses import (
     SIZES,
     Clause,
     Kernel,
+    behind_cache,
     mask,
 )
 
@@ -87,8 +88,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             ),
             folds_groups=True,
             # The length of the cache is not known when the kernel is built: every key of it is computed.
-            computed_band=lambda p: Band(upper=p.prior),
-            two_sources=True,
+            computed_band=behind_cache,
+            sources=(2,),
         ),
     }
 )
