@@ -103,6 +103,7 @@ class Apart:
         assert [site.kernel for site in module.report.sites] == ["flash_prior"], str(module.report)
         (call,) = calls(module)
         assert joins(module) == []
+        assert (module.report.sites[0].draws > 0) == verify
         for name, wanted in self.options.items():
             given = call.kwargs.get(name)
             assert given == wanted or (wanted is ... and given is not None), (name, given)
@@ -624,3 +625,9 @@ def test_a_kernel_for_a_site(kernel: Any, wanted: str) -> None:
 def test_a_cache_in_place_needs_no_copy_so_one_tensor_of_keys_is_as_fast() -> None:
     (site,) = rewrite(Function(updated(WRITES["index_copy in place"])), placed()(), config=ALWAYS).report.sites
     assert site.kernel == "flash_fwd"
+
+
+def test_the_sources_are_drawn_and_not_what_they_make() -> None:
+    """Else the attention and the call would read other keys."""
+    report = rewrite(Function(cat()), operands(), config=replace(ALWAYS, verify=True)).report
+    assert report.replaced[0].draws == 1 and report.replaced[0].max_error <= TOLERANCES[torch.float32]
