@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as drawn_from
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -631,3 +634,44 @@ def test_the_sources_are_drawn_and_not_what_they_make() -> None:
     """Else the attention and the call would read other keys."""
     report = rewrite(Function(cat()), operands(), config=replace(ALWAYS, verify=True)).report
     assert report.replaced[0].draws == 1 and report.replaced[0].max_error <= TOLERANCES[torch.float32]
+
+
+SMALL = st.sampled_from([-1, 0, 1, 2, 5, P + S])
+
+
+@pytest.mark.filterwarnings("ignore:the captured graph does not read")
+@settings(max_examples=30, deadline=None, derandomize=True)
+@drawn_from(st.data())
+def test_any_masks_of_both_sources(data: st.DataObject) -> None:
+    """Masks that are nearly those of `flash_prior`: whatever is chosen computes what the model does."""
+    shift, prior_window, new_window, of_length = (data.draw(SMALL) for _ in range(4))
+    has_length, has_prior_window, has_new_window, is_padded, per_row = (data.draw(st.booleans()) for _ in range(5))
+    rows = data.draw(st.sampled_from([1, S]))
+    fill = data.draw(st.sampled_from([-torch.inf, -1e30]))
+    i, j, n = torch.arange(rows)[:, None], torch.arange(P), torch.arange(rows)
+
+    def attention(
+        q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        ends = length[:, None, None, None] if has_length else torch.full((1, 1, 1, 1), P)
+        prior = (j < ends + of_length - 1 if of_length != 1 else j < ends).expand(-1, 1, rows, P)
+        new = (n <= i + shift).expand(len(prior), 1, rows, rows)
+        prior = prior & (j > (ends if has_length and per_row else P) + i - prior_window) if has_prior_window else prior
+        new = new & (n > i - new_window) if has_new_window else new
+        seen = torch.cat([prior, new], -1)
+        seen = seen & attention_mask[:, None, None] if is_padded else seen
+        k, v = map(repeated, joined(kc, kn, vc, vn))
+        return (q @ k.mT * 0.2).masked_fill(~seen, fill).softmax(-1) @ v
+
+    def inputs() -> tuple[Tensor, ...]:
+        length = torch.randint(-2, P + 3, (B,))
+        return (*operands(rows), length, torch.rand(B, P + rows) < 0.8)
+
+    config = replace(ALWAYS, kernels=("flash_prior", "flash_fwd"), verify=False)
+    module = rewrite(Function(attention), inputs(), config=config)
+    for _ in range(2):
+        given = inputs()
+        want, found = attention(*doubled(given)), module(*given)
+        known = ~want.isnan()
+        error = relative_error(found.where(known, 0), want.where(known, 0))
+        assert error <= TOLERANCES[torch.float32], str(module.report)
