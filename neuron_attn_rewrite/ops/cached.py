@@ -61,7 +61,7 @@ class CachedOp:
 
     def with_gradients(self, *tensors: Tensor, **options: Any) -> Tensor:
         """While autograd records. Gradients are those of `flash_fwd` with all keys as one tensor."""
-        given = (*tensors, *(value for value in options.values() if isinstance(value, Tensor)))
+        given = [value for value in (*tensors, *options.values()) if isinstance(value, Tensor)]
         records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         call = self._checked(tensors, options) if records or any(map(has_tangent, given)) else None
         if isinstance(call, FlashPrior):
@@ -74,10 +74,11 @@ class CachedOp:
 
     def in_autocast(self, device: str, key_set: Any, *tensors: Tensor, **options: Any) -> Tensor:
         """Under autocast. Only operands of different dtypes are cast."""
-        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        floats = [isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors]
+        kinds = {tensor.dtype for tensor, is_float in zip(tensors, floats, strict=True) if is_float}
         if len(kinds - {torch.float64}) > 1:
             to = torch.get_autocast_dtype(device)
-            tensors = tuple(tensor.to(to) if tensor.is_floating_point() else tensor for tensor in tensors)
+            tensors = tuple(t.to(to) if is_float else t for t, is_float in zip(tensors, floats, strict=True))
         with torch._C._ExcludeDispatchKeyGuard(key_set):
             return self._again(tensors, options)
 
