@@ -11,6 +11,20 @@ from neuron_attn_rewrite.masks.spec import EmptyRows, MaskSpec
 
 
 @dataclass(frozen=True)
+class Prior:
+    """Keys of a cache that lie apart from the new ones, one new key for each query. New keys are causal."""
+
+    keys: int
+    """How many the cache holds. At run time a query sees the first ones of them."""
+    window: int | None = None
+    """Positions that a query sees, its own included. None for all."""
+    is_shared: bool = True
+    """Whether all batch elements use as many keys of the cache."""
+    is_masked: bool = False
+    """Whether run-time vectors hide keys of the cache or new ones."""
+
+
+@dataclass(frozen=True)
 class AttentionProblem:
     """`softmax(softcap(scale * q k^T) + bias, sink) v` under a mask, with its sizes.
 
@@ -33,6 +47,8 @@ class AttentionProblem:
     softcap: float | None = None
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
+    prior: Prior | None = None
+    """The keys that lie apart, in a cache. They are the first ones. None if all keys are one tensor."""
 
     @classmethod
     def of(
@@ -47,6 +63,7 @@ class AttentionProblem:
         softcap: float | None = None,
         sink: bool = False,
         empty_rows: EmptyRows = EmptyRows.NEVER,
+        prior: Prior | None = None,
     ) -> AttentionProblem:
         """The problem of operands with these shapes.
 
@@ -60,6 +77,7 @@ class AttentionProblem:
             softcap: of the scores.
             sink: whether there is one.
             empty_rows: what a row that sees no key gives.
+            prior: the keys that lie apart, in a cache.
         """
         batch, num_heads, q_len, head_dim = query
         _, num_kv_heads, kv_len, v_head_dim = value
@@ -79,6 +97,7 @@ class AttentionProblem:
             softcap=softcap,
             sink=sink,
             empty_rows=empty_rows,
+            prior=prior,
         )
 
     @property

@@ -343,6 +343,13 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "The kernel takes no sinks.",
             _LEFT + "Allow another kernel with kernels=: flash_fwd and attention_cte take sinks.",
         ),
+        "two-sources": Entry(
+            "kernel",
+            "The kernel reads the keys of a cache apart from the new keys, and here it can't.",
+            "Another kernel may read the keys as one tensor. flash_prior needs new keys that are causal, one for each "
+            "query, behind a number of cached keys that all queries of a batch element share; the report says what is "
+            "missing.",
+        ),
         "bridge": Entry(
             "choice",
             "An exact step brings the operands into the form that the kernel takes.",

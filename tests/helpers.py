@@ -27,7 +27,8 @@ class Function(nn.Module):
 
 
 def kernel_calls(module: RewrittenModule) -> list[torch.fx.Node]:
-    return list(module.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_fwd.default))
+    ops = (torch.ops.neuron_attn.flash_fwd.default, torch.ops.neuron_attn.flash_prior.default)
+    return [node for op in ops for node in module.graph.find_nodes(op="call_function", target=op)]
 
 
 def relative_error(new: Tensor, old: Tensor) -> float:

@@ -256,6 +256,7 @@ PRIOR = {
     "scale": 0.3,
     "window": 6,
     "prior_mask": random(2, 9, seed=4) > -1,
+    "new_mask": random(2, 3, seed=5) > -1,
     "softcap": 5.0,
     "sink": random(4),
     "lnc": 1,
@@ -263,7 +264,7 @@ PRIOR = {
 
 
 def prior_reference(query: Tensor, key: Tensor, value: Tensor, key_prior: Tensor, value_prior: Tensor, prior_lengths: Tensor,
-                    window: Any, prior_mask: Any, lnc: int, **terms: Any) -> Tensor:  # fmt: skip
+                    window: Any, prior_mask: Any, new_mask: Any, lnc: int, **terms: Any) -> Tensor:  # fmt: skip
     batch, _, q_len, _ = query.shape
     capacity = key_prior.shape[2]
     seen = torch.zeros(batch, 1, q_len, capacity + q_len, dtype=torch.bool)
@@ -275,7 +276,8 @@ def prior_reference(query: Tensor, key: Tensor, value: Tensor, key_prior: Tensor
                 shown = prior_mask is None or bool(prior_mask[b % len(prior_mask), j])
                 seen[b, 0, i, j] = shown and j >= first
             for j in range(i + 1):
-                seen[b, 0, i, capacity + j] = length + j >= first
+                shown = new_mask is None or bool(new_mask[b % len(new_mask), j])
+                seen[b, 0, i, capacity + j] = shown and length + j >= first
     return attention(query, torch.cat([key_prior, key], 2), torch.cat([value_prior, value], 2), seen, **terms)
 
 

@@ -42,7 +42,7 @@ from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.report.requirements import check_required, unmatched_sites
 from neuron_attn_rewrite.rewriter import rewrite
-from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
+from neuron_attn_rewrite.strategy.legality import KERNELS, OURS, PRIOR
 from neuron_attn_rewrite.strategy.tables import table
 
 NAME = "neuron-attn-rewrite"
@@ -265,7 +265,7 @@ STRATEGY_WORDS = {
 def kernels() -> None:
     """List the kernels: whether each is installed here, and which attentions it takes."""
     for name, kernel in KERNELS.items():
-        if name == OURS:
+        if name in (OURS, PRIOR):
             state = "part of this package"
         elif name not in vendor.ADAPTERS:
             state = "in the SDK, never called"

@@ -24,6 +24,7 @@ TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
 
 Kernel = Literal[
     "flash_fwd",
+    "flash_prior",
     "attention_cte",
     "attention_tkg",
     "attention_segmented_cte",
@@ -60,8 +61,8 @@ class RewriteConfig:
     table: tuple[Rule | Mapping[str, Any], ...] = field(default=(), hash=False)
     """A rule table in place of the SDK's: rows, or plain data with the fields of `config.rules.Rule`."""
     kernels: tuple[Kernel, ...] = ()
-    """Kernels that may be used: "flash_fwd" (of this package) and those of `kernels.vendor.ADAPTERS`. Empty means the
-    one of this package and those of the SDK that is installed where the rewrite runs."""
+    """Kernels that may be used: "flash_fwd" and "flash_prior" (of this package) and those of `kernels.vendor.ADAPTERS`.
+    Empty means those of this package and those of the SDK that is installed where the rewrite runs."""
     sites: Mapping[str, FlashAttentionStrategy | Kernel] = field(default_factory=dict, hash=False)
     """Overrides by module path, such as {"model.layers.0.*": FlashAttentionStrategy.NONE}: a strategy, or the name of a
     kernel. The first pattern that matches counts. A kernel that cannot compute the attention is still refused."""

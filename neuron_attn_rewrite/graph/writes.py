@@ -31,6 +31,8 @@ class Writes:
     _order: dict[fx.Node, int] = field(default_factory=dict)
     _times: dict[int, list[int]] = field(default_factory=dict)
     """When each storage is written."""
+    _writers: dict[int, fx.Node] = field(default_factory=dict)
+    """The node that writes at a time."""
 
     def __post_init__(self) -> None:
         writes = {node: targets for node in self.graph.nodes if (targets := list(written(node)))}
@@ -38,6 +40,7 @@ class Writes:
         for time, node in enumerate(self.graph.nodes):
             self._order[node] = time
             for target in writes.get(node, ()):
+                self._writers[time] = node
                 for storage in self.memory.of(target):
                     self._times.setdefault(storage, []).append(time)
 
@@ -68,6 +71,12 @@ class Writes:
             return False  # a view reads nothing
         times = [time for storage in self.memory.of(node) for time in self._times.get(storage, ())]
         return any(self._order[reader] < time < self._order[end] for time in times)
+
+    def last(self, node: fx.Node, end: fx.Node) -> fx.Node | None:
+        """The last write into the memory of `node` before `end`. None if there is none."""
+        times = [time for storage in self.memory.of(node) for time in self._times.get(storage, ())]
+        before = [time for time in times if time < self._order[end]]
+        return self._writers[max(before)] if before else None
 
 
 def written(node: fx.Node) -> Iterator[fx.Node]:

@@ -8,7 +8,7 @@ Softcap, which that kernel lacks, is computed here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,41 @@ def attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor
     return out
 
 
+def attention_to_parts(
+    query: Tensor, parts: Sequence[tuple[Tensor, Tensor, Terms]], sink: Tensor | None = None
+) -> Tensor | None:
+    """As `attention` to the keys of all parts together, which are read as they lie.
+
+    A row that sees no key gives zeros.
+
+    Args:
+        query: [batch, num_heads, q_len, head_dim].
+        parts: the keys and values of each part and their terms, without a sink and a bias.
+        sink: as in `Terms`, for all parts.
+
+    Returns:
+        None if some result is NaN: a hidden key may have made it so.
+    """
+    batch, heads, q_len, _ = query.shape
+    kind, v_dim = work_dtype(query.dtype), parts[0][1].shape[3]
+    outs = query.new_zeros(len(parts), batch, heads, q_len, v_dim)
+    lses = query.new_full((len(parts), batch, heads, q_len), float("-inf"), dtype=kind)
+    for (key, value, terms), out, lse in zip(parts, outs, lses, strict=True):
+        for b in _batch_parts(query, key, terms) if value.numel() and query.numel() else ():
+            part = terms.part(b, slice(0, heads), slice(0, q_len), slice(0, key.shape[2]))
+            for tile in _tiles(query[b], key[b], part):
+                result, total = _of_tile(query[b], key[b], value[b], part, tile)
+                if bool(result.sum().isnan()):
+                    return None
+                out[b, :, tile.rows] = result
+                is_empty = False if tile.mask is None else tile.mask.amax(-1) == float("-inf")
+                lse[b, :, tile.rows] = torch.where(torch.as_tensor(is_empty), float("-inf"), total.to(kind))
+    logits = lses if sink is None else torch.cat([lses, sink.to(kind)[:, None].expand_as(lses[:1])])
+    weights = (logits - logits.amax(0).clamp_min(torch.finfo(kind).min)).exp()
+    weights = weights[: len(parts)] / weights.sum(0).masked_fill_((weights == 0).all(0), 1)
+    return (outs * weights[..., None]).sum(0).to(query.dtype)
+
+
 def _is_plain(terms: Terms) -> bool:
     """Whether it is full attention, or causal attention aligned at the top left, without other terms."""
     others = (terms.band_lower, terms.key_padding, terms.bounds, terms.bias, terms.softcap, terms.sink)
@@ -74,11 +109,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         empty_row = empty_row.repeat_interleave(heads // key.shape[1], 1)
     done = 0
     for tile in _tiles(query, key, terms):
-        q, k, v = _span(query, tile.rows), _span(key, tile.keys), _span(value, tile.keys)
-        if terms.softcap is None:
-            result, lse = _flash(q, k, v, tile.mask, terms.scale, tile.causal)
-        else:
-            result, lse = _softcapped(q, k, v, tile.mask, terms.scale, terms.softcap)
+        result, lse = _of_tile(query, key, value, terms, tile)
         if terms.sink is not None:
             shares = (lse - terms.sink.to(lse.dtype)[:, None]).sigmoid()
             result = (result * shares[..., None]).to(query.dtype)
@@ -97,6 +128,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         out = query.new_empty(batch, heads, q_len, value.shape[3])
     out[:, :, done:] = empty_row
     return out
+
+
+def _of_tile(query: Tensor, key: Tensor, value: Tensor, terms: Terms, tile: _Tile) -> tuple[Tensor, Tensor]:
+    """As `_flash`, without a sink."""
+    q, k, v = _span(query, tile.rows), _span(key, tile.keys), _span(value, tile.keys)
+    if terms.softcap is None:
+        return _flash(q, k, v, tile.mask, terms.scale, tile.causal)
+    return _softcapped(q, k, v, tile.mask, terms.scale, terms.softcap)
 
 
 def _by_reference(query: Tensor, key: Tensor, value: Tensor, terms: Terms, tile: _Tile) -> Tensor:

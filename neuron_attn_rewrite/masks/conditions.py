@@ -28,6 +28,8 @@ from neuron_attn_rewrite.patterns.axes import Dims
 from neuron_attn_rewrite.patterns.site import Term, hides
 from neuron_attn_rewrite.reasons import Reason
 
+NOTHING = Affine()
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -43,12 +45,18 @@ class Conditions:
     """Integer inputs that were assumed to hold only 0 and 1."""
 
 
-def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Elements) -> Conditions | Unproven:
+def conditions(
+    term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Elements, first_key: Affine = NOTHING
+) -> Conditions | Unproven:
     """The conditions under which a term shows a key.
 
-    `dims` are (batch, heads, query, key) of the kernel, in the axes of the scores; `sizes` are their sizes.
+    `dims` are (batch, heads, query, key) of the kernel, in the axes of the scores; `sizes` are their sizes. For some of
+    the keys, `first_key` is the first one and the last size is how many they are; key 0 of the result is that one.
     """
     names = {dim: variable(Index(axis, size)) for axis, (dim, size) in enumerate(zip(dims, sizes, strict=True)) if dim}
+    key, query = (names.get(dims[axis]) for axis in (KEY, QUERY))
+    if key is not None:
+        names[dims[KEY]] = key + first_key
     if any(dim and dim not in names for dim in term.dims):
         return Unproven(Reason("mask-axes", "it does not run along the axes of the scores"))
     evaluator.assumed.clear()
@@ -69,7 +77,6 @@ def conditions(term: Term, dims: Dims, sizes: tuple[Affine, ...], evaluator: Ele
     shared = _exact_inequalities(seen, hidden, evaluator)
     if shared is None:
         return Unproven(Reason("mask-symbolic", "its visible keys can't be written as key bounds and key padding"))
-    key, query = (names.get(dims[axis]) for axis in (KEY, QUERY))
     found = Conditions(fill=fills.pop() if len(fills) == 1 else None)
     for inequality in _without_implied(shared, evaluator):
         shows_itself = sizes[QUERY] == sizes[KEY] and _holds_for_own_key(inequality, key, query, evaluator)

@@ -66,6 +66,12 @@ class Prover:
 
     def prove(self, site: AttentionSite) -> Proof | Unproven:
         """What is known of the site's terms. `Unproven` if a term can't be a dense operand either."""
+        proof = self.claims(site)
+        is_other = isinstance(proof, Proof) and proof.empty_rows is EmptyRows.OTHER
+        return self._all_dense(site) or proof if is_other else proof
+
+    def claims(self, site: AttentionSite) -> Proof | Unproven:
+        """As `prove`, also if a row that sees no key gives something that no kernel computes from these claims."""
         proof = Proof(MaskSpec((Band(upper=0),)) if site.is_causal else MaskSpec())
         effects = [Effect(-torch.inf)] if site.is_causal else []
         for term, claimed, is_part in self._read(site.terms, site.dims):
@@ -86,8 +92,7 @@ class Prover:
                 effects.append(Effect(None if may_hide(term, self.ranges) else 0.0, is_dense=True))
             reason = claimed.reason.behind(f"{term.node.name} is a dense operand: ")
             proof = replace(proof, dense=(*proof.dense, Dense(term, layout)), reasons=(*proof.reasons, reason))
-        proof = self._decide_empty_rows(self._apply_padding_promise(proof, site), site, effects)
-        return self._all_dense(site) or proof if proof.empty_rows is EmptyRows.OTHER else proof
+        return self._decide_empty_rows(self._apply_padding_promise(proof, site), site, effects)
 
     def _read(
         self, terms: tuple[Term, ...], dims: Dims, are_parts: bool = False
@@ -98,7 +103,7 @@ class Prover:
         """
         for term in terms:
             claimed = self._claim_once(term, dims)
-            parts = self._parts(term, dims) if isinstance(claimed, Unproven) else ()
+            parts = self.parts(term, dims) if isinstance(claimed, Unproven) else ()
             if parts:
                 yield from self._read(parts, dims, are_parts=True)
             else:
@@ -109,7 +114,7 @@ class Prover:
             self._known[term, dims] = self._claim(term, dims)
         return self._known[term, dims]
 
-    def _parts(self, term: Term, dims: Dims) -> tuple[Term, ...]:
+    def parts(self, term: Term, dims: Dims) -> tuple[Term, ...]:
         """The parts of an added tensor: the two sides of a sum, or a bias and the mask that overwrites it.
 
         Only in a floating dtype. In 16 bits the sum of two biases is rounded, so one part must be a mask: what it adds
@@ -146,7 +151,7 @@ class Prover:
         """Whether an added tensor only hides keys: it is claimed, or made of parts that are."""
         if isinstance(self._claim_once(term, dims), _Claimed):
             return True
-        parts = self._parts(term, dims)
+        parts = self.parts(term, dims)
         return bool(parts) and all(p.kind != "add" or self._is_mask(p, dims) for p in parts)
 
     def _claim(self, term: Term, dims: Dims) -> _Claimed | Unproven:
@@ -176,7 +181,7 @@ class Prover:
         if isinstance(padding, Unproven):
             return padding
         leaf = self.evaluator.leaf(padding.node)
-        assumed = (_assumption(leaf.node),) if leaf.assumed else ()
+        assumed = (assumption(leaf.node),) if leaf.assumed else ()
         spec = MaskSpec((*claims, KeyPadding(leaf.node.name)))
         return _Claimed(spec, reading.fill, (padding,), assumptions=assumed)
 
@@ -218,22 +223,23 @@ class Prover:
             or any(d.term.kind != "add" or may_hide(d.term, self.ranges) for d in proof.dense)
             or not _sees_a_key(proof, site)
         )
-        if not possible:
-            given = EmptyRows.NEVER
-        elif site.sink is not None and self.ranges.factor(site.sink.node).lowest > MASKED:
-            given = EmptyRows.ZERO  # the sink takes the whole probability
-        elif self.config.empty_rows == "any":
-            given = EmptyRows.ANY
-        elif site.sink is not None:
-            given = EmptyRows.OTHER  # the sink may be as low as the hidden scores
-        else:
-            given = empty_row_value(effects, site)
-            is_dense = any(effect.is_dense and effect.hides for effect in effects)
-            if is_dense and not rounds_alike(site, self._fills(site), self.ranges):
-                given = EmptyRows.OTHER
-            if (given is EmptyRows.ANY or may_be_nan(effects, site)) and nan_is_read(site.output):
-                given = EmptyRows.OTHER
-        return replace(proof, empty_rows=given)
+        return replace(proof, empty_rows=self.empty_row(site, effects) if possible else EmptyRows.NEVER)
+
+    def empty_row(self, site: AttentionSite, effects: list[Effect]) -> EmptyRows:
+        """What the model computes for a row that sees no key, by the effects of its terms."""
+        if site.sink is not None and self.ranges.factor(site.sink.node).lowest > MASKED:
+            return EmptyRows.ZERO  # the sink takes the whole probability
+        if self.config.empty_rows == "any":
+            return EmptyRows.ANY
+        if site.sink is not None:
+            return EmptyRows.OTHER  # the sink may be as low as the hidden scores
+        given = empty_row_value(effects, site)
+        is_dense = any(effect.is_dense and effect.hides for effect in effects)
+        if is_dense and not rounds_alike(site, self._fills(site), self.ranges):
+            return EmptyRows.OTHER
+        if (given is EmptyRows.ANY or may_be_nan(effects, site)) and nan_is_read(site.output):
+            return EmptyRows.OTHER
+        return given
 
     def _fills(self, site: AttentionSite) -> list[float | None]:
         """The number by which each term of the site hides keys, None where that is not known."""
@@ -262,11 +268,11 @@ def _claimed(found: Conditions) -> _Claimed:
     claims += [Limited(str(bound)) for bound in found.key_bounds]
     claims += [KeyPadding(node.name) for node, *_ in found.paddings]
     paddings = tuple(Padding(*padding) for padding in found.paddings)
-    assumptions = tuple(map(_assumption, found.assumed))
+    assumptions = tuple(map(assumption, found.assumed))
     return _Claimed(MaskSpec(tuple(claims)), found.fill, paddings, found.key_bounds, assumptions)
 
 
-def _assumption(node: fx.Node) -> Reason:
+def assumption(node: fx.Node) -> Reason:
     return Reason("binary-input", f"{node.name} holds only 0 and 1")
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.ops import launch, simulated
 from neuron_attn_rewrite.ops.arguments import check_devices, check_plain, checked_terms, readable
+from neuron_attn_rewrite.ops.flash_fwd import has_tangent
 from neuron_attn_rewrite.ops.paged import FlashPaged
 from neuron_attn_rewrite.ops.prior import FlashPrior
 
@@ -57,10 +59,40 @@ class CachedOp:
             decomposed=call.decomposed,
         )
 
+    def with_gradients(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """While autograd records. Gradients are those of `flash_fwd` with all keys as one tensor."""
+        given = [value for value in (*tensors, *options.values()) if isinstance(value, Tensor)]
+        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        call = self._checked(tensors, options) if records or any(map(has_tangent, given)) else None
+        if isinstance(call, FlashPrior):
+            query, key, value, terms = call.as_one()
+            named = {field.name: getattr(terms, field.name) for field in fields(terms)}
+            result: Tensor = torch.ops.neuron_attn.flash_fwd.default(query, key, value, lnc=call.lnc, **named)
+            return result
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._again(tensors, options)
+
+    def in_autocast(self, device: str, key_set: Any, *tensors: Tensor, **options: Any) -> Tensor:
+        """Under autocast. Only operands of different dtypes are cast."""
+        floats = [isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors]
+        kinds = {tensor.dtype for tensor, is_float in zip(tensors, floats, strict=True) if is_float}
+        if len(kinds - {torch.float64}) > 1:
+            to = torch.get_autocast_dtype(device)
+            tensors = tuple(t.to(to) if is_float else t for t, is_float in zip(tensors, floats, strict=True))
+        with torch._C._ExcludeDispatchKeyGuard(key_set):
+            return self._again(tensors, options)
+
+    def _again(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
+        """The op, below the dispatch key that is being handled."""
+        result: Tensor = getattr(torch.ops.neuron_attn, self.name).default(*tensors, **options)
+        return result
+
     def _launched(self, call: FlashPrior | FlashPaged, tensors: tuple[Tensor, ...]) -> Tensor:
-        kernel = getattr(call, "kernel_name", self.name)
+        kernel = call.kernel_name
         if kernel == self.name:
             return launch.run(call.launch(launch.generation()))
+        if isinstance(call, FlashPrior):
+            return call.by(vendor.require(kernel))
         terms = Terms(call.scale, softcap=call.softcap, sink=call.sink)
         result: Tensor = vendor.require(kernel).call(*tensors, terms, call.lnc)
         return result

@@ -48,10 +48,12 @@ _implement(
     flash_fwd.backward_on_device,
 )
 LIBRARY.impl("flash_fwd", flash_fwd.forward_with_gradients, "Autograd")
+_PRIOR, _PAGED = CachedOp(prior.NAME, prior.FlashPrior), CachedOp(paged.NAME, paged.FlashPaged)
+for _op in (_PRIOR, _PAGED):
+    _define(f"{_op.name}({schema(_op.arguments)}) -> Tensor")
+    _implement(_op.name, _op.on_cpu, _op.decomposed, _op.fake, _op.on_xla)
+LIBRARY.impl(_PRIOR.name, _PRIOR.with_gradients, "Autograd")
 for _device in ("CPU", "CUDA", "XLA"):
     _keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{_device}"))
     LIBRARY.impl("flash_fwd", partial(flash_fwd.forward_in_autocast, _device.lower(), _keys), f"Autocast{_device}")
-
-for _op in (CachedOp(prior.NAME, prior.FlashPrior), CachedOp(paged.NAME, paged.FlashPaged)):
-    _define(f"{_op.name}({schema(_op.arguments)}) -> Tensor")
-    _implement(_op.name, _op.on_cpu, _op.decomposed, _op.fake, _op.on_xla)
+    LIBRARY.impl(_PRIOR.name, partial(_PRIOR.in_autocast, _device.lower(), _keys), f"Autocast{_device}")

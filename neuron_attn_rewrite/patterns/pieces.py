@@ -21,7 +21,7 @@ from neuron_attn_rewrite.patterns.meanings import Reader
 from neuron_attn_rewrite.patterns.operands import Stage, View, chain, query_and_key
 from neuron_attn_rewrite.patterns.peel import Scores, Walk
 from neuron_attn_rewrite.patterns.rules import Blocked
-from neuron_attn_rewrite.patterns.site import AttentionSite, Term, UnknownAttention
+from neuron_attn_rewrite.patterns.site import MASKED, AttentionSite, Term, UnknownAttention
 from neuron_attn_rewrite.patterns.softmax_matmul import (
     between,
     is_router,
@@ -224,25 +224,27 @@ def _must_be_finite(walk: Walk, found: Candidate, tensors: Sequence[Piece], part
     """
     total = frozenset(tensors)
     partial = [(kind, base) for kind, base in found.output.bases if not holds(base, total)]
-    if any(kind not in (MAXIMUM, DETACHED) for kind, _ in partial) and all(part.scores.terms for part in parts):
-        raise Blocked(found.node, Reason("key-blocks", "each part has a sum of its own, and all may be hidden"))
     ranges = Ranges(walk.evaluator.changed)
+    has_sums = any(kind not in (MAXIMUM, DETACHED) for kind, _ in partial)
+    if has_sums and not any(_is_seen(walk, *pair, pair[0].scores.terms) for pair in zip(parts, tensors, strict=True)):
+        raise Blocked(found.node, Reason("key-blocks", "each part has a sum of its own, and all may be hidden"))
     part_of = {piece.node: part for piece, part in zip(tensors, parts, strict=True)}
     for _, base in partial:
-        if not any(_is_seen(walk, part_of[piece.node], piece, ranges) for piece in base if piece.node in part_of):
+        known = [(part_of[piece.node], piece) for piece in base if piece.node in part_of]
+        infinite = [[term for term in part.scores.terms if _may_be_infinite(term, ranges)] for part, _ in known]
+        if not any(_is_seen(walk, *pair, terms) for pair, terms in zip(known, infinite, strict=True)):
             raise Blocked(found.node, Reason("key-blocks", "a part with a maximum of its own may be hidden by -inf"))
 
 
-def _is_seen(walk: Walk, part: Part, piece: Piece, ranges: Ranges) -> bool:
-    """Whether each row has a score in the piece that is not -inf."""
-    terms = [term for term in part.scores.terms if _may_be_infinite(term, ranges)]
+def _is_seen(walk: Walk, part: Part, piece: Piece, terms: Sequence[Term]) -> bool:
+    """Whether each row has a score in the piece that none of these terms hides."""
     tables = walk.tables(terms[0].node) if len(terms) == 1 else None
     if tables is None:
         return not terms
     (term,), seen = terms, torch.tensor(True)
     for value in (tables[0].lo, tables[0].hi):
         if term.kind == "add":
-            seen = seen & (value * term.multiplier > -torch.inf)
+            seen = seen & (value * term.multiplier > MASKED)
         else:
             seen = seen & (value.bool() == (term.kind == "show"))
     if term.dims.count(part.keys) == 1:

@@ -16,12 +16,15 @@ from neuron_attn_rewrite.graph.strides import with_strides
 from neuron_attn_rewrite.graph.writes import Writes
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN
 from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Index, Size
+from neuron_attn_rewrite.masks.behind import Behind
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import EmptyRows, Limited, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
+from neuron_attn_rewrite.patterns.sources import Sources
 from neuron_attn_rewrite.strategy.choose import Decision
 from neuron_attn_rewrite.strategy.forms import Form
+from neuron_attn_rewrite.strategy.legality import PRIOR
 from neuron_attn_rewrite.strategy.open_sizes import computed_sizes, names_of_input_sizes
 
 if TYPE_CHECKING:
@@ -52,33 +55,22 @@ class Emitter:
 
     def kernel_call(self, form: Form, decision: Decision) -> fx.Node:
         """Add the operands, the call right after the output, and the way back to the output's shape."""
-        site, proof = form.site, form.proof
-        mask, output = proof.mask, site.output
+        site, output = form.site, form.site.output
         self._site = output
         query = self._scaled(site, "query", self._operand(site.query, site.dtype))
-        options = {
+        shared = {
             "scale": site.scale,
-            "band_lower": mask.band.lower,
-            "band_upper": mask.band.upper,
-            "key_padding": self._key_padding(proof.paddings, site),
-            "bounds": self._bounds(proof, site),
-            "bias": self._bias(proof.dense, output),
             "softcap": site.softcap,
             "sink": self._laid_out(site.sink) if site.sink else None,
-            "empty_rows": "mean" if proof.empty_rows is EmptyRows.MEAN else None,
-            "strategy": decision.strategy.name,
             "lnc": decision.lnc,
-            "kernel_name": decision.kernel,
-            "orders": None if form.orders == AS_GIVEN else str(form.orders),
         }
-        result = self._new(
-            output.next,
-            torch.ops.neuron_attn.flash_fwd.default,
-            query,
-            self._operand(site.key, site.dtype),
-            self._scaled(site, "value", self._operand(site.value, site.dtype)),
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        if form.behind:
+            op, operands, own = torch.ops.neuron_attn.flash_prior.default, *self._two_sources(form.behind, site)
+            own["kernel_name"] = None if decision.kernel == PRIOR else decision.kernel
+        else:
+            op, operands, own = torch.ops.neuron_attn.flash_fwd.default, *self._one_source(form, decision)
+        options = {name: value for name, value in (shared | own).items() if value is not None}
+        result = self._new(output.next, op, query, *operands, **options)
         if site.value_scale != 1.0:
             result = self._on(result, aten.mul.Scalar, site.value_scale)
         result = self._scaled(site, "output", result, result.next)
@@ -89,6 +81,55 @@ class Emitter:
             assert same is not None  # else there is an obstacle
             result = same
         return result
+
+    def _one_source(self, form: Form, decision: Decision) -> tuple[list[fx.Node], dict[str, Any]]:
+        """Key and value, and the arguments of `flash_fwd` alone."""
+        site, proof, band = form.site, form.proof, form.proof.mask.band
+        operands = [
+            self._operand(site.key, site.dtype),
+            self._scaled(site, "value", self._operand(site.value, site.dtype)),
+        ]
+        return operands, {
+            "band_lower": band.lower,
+            "band_upper": band.upper,
+            "key_padding": self._key_padding(proof.paddings, site.kv_len),
+            "bounds": self._bounds(proof, site),
+            "bias": self._bias(proof.dense, site.output),
+            "empty_rows": "mean" if proof.empty_rows is EmptyRows.MEAN else None,
+            "strategy": decision.strategy.name,
+            "kernel_name": decision.kernel,
+            "orders": None if form.orders == AS_GIVEN else str(form.orders),
+        }
+
+    def _two_sources(self, behind: Behind, site: AttentionSite) -> tuple[list[fx.Node], dict[str, Any]]:
+        """Keys and values of both sources, how many of the first are used, and the arguments of `flash_prior` alone."""
+        found = behind.sources
+        operands = [self._operand(operand, site.dtype) for operand in found.operands]
+        length = self._on(self._end(behind.length, site), aten.reshape.default, [-1])
+        if not behind.in_range:
+            most = self._size(found.prior_len)
+            length = self._on(self._on(length, aten.clamp.default, 0), aten.clamp_max.default, most)
+        seen = self._key_padding(behind.prior_paddings, found.prior_len)
+        fresh = self._key_padding(behind.new_paddings, found.new_len)
+        if found.place is not None:
+            fresh = self._at_new_keys(found, behind, seen, site)
+        return [*operands, length], {"window": behind.window, "prior_mask": seen, "new_mask": fresh}
+
+    def _at_new_keys(self, found: Sources, behind: Behind, seen: fx.Node | None, site: AttentionSite) -> fx.Node | None:
+        """Bool [batch | 1, q_len]: the key padding of an updated cache where the new keys are."""
+        if seen is None and behind.in_range:
+            return None
+        steps = self._join(aten.arange.default, site.output, self._size(site.q_len), **self._whole(site))
+        first = self._end(behind.length, site)
+        places = self._join(aten.add.Tensor, site.output, first, self._on(steps, aten.unsqueeze.default, 0))
+        inside = None if behind.in_range else self._on(places, aten.ge.Scalar, 0)
+        if seen is None:
+            return inside
+        places = places if behind.in_range else self._on(places, aten.clamp.default, 0)
+        rows = [self._size(max(shape(places)[0], shape(seen)[0])), -1]
+        wide = [self._join(aten.expand.default, site.output, t, rows) for t in (seen, places)]
+        at_places = self._join(aten.gather.default, site.output, wide[0], 1, wide[1])
+        return at_places if inside is None else self._join(aten.logical_and.default, site.output, at_places, inside)
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """An operand or the result, multiplied or divided by its tensor scales."""
@@ -115,17 +156,17 @@ class Emitter:
     def _cast(self, node: fx.Node, to: torch.dtype) -> fx.Node:
         return node if dtype(node) == to else self._on(node, aten.to.dtype, to)
 
-    def _key_padding(self, paddings: tuple[Padding, ...], site: AttentionSite) -> fx.Node | None:
-        """Bool [batch | 1, kv_len], True where the key is seen."""
+    def _key_padding(self, paddings: tuple[Padding, ...], keys: int) -> fx.Node | None:
+        """Bool [batch | 1, keys], True where the key is seen."""
         vectors = []
         for padding in paddings:
             node = self._cast(padding.node, torch.bool)
             if len(shape(node)) != 2:
                 node = self._on(node, aten.reshape.default, [-1, self._size(shape(node)[-1])])
-            if shape(node)[1] != site.kv_len:
-                node = self._on(node, aten.slice.Tensor, 1, padding.start, self._size(site.kv_len, padding.start))
+            if shape(node)[1] != keys:
+                node = self._on(node, aten.slice.Tensor, 1, padding.start, self._size(keys, padding.start))
             vectors.append(self._on(node, aten.logical_not.default) if padding.inverted else node)
-        return self._joined(aten.logical_and.default, site.output, vectors)
+        return self._joined(aten.logical_and.default, self._site, vectors)
 
     def _bias(self, dense: tuple[Dense, ...], output: fx.Node) -> fx.Node | None:
         """The sum of all dense terms. None is expanded to more than its own dims."""

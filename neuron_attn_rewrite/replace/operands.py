@@ -68,7 +68,7 @@ def _operands(graft: Graft, sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, 
     site, example = graft.verdict.form.site, graft.verdict.example
     gain = (SPREAD / (abs(example.scale) * example.head_dim**0.5 or 1.0)) ** 0.5
     normal, positive = (lambda s, g: torch.randn(s, generator=g)), (lambda s, g: torch.rand(s, generator=g) + 0.5)
-    found = [(o.node, normal, gain) for o in (site.query, site.key, site.value)]
+    found = [(node, normal, gain) for node in graft.verdict.form.starts]
     found += [(scale.operand.node, positive, 1.0) for scale in site.operand_scales]
     found += [(site.sink.node, normal, 1.0)] if site.sink else []
     makers: dict[fx.Node, Maker] = {}

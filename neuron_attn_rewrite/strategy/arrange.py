@@ -10,16 +10,20 @@ from dataclasses import replace
 
 from torch import fx
 
-from neuron_attn_rewrite.graph.nodes import dtype, op_name
+from neuron_attn_rewrite.graph.drafts import DRAFT
+from neuron_attn_rewrite.graph.nodes import dtype, mutates, op_name
 from neuron_attn_rewrite.graph.sizes import is_number
 from neuron_attn_rewrite.kernels.orders import ORDERS, PLAIN, Accepted, Orders
 from neuron_attn_rewrite.patterns.axes import Dims, Layout, layout_steps, permute
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
+from neuron_attn_rewrite.patterns.sources import Sources
 from neuron_attn_rewrite.patterns.views import CASTS, after
 from neuron_attn_rewrite.strategy.forms import Form
 
 WORST = 99
 """Counts for a layout that is not possible."""
+MOST_READERS = 256
+"""A tensor with more nodes that are made of it is read by more than one attention."""
 
 
 def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
@@ -37,8 +41,12 @@ def arranged(form: Form, accepted: Accepted, fixed: frozenset[fx.Node]) -> Form:
     node, dims, of_result, more_result = _result(site, accepted.result, fixed)
     sizes = (problem.query_bytes, problem.key_bytes, problem.value_bytes, problem.result_bytes)
     more = (more_query, more_key, more_value, more_result)
-    # A permute reads and writes.
-    layout_bytes = 2 * sum(size * permutes for size, permutes in zip(sizes, more, strict=True))
+    turned_bytes = [size * permutes for size, permutes in zip(sizes, more, strict=True)]
+    if form.behind:
+        turned_bytes[1:3] = _moved_apart(form, form.behind.sources)
+    else:  # keys that only the call joins
+        turned_bytes += [size for size, operand in zip(sizes[1:3], (key, value), strict=True) if _is_joined(operand)]
+    layout_bytes = 2 * sum(turned_bytes)  # read and written
     orders = Orders(of_query, of_key, of_value, of_result)
     on = {"query": of_query, "value": of_value, "output": of_result}
     scales = tuple(
@@ -84,6 +92,35 @@ def _operand(operand: Operand, accepted: tuple[str, ...]) -> tuple[Operand, str,
     order = list(ORDERS)[o]
     node, dims, _ = sources[s]
     return Operand(node, dims, permute(operand.target, ORDERS[order])), order, least - own
+
+
+def _is_joined(operand: Operand) -> bool:
+    return DRAFT in operand.node.meta and op_name(operand.node) == "cat"
+
+
+def _moved_apart(form: Form, sources: Sources) -> list[int]:
+    """Bytes that a call which reads two sources turns, less those of the model's copy that becomes unused."""
+    problem, moved = form.problem, []
+    new, prior = problem.q_len, problem.kv_len - problem.q_len
+    of_keys, of_values = problem.key_bytes // problem.kv_len, problem.value_bytes // problem.kv_len
+    for length, size, operand in zip((new, new, prior, prior), (of_keys, of_values) * 2, sources.operands, strict=True):
+        moved.append(length * size * permutes(operand.layout))
+    for size, join in zip((of_keys, of_values), sources.joins, strict=True):
+        if sources.place is None and DRAFT not in join.meta and _is_only_for(join, form.site.output):
+            moved.append(-size * problem.kv_len)
+    return moved
+
+
+def _is_only_for(node: fx.Node, output: fx.Node) -> bool:
+    """Whether nothing but this output is made of a node."""
+    waiting, reached = [node], {node}
+    while waiting and len(reached) < MOST_READERS:
+        users = [user for user in waiting.pop().users if user is not output and user not in reached]
+        if any(user.op == "output" or mutates(user) for user in users):
+            return False
+        waiting += users
+        reached.update(users)
+    return not waiting
 
 
 def _result(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Clause, Setting, first_refusal, is_limited
 from neuron_attn_rewrite.strategy.cost import Time
-from neuron_attn_rewrite.strategy.legality import OURS, bridged, illegal
+from neuron_attn_rewrite.strategy.legality import OURS, PRIOR, bridged, illegal, reads_as_here
 from neuron_attn_rewrite.strategy.tables import NOTES, first, is_causal_window, is_masked, table
 
 NATIVE = "native"
@@ -40,7 +40,7 @@ class Decision:
 
     strategy: FlashAttentionStrategy
     kernel: str
-    """What the op launches: our `flash_fwd`, a name in `kernels.vendor.ADAPTERS`, or `NATIVE`."""
+    """What the op launches: our `flash_fwd` or `flash_prior`, a name in `kernels.vendor.ADAPTERS`, or `NATIVE`."""
     lnc: int
     """Physical cores that one call runs on."""
     reasons: tuple[Reason, ...]
@@ -58,8 +58,8 @@ def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, C
             SHARDED: Clause("strategy-illegal", "SHARDED_KERNEL needs LNC 2", lambda _, s: s.cores == 2),
             SLIDING_WINDOW: Clause(
                 "strategy-illegal",
-                "SLIDING_WINDOW_KERNEL needs a causal window, and the mask is {p.mask}",
-                lambda p, _: is_causal_window(p),
+                "SLIDING_WINDOW_KERNEL needs a causal window over keys in one tensor, and the mask is {p.mask}",
+                lambda p, _: is_causal_window(p) and p.prior is None,
             ),
             CONTEXT_PARALLEL: Clause(
                 "strategy-illegal",
@@ -77,7 +77,7 @@ def strategy_clauses(config: RewriteConfig) -> Mapping[FlashAttentionStrategy, C
 
 def _is_rank(problem: AttentionProblem, degree: int, rows_are_its: bool) -> bool:
     """Whether the queries are one rank's share and the keys are all keys."""
-    return problem.kv_len == problem.q_len * degree and rows_are_its
+    return problem.prior is None and problem.kv_len == problem.q_len * degree and rows_are_its
 
 
 def _is_strided(problem: AttentionProblem, degree: int, rank: int) -> bool:
@@ -109,14 +109,25 @@ def choose_among(
         layout_bytes: bytes moved to bring operands and result of form i into an order that a kernel takes.
     """
     decisions = [choose(p, config, name, problems[0], partial(layout_bytes, i)) for i, p in enumerate(problems)]
-    able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE] or [0]
+    able = [i for i, decision in enumerate(decisions) if decision.kernel != NATIVE]
+    if not able:  # the first one with a reason of its own
+        able = [i for i, d in enumerate(decisions) if d.reasons and d.reasons[0].code != "two-sources"][:1] or [0]
 
     def micros(i: int) -> float:
         kernel = decisions[i].kernel
-        return time_of(kernel, problems[i], config, layout_bytes(i, kernel)).micros
+        return time_of(kernel, problems[i], config, layout_bytes(i, kernel)).micros * _factor(kernel)
 
     chosen = min(able, key=micros) if len(able) > 1 else able[0]
-    return chosen, decisions[chosen]
+    apart = next((i for i in able if problems[i].prior is not None), chosen)
+    if len(able) == 1 or apart == chosen == able[0]:
+        return chosen, decisions[chosen]
+    whole = min((i for i in able if i != apart), key=micros)
+    ratio = micros(whole) / micros(apart)
+    kernels = decisions[apart].kernel, decisions[whole].kernel
+    reason = Reason(
+        "cost", f"{kernels[0]} is predicted at {ratio:.2g} times the speed of {kernels[1]} with joined keys"
+    )
+    return chosen, replace(decisions[chosen], reasons=(*decisions[chosen].reasons, reason))
 
 
 def choose(
@@ -136,8 +147,8 @@ def choose(
         layout_bytes: bytes moved to bring operands and result into an order that a kernel takes.
     """
     cores = config.logical_cores
-    able, refused = candidates(problem, config)
     wish = next((wish for pattern, wish in config.sites.items() if fnmatchcase(name, pattern)), None)
+    able, refused = candidates(problem, config, wish)
     if isinstance(wish, str):
         able, refused = {k: v for k, v in able.items() if k == wish}, {k: v for k, v in refused.items() if k == wish}
     if not able:
@@ -154,18 +165,23 @@ def choose(
     if strategy is NONE:
         return Decision(NONE, NATIVE, cores, reasons)
     kernel = fastest(able, problem, config, layout_bytes)
-    others = tuple(refused.values()) if kernel == OURS else bridged(kernel, problem, able[kernel])
+    others = tuple(refused.values()) if kernel in (OURS, PRIOR) else bridged(kernel, problem, able[kernel])
     return Decision(strategy, kernel, CORES.get(strategy, cores), (*reasons, *others))
 
 
-def candidates(problem: AttentionProblem, config: RewriteConfig) -> tuple[dict[str, Setting], dict[str, Reason]]:
+def candidates(
+    problem: AttentionProblem, config: RewriteConfig, wish: object = None
+) -> tuple[dict[str, Setting], dict[str, Reason]]:
     """The kernels that can compute the problem, and the reason of each that can't.
 
-    The candidates are `config.kernels`; if it is empty, our kernel and those of the installed SDK.
+    The candidates are `config.kernels`; if it is empty, those of our kernels and of the installed SDK that read keys as
+    they lie here, and the one that is wished for.
     """
     able, refused = {}, {}
-    names: tuple[str, ...] = config.kernels or (OURS, *vendor.installed())
+    names: tuple[str, ...] = config.kernels or (OURS, PRIOR, *vendor.installed())
     for name in names:
+        if not config.kernels and name != wish and not reads_as_here(name, problem):
+            continue
         setting = setting_of(name, config)
         reason = illegal(name, problem, setting)
         if reason is None:
@@ -206,7 +222,11 @@ def fastest(
     """The kernel that is predicted to be fastest."""
     if len(able) == 1:
         return next(iter(able))
-    return min(able, key=lambda k: time_of(k, problem, config, layout_bytes(k)).micros * (UNTRIED if k == OURS else 1))
+    return min(able, key=lambda k: time_of(k, problem, config, layout_bytes(k)).micros * _factor(k))
+
+
+def _factor(kernel: str) -> float:
+    return UNTRIED if kernel in (OURS, PRIOR) else 1.0
 
 
 def _asked(
@@ -225,7 +245,7 @@ def _plain(problem: AttentionProblem, config: RewriteConfig) -> FlashAttentionSt
     by_name = any(
         rule.strategy is SLIDING_WINDOW and rule.targets in ((), (config.target,)) for rule in table(config.sdk)
     )
-    if by_name and is_causal_window(problem):
+    if by_name and is_causal_window(problem) and problem.prior is None:
         return SLIDING_WINDOW
     return SHARDED if config.logical_cores == 2 else UNSHARDED
 

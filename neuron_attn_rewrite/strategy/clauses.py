@@ -73,6 +73,8 @@ class Kernel:
     """Bytes that it writes to HBM and reads again, which other kernels keep on the core."""
     bias_bytes: int | None = None
     """Bytes of one element of a bias as it is read. None for the operands' dtype."""
+    sources: tuple[int, ...] = (1,)
+    """From how many tensors it reads keys: 1 for all in one, 2 for a cache apart from the new ones."""
 
 
 def first_refusal(clauses: Iterable[Clause], problem: AttentionProblem, setting: Setting) -> Reason | None:
@@ -83,6 +85,8 @@ def first_refusal(clauses: Iterable[Clause], problem: AttentionProblem, setting:
 
 def mask(problem: AttentionProblem) -> Mask:
     """The mask without its key padding, as the SDK's kernels name it."""
+    if problem.prior is not None:
+        return Mask("prior", problem.prior.window, problem.prior.keys)
     band = problem.mask.band
     return mask_of(band.lower, band.upper, bool(problem.mask.row_bounds.claims), problem.q_len, problem.kv_len)
 
@@ -185,3 +189,9 @@ SCALED = Bridge("the scale goes into the query", lambda p, _: p.scale != 1.0, la
 def causal_band(problem: AttentionProblem) -> Band:
     """The band of a mask that the SDK's kernels call causal, with its window. They skip keys by no other mask."""
     return problem.mask.band if mask(problem).kind == "causal" else Band()
+
+
+def behind_cache(problem: AttentionProblem) -> Band:
+    """The band of causal new keys behind all keys of a cache: how many of these are used is known only at run time."""
+    assert problem.prior is not None
+    return Band(upper=problem.prior.keys)

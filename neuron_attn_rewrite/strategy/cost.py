@@ -27,7 +27,7 @@ from neuron_attn_rewrite.hardware import HARDWARE, Hardware
 from neuron_attn_rewrite.masks.spec import Band, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.strategy.clauses import Kernel, Setting, mask
-from neuron_attn_rewrite.strategy.legality import KERNELS, OURS
+from neuron_attn_rewrite.strategy.legality import KERNELS, OURS, PRIOR
 
 ROWS, KEYS = 128, 512
 """A tile of scores."""
@@ -172,10 +172,11 @@ def kernel_time(
         cores: physical cores of the call.
         constants: None for those of `fit`.
         ranks: as for `work`.
-        layout_bytes: bytes moved to bring operands and result into an order that the kernel takes.
+        layout_bytes: bytes moved to bring operands and result into an order that the kernel takes. Negative if more
+            of the model's own copies become unused.
     """
     c = constants or fit()
-    element = problem.dtype.itemsize if name == OURS else 2
+    element = problem.dtype.itemsize if name in (OURS, PRIOR) else 2
     engine, bound = tile_bound(HARDWARE[target], problem.head_dim, problem.v_head_dim, element)
     groups, count = work(problem, cores, KERNELS[name], ranks)
     moved = {**copies(name, problem, target, cores), "copying (operands or the result are turned)": layout_bytes}

@@ -10,7 +10,9 @@ from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.graph.sizes import examples
 from neuron_attn_rewrite.kernels import vendor
+from neuron_attn_rewrite.kernels.orders import ACCEPTS_PLAIN
 from neuron_attn_rewrite.kernels.vendor.sdk import sdk_is_installed
+from neuron_attn_rewrite.masks.behind import Behind, behind
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Unproven
@@ -20,9 +22,9 @@ from neuron_attn_rewrite.strategy.arrange import arranged
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
 from neuron_attn_rewrite.strategy.forms import Form, forms
 from neuron_attn_rewrite.strategy.gradients import gradients_with_reason
-from neuron_attn_rewrite.strategy.legality import OURS
+from neuron_attn_rewrite.strategy.legality import OPEN_SIZES, PRIOR
 from neuron_attn_rewrite.strategy.obstacles import obstacle
-from neuron_attn_rewrite.strategy.open_sizes import at_example, range_reason, size_from_data
+from neuron_attn_rewrite.strategy.open_sizes import at_example, missing_size, range_reason, size_from_data
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,42 @@ def _decided(site: AttentionSite, prover: Prover, config: RewriteConfig) -> Verd
     proof = prover.prove(site)
     if isinstance(proof, Unproven):
         return Verdict(site, proof, None, _native(proof.reason.behind("unproven: "), config), at_example(site, values))
-    possible = forms(site, proof, values)
+    found = _behind(site, prover, config)
+    of_sources = (found,) if isinstance(found, Reason) else ()
+    possible = forms(site, proof, values, found if isinstance(found, Behind) else None)
     no = obstacle(site, proof, prover, config)
     form, decision = (possible[0], _native(no, config)) if no else _fastest(possible, prover, config)
     if config.gradients and decision.kernel != NATIVE:
         decision = _with_gradients(decision, form, config)
     of_sizes = (range_reason(site),) if prover.is_dynamic else ()
-    reasons = (*proof.reasons, *of_sizes, *form.reasons, *decision.reasons)
+    proof = form.proof if form.behind else proof
+    reasons = (*proof.reasons, *of_sizes, *of_sources, *form.reasons, *decision.reasons)
     site = replace(site, output=form.site.output, output_dims=form.site.output_dims)
     return Verdict(site, proof, form, replace(decision, reasons=reasons), at_example(site, values))
+
+
+def _behind(site: AttentionSite, prover: Prover, config: RewriteConfig) -> Behind | Reason | None:
+    """The two sources of keys and values. None if there is one; a reason if a call can't read them apart."""
+    found = behind(site, prover)
+    if not isinstance(found, Behind):
+        return found
+    if config.gradients:
+        return Reason("two-sources", f"{PRIOR}: it has no kernel for gradients")
+    missing = missing_size(prover.module, site, found.proof, found) if prover.is_dynamic else None
+    if missing:
+        return Reason("two-sources", f"{PRIOR}: the call needs the size {missing}, and it is no sum of sizes of inputs")
+    return found
 
 
 def _fastest(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> tuple[Form, Decision]:
     """The form that is predicted to be fastest and its kernel, with operands in the order that the kernel takes."""
     if prover.is_dynamic:
-        config = replace(config, kernels=(OURS,))
+        config = replace(config, kernels=tuple(k for k in OPEN_SIZES if not config.kernels or k in config.kernels))
 
     @cache
     def in_order(i: int, kernel: str) -> Form:
-        return arranged(possible[i], vendor.accepted(kernel), prover.evaluator.changed)
+        accepted = ACCEPTS_PLAIN if possible[i].behind else vendor.accepted(kernel)
+        return arranged(possible[i], accepted, prover.evaluator.changed)
 
     problems = [form.problem for form in possible]
     i, decision = choose_among(

@@ -1,6 +1,7 @@
-"""Equivalent forms of an attention: as it was found, and with the chunks of a chunked mask as batch elements.
+"""Equivalent forms of an attention: as it was found, with the chunks of a chunked mask as batch elements, and with the
+keys of a cache apart from the new ones.
 
-A form is a site with the same nodes and output, whose operands have another layout.
+A form is a site with the same nodes and output, whose operands have another layout or are read from two sources.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch import fx
+
 from neuron_attn_rewrite.graph.sizes import at
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
+from neuron_attn_rewrite.masks.behind import Behind
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, dim_size, layout_steps, merged, split
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
-from neuron_attn_rewrite.problem import AttentionProblem
+from neuron_attn_rewrite.problem import AttentionProblem, Prior
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.strategy.open_sizes import at_example
 
@@ -36,12 +40,33 @@ class Form:
     """The order of dims of each operand and of the result. The site's targets are in these orders."""
     layout_bytes: int = 0
     """Bytes moved to bring operands and result into these orders, beyond those of the model's own transposes."""
+    behind: Behind | None = None
+    """The two sources of keys and values, if the call reads them apart."""
+
+    @property
+    def starts(self) -> tuple[fx.Node, ...]:
+        """The tensors from which the query, the keys and the values of the attention and of the call are made."""
+        of_keys = self.behind.sources.starts if self.behind else (self.site.key.node, self.site.value.node)
+        return (self.site.query.node, *of_keys)
 
 
-def forms(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int]) -> tuple[Form, ...]:
+def forms(
+    site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int], behind: Behind | None = None
+) -> tuple[Form, ...]:
     """The attention as it was found, then its other forms, for values of the symbols in its sizes."""
     found = ((site, proof, ()), in_chunks(site, proof))
-    return tuple(Form(s, p, problem_at(s, p, values), reasons) for s, p, reasons in filter(None, found))
+    whole = tuple(Form(s, p, problem_at(s, p, values), reasons) for s, p, reasons in filter(None, found))
+    return whole if behind is None else (*whole, _apart(site, behind, values))
+
+
+def _apart(site: AttentionSite, behind: Behind, values: Mapping[sympy.Symbol, int]) -> Form:
+    """The keys and values of the cache apart from the new ones."""
+    problem = problem_at(site, behind.proof, values)
+    keys, new = (at(n, values) for n in (behind.sources.prior_len, behind.sources.new_len))
+    is_masked = bool(behind.prior_paddings or behind.new_paddings)
+    is_masked |= behind.sources.place is not None and not behind.in_range
+    prior = Prior(keys, behind.window, behind.is_shared, is_masked)
+    return Form(site, behind.proof, replace(problem, kv_len=keys + new, prior=prior), behind=behind)
 
 
 def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, tuple[Reason, ...]] | None:

@@ -13,6 +13,10 @@ from neuron_attn_rewrite.strategy.demands import neuronxcc, nkilib, ours
 
 OURS: Final = ours.OURS
 """The name of our own kernel."""
+PRIOR: Final = ours.PRIOR
+"""The name of our kernel for two sources of keys."""
+OPEN_SIZES: Final = (OURS, PRIOR)
+"""The kernels that take sizes that are symbols."""
 KERNELS: Mapping[str, Kernel] = MappingProxyType({**ours.KERNELS, **nkilib.KERNELS, **neuronxcc.KERNELS})
 """By name: ours, then those in `kernels.vendor.ADAPTERS`. Some have no adapter, and are never chosen."""
 BACKWARD: Mapping[str, Kernel] = MappingProxyType({**nkilib.BACKWARD, **neuronxcc.BACKWARD})
@@ -21,8 +25,17 @@ BACKWARD: Mapping[str, Kernel] = MappingProxyType({**nkilib.BACKWARD, **neuronxc
 
 def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | None:
     """Why this kernel can't compute this problem. None if it can."""
-    reason = first_refusal((KERNELS.get(name) or BACKWARD[name]).clauses, problem, setting)
+    kernel = KERNELS.get(name) or BACKWARD[name]
+    if not reads_as_here(name, problem):
+        words = "keys in two tensors, a cache and new ones" if 2 in kernel.sources else "keys in one tensor"
+        return Reason("two-sources", f"{name}: it takes {words}")
+    reason = first_refusal(kernel.clauses, problem, setting)
     return reason and reason.behind(f"{name}: ")
+
+
+def reads_as_here(name: str, problem: AttentionProblem) -> bool:
+    """Whether a kernel reads keys from as many tensors as the problem has."""
+    return (1 if problem.prior is None else 2) in (KERNELS.get(name) or BACKWARD[name]).sources
 
 
 def bridged(name: str, problem: AttentionProblem, setting: Setting) -> tuple[Reason, ...]:

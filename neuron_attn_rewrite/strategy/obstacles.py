@@ -17,7 +17,7 @@ from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.patterns.extent import inside
 from neuron_attn_rewrite.patterns.site import OVERFLOWS, AttentionSite
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.strategy.legality import OURS
+from neuron_attn_rewrite.strategy.legality import OPEN_SIZES
 from neuron_attn_rewrite.strategy.open_sizes import missing_size
 
 
@@ -87,8 +87,9 @@ def _unknown_size(site: AttentionSite, proof: Proof, prover: Prover, config: Rew
     missing = missing_size(prover.module, site, proof)
     if missing:
         return Reason("dynamic-kernel", f"the call needs the size {missing}, and it is no sum of sizes of inputs")
-    if config.kernels and OURS not in config.kernels:
-        return Reason("dynamic-kernel", f"only {OURS} takes sizes that are symbols, and config.kernels leaves it out")
+    if config.kernels and not set(config.kernels) & set(OPEN_SIZES):
+        names = " and ".join(OPEN_SIZES)
+        return Reason("dynamic-kernel", f"only {names} take sizes that are symbols, and config.kernels leaves them out")
     return None
 
 

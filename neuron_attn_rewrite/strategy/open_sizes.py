@@ -11,6 +11,7 @@ from torch import fx
 
 from neuron_attn_rewrite.graph.sizes import at, expression_of, input_sizes, parts_of, terms_of
 from neuron_attn_rewrite.masks.affine import Size
+from neuron_attn_rewrite.masks.behind import Behind
 from neuron_attn_rewrite.masks.proof import Proof
 from neuron_attn_rewrite.patterns.axes import Atom, Dims
 from neuron_attn_rewrite.patterns.site import AttentionSite
@@ -48,15 +49,18 @@ def range_reason(site: AttentionSite) -> Reason:
     return Reason("dynamic-sizes", f"holds for every {words}; chosen for the sizes of the example")
 
 
-def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof) -> str | None:
+def missing_size(module: fx.GraphModule, site: AttentionSite, proof: Proof, behind: Behind | None = None) -> str | None:
     """A size that the kernel call needs and that is no sum of sizes of inputs. None if every size can be computed."""
     given = {"1", *names_of_input_sizes(module.graph)}
-    layouts = [site.output_layout, *(o.layout for o in site.operands), *(d.layout for d in proof.dense)]
+    operands = (site.query, *behind.sources.operands) if behind else site.operands
+    layouts = [site.output_layout, *(o.layout for o in operands), *(d.layout for d in proof.dense)]
     numbers = [n for layout in layouts for step in layout if step.op != "permute" for n in step.arg]
-    sizes = [e for n in (*numbers, site.batch, site.q_len, site.kv_len) for e in parts_of(n)[1]]
+    own = (site.batch, site.q_len, behind.sources.prior_len if behind else site.kv_len)
+    sizes = [e for n in (*numbers, *own) for e in parts_of(n)[1]]
     needed = [str(e) for e in sizes if not given.issuperset(terms_of(e) or {str(e)})]
     computed = computed_sizes(module.graph)
-    ends = [of.name for bound in proof.key_bounds for of in bound.end.variables() if isinstance(of, Size)]
+    sums = [behind.length] if behind else [bound.end for bound in proof.key_bounds]
+    ends = [of.name for end in sums for of in end.variables() if isinstance(of, Size)]
     needed += [name for name in ends if name not in computed]
     return next((name for name in needed if name not in given), None)
 

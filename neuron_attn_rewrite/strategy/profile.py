@@ -32,6 +32,7 @@ def key(problem: AttentionProblem) -> str:
     extras = [f"bias{list(p.bias_shape)}"] if p.bias_shape else []
     extras += ["softcap"] if p.softcap is not None else []
     extras += ["sink"] if p.sink else []
+    extras += [f"prior{p.prior.keys}"] if p.prior is not None else []
     shape = f"{p.batch}x{p.num_heads}/{p.num_kv_heads}x{p.q_len}x{p.kv_len}x{p.head_dim}/{p.v_head_dim}"
     return " ".join([shape, str(p.dtype).removeprefix("torch."), str(p.mask), *extras])
 

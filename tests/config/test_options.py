@@ -33,7 +33,7 @@ def test_choices_are_those_of_the_tables() -> None:
         ({"strategy": "SHARDED_KERNEL"}, "give FlashAttentionStrategy or None"),
         ({"tolerances": {torch.float32: 0}}, "tolerances"),
         ({"verify": 1}, "True, False"),
-        ({"kernels": ("flash",)}, "one of .flash_fwd., .attention_cte."),
+        ({"kernels": ("flash",)}, "one of .flash_fwd., .flash_prior."),
         ({"kernels": "flash_fwd"}, "give a tuple"),
         ({"sites": {"*": "flash"}}, "a kernel among flash_fwd"),
         ({"cp_degree": 0}, "must lie in"),

@@ -23,10 +23,11 @@ from neuron_attn_rewrite.kernels.vendor.layouts import Mask
 from neuron_attn_rewrite.ops import flash_fwd as flash_fwd_ops
 from neuron_attn_rewrite.ops import launch
 from neuron_attn_rewrite.ops.arguments import checked_terms
+from neuron_attn_rewrite.ops.prior import FlashPrior
 from neuron_attn_rewrite.simulator import active, run
 from tests import stand_ins
 from tests.helpers import Function, kernel_calls
-from tests.ops.test_cached import Batch, fields
+from tests.ops.test_cached import Batch, Cache, fields
 
 CHECKOUT = os.environ.get("NKI_LIBRARY", "")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 512, "kv_len": 512, "dim": 32, "v_dim": 32}
@@ -282,6 +283,62 @@ def test_gradients_on_a_device(
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         torch.testing.assert_close(a, e, rtol=0, atol=2e-2 * float(e.abs().max()) if e.numel() else 0)
+
+
+PRIOR: list[tuple[str, dict[str, int], list[int], dict[str, Any]]] = [
+    ("attention_cte", {"q_len": 100, "capacity": 300}, [170], {}),
+    ("attention_cte", {"q_len": 64, "capacity": 512}, [0], {"sink": torch.linspace(-1, 2, 4)}),
+    ("attention_cte", {"q_len": 130, "capacity": 200}, [200], {"window": 70}),
+    ("attention_cte", {"q_len": 5, "capacity": 200, "v_head_dim": 8}, [50], {"window": 400}),
+    ("attention_tkg", {"q_len": 1, "capacity": 300}, [170, 0], {}),
+    ("attention_tkg", {"q_len": 7, "capacity": 256}, [256, 3], {"window": 20}),
+    (
+        "attention_tkg",
+        {"q_len": 4, "capacity": 100},
+        [60],
+        {"prior_mask": torch.arange(100)[None] > 5, "new_mask": torch.tensor([[True] * 4, [True, False, True, True]])},
+    ),
+]
+
+
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize(("kernel", "sizes", "lengths", "options"), PRIOR)
+def test_two_sources(
+    kernel: str,
+    sizes: dict[str, int],
+    lengths: list[int],
+    options: dict[str, Any],
+    lnc: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = stand_ins.install(monkeypatch)[kernel]
+    torch.manual_seed(0)
+    tensors = Cache(**sizes).tensors(lengths)
+    adapter = vendor.find(kernel)
+    assert adapter is not None
+    call = FlashPrior(*tensors, scale=0.3, lnc=lnc, kernel_name=kernel, **options)
+    actual, expected = call.by(adapter), call.decomposed()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert len(recorded.calls) == 1
+    with pytest.raises(InputError, match="one of flash_prior, attention_cte, attention_tkg, not 'flash'"):
+        torch.ops.neuron_attn.flash_prior(*tensors, scale=0.3, kernel_name="flash")
+
+
+@pytest.mark.parametrize(("kernel", "rows"), [("attention_cte", 256), ("attention_tkg", 4)])
+def test_two_sources_of_a_model(kernel: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call reads the cache as it lies, by the kernel of the SDK that is asked for."""
+    stand_ins.install(monkeypatch)
+
+    def attention(q: torch.Tensor, *cached: torch.Tensor) -> torch.Tensor:
+        k, v = (torch.cat(pair, 2) for pair in (cached[:2], cached[2:]))
+        mask = torch.arange(k.shape[2]) <= torch.arange(rows)[:, None] + 384
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    q, *cached = (torch.randn(1, 4, n, 64).bfloat16() for n in (rows, 384, rows, 384, rows))
+    module = rewrite(Function(attention), (q, *cached), config=RewriteConfig(policy="always", kernels=(kernel,)))
+    (call,) = module.graph.find_nodes(op="call_function", target=torch.ops.neuron_attn.flash_prior.default)
+    assert module.report.sites[0].kernel == call.kwargs["kernel_name"] == kernel
+    assert not module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
 
 
 PAGED = "flash_paged_attention_with_schedule"

@@ -95,6 +95,7 @@ def expected_prior(
     scale: float,
     window: int | None = None,
     prior_mask: Tensor | None = None,
+    new_mask: Tensor | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
@@ -111,6 +112,9 @@ def expected_prior(
         if prior_mask is not None:
             mask = prior_mask[b if len(prior_mask) > 1 else 0]
             seen &= torch.cat([mask[:length], torch.ones(q_len, dtype=torch.bool)])
+        if new_mask is not None:
+            mask = new_mask[b if len(new_mask) > 1 else 0]
+            seen &= torch.cat([torch.ones(length, dtype=torch.bool), mask])
         for h in range(heads):
             g = h // (heads // key.shape[1])
             keys = torch.cat([key_prior[b, g, :length], key[b, g]])
@@ -150,6 +154,8 @@ def test_token_generation_and_prefixes(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         options["prior_mask"] = torch.rand(sizes.batch, sizes.capacity) < 0.7
     if data.draw(st.booleans()):
+        options["new_mask"] = torch.rand(data.draw(st.sampled_from([1, sizes.batch])), sizes.q_len) < 0.7
+    if data.draw(st.booleans()):
         options["sink"] = torch.randn(sizes.heads) * 3
     if data.draw(st.integers(0, 3)) == 0:
         options["softcap"] = 5.0
@@ -182,6 +188,44 @@ def test_a_group_of_heads_reads_the_cache_once() -> None:
     # The rows themselves are read once for the cache and once for the new keys.
     assert trace.hbm_read == cache + 2 * 4 * 64 * 2 + 2 * rows * 64 * 2 + 2 * rows * 2 * 4
     assert sum(i.op == "range_select" for i in trace.instructions) == 3
+
+
+def test_gradients_are_those_of_all_keys_together() -> None:
+    tensors, sink = Cache().tensors([0, 130]), torch.randn(4)
+    options = {"scale": 0.3, "window": 100, "prior_mask": torch.rand(2, 200) < 0.7, "new_mask": torch.rand(1, 3) < 0.7}
+    grad = normal(2, 4, 3, 16)
+    found = []
+    for op in (flash_prior, PRIOR["decomposed"]):
+        given = [t.clone().requires_grad_() for t in (*tensors[:5], sink)]
+        op(*given[:5], tensors[5], **options, sink=given[5]).backward(grad)
+        found.append([t.grad for t in given])
+    for a, b in zip(*found, strict=True):
+        assert a is not None and b is not None and relative_error(a, b) <= TOLERANCES[torch.float32]
+    tangents = [normal(*t.shape) for t in tensors[:5]]
+
+    def forward(op: Callable[..., Tensor]) -> Tensor:
+        done: Tensor = torch.func.jvp(lambda *t: op(*t, tensors[5], **options), tensors[:5], tuple(tangents))[1]
+        return done
+
+    assert relative_error(forward(flash_prior), forward(PRIOR["decomposed"])) <= TOLERANCES[torch.float32]
+
+
+def test_autocast_casts_operands_of_different_dtypes_alone() -> None:
+    tensors = Cache().tensors([5, 100])
+    mixed = [t.bfloat16() if i < 3 else t for i, t in enumerate(tensors)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flash_prior(*tensors, scale=0.3), FlashPrior(*tensors, scale=0.3).on_cpu())
+        out = flash_prior(*mixed, scale=0.3)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, expected_prior(*tensors, scale=0.3)) <= 4 * TOLERANCES[torch.bfloat16]
+
+
+def test_a_hidden_key_of_the_cache_that_is_no_number() -> None:
+    """What is hidden does not count, even if it is NaN."""
+    tensors, options = Cache().tensors([5, 100]), {"scale": 0.3, "prior_mask": (torch.arange(200) != 3)[None]}
+    want = expected_prior(*tensors, **options)
+    tensors[3][:, :, 3] = torch.nan
+    assert relative_error(flash_prior(*tensors, **options), want) <= TOLERANCES[torch.float32]
 
 
 # flash_paged
@@ -370,7 +414,7 @@ def test_every_pair_of_row_and_key_is_in_the_schedule_once(data: st.DataObject) 
 def test_launches_are_made_without_a_look_at_any_value() -> None:
     tensors = [t.to("meta") for t in Cache().tensors([5, 100])]
     mask = torch.ones(2, 200, dtype=torch.bool, device="meta")
-    made = [FlashPrior(*tensors, scale=0.3, window=7, prior_mask=mask).launch()]
+    made = [FlashPrior(*tensors, scale=0.3, window=7, prior_mask=mask, new_mask=mask[:, :3]).launch()]
     batch = Batch((20, 30), (40, 70))
     schedule = make_schedule(batch.query_lens, batch.context_lens, batch.tables(), 32, kv_tile=128)
     tensors = [t.to("meta") for t in (*batch.tensors(), *fields(schedule))]
@@ -394,6 +438,8 @@ def test_torch_agrees_that_these_are_ops(which: str) -> None:
     [
         ({"prior_lengths": torch.zeros(3, dtype=torch.int64)}, "flash_prior: prior_lengths must be int"),
         ({"prior_mask": torch.ones(2, 3, dtype=torch.bool)}, "flash_prior: prior_mask must be bool"),
+        ({"new_mask": torch.ones(2, 4, dtype=torch.bool)}, "flash_prior: new_mask must be bool"),
+        ({"new_mask": torch.ones(2, 3)}, "flash_prior: new_mask must be bool"),
         ({"value_prior": torch.randn(2, 2, 9, 16)}, "flash_prior: value_prior must have key_prior's capacity 200"),
         ({"key_prior": torch.randn(2, 2, 200, 8)}, "flash_prior: key_prior must be"),
         (

@@ -67,6 +67,11 @@ def constant_masks(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, le
     return s.softmax(-1) @ torch.cat([vc, vn], 2)
 
 
+def merged_causal(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> Tensor:
+    """Each row sees a new key, so that not all keys of both parts can be hidden."""
+    return merged(old_scores(q, kc, length), new_scores(q, kn).masked_fill(~CAUSAL[:NEW, :NEW], -1e30), vc, vn)
+
+
 def with_sink(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> Tensor:
     sink = torch.arange(H).float()[:, None, None].expand(B, H, q.shape[2], 1)
     s = torch.cat([old_scores(q, kc, length), new_scores(q, kn), sink], -1)
@@ -118,6 +123,12 @@ def of_turned_query(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, l
 def scores_read(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     old = old_scores(q, kc, length)
     return torch.cat([old, new_scores(q, kn)], -1).softmax(-1) @ torch.cat([vc, vn], 2), old
+
+
+def merged_hidden(q: Tensor, kc: Tensor, kn: Tensor, vc: Tensor, vn: Tensor, length: Tensor) -> Tensor:
+    """The first row sees no new key."""
+    new = new_scores(q, kn).masked_fill(~CAUSAL[:NEW, :NEW].roll(1, 0).tril(-1), -1e30)
+    return merged(old_scores(q, kc, length), new, vc, vn)
 
 
 Pieces = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -308,6 +319,8 @@ def with_weights_read(old: Tensor, new: Tensor, vc: Tensor, vn: Tensor) -> tuple
 
 
 SEEN = "key <= length[batch] - 1"
+PRIOR = f"prior {SEEN} & causal(offset={S})"
+"""Of two sources: the first keys of the cache, and the new ones up to a query's own."""
 BIAS = (B, 1, 1, S + NEW)
 
 MATCH = {
@@ -315,7 +328,7 @@ MATCH = {
     "weights sliced": Match(of(sliced), cached(), scale=0.25, bias=BIAS),
     "one maximum and one sum": Match(of(shared), cached(), scale=0.25, bias=BIAS),
     "one maximum and one sum, hidden by -inf": Match(of(shared, -torch.inf), cached(), scale=0.25, bias=BIAS),
-    "one new key with one maximum and one sum": Match(of(shared), cached(1, rows=1), bias=(B, 1, 1, S + 1)),
+    "one new key with one maximum and one sum": Match(of(shared), cached(1, rows=1), PRIOR),
     "one maximum and one sum, divided at the end": Match(of(shared_at_the_end), cached(), scale=0.25, bias=BIAS),
     "one maximum and one sum, grouped heads": Match(grouped_split, cached(heads=2), heads=(H, 2), bias=BIAS),
     "no maximum": Match(of(no_maximum), cached(), scale=0.25, bias=BIAS),
@@ -332,10 +345,11 @@ MATCH = {
     "two more than the sum": Match(of(two(2.0)), cached(), SEEN, scale=0.0625),
     "a quarter more than the sum": Match(of(two(0.25)), cached(), SEEN, scale=0.0625),
     "keys and values joined": Match(joined, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
-    "one new key and one row": Match(joined, cached(1, rows=1), scale=0.25, bias=(B, 1, 1, S + 1)),
+    "one new key and one row": Match(joined, cached(1, rows=1), PRIOR, scale=0.25),
     "one new key": Match(joined, cached(1), scale=0.25, bias=(B, 1, 1, S + 1)),
     "a mask over both": Match(masked_outside, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
-    "a mask in each": Match(masks_in_both, cached(), scale=0.25, bias=(B, 1, NEW, S + NEW)),
+    "a mask in each": Match(masks_in_both, cached(), PRIOR, scale=0.25),
+    "a mask in each, merged by log-sum-exp": Match(merged_causal, cached(), PRIOR, scale=0.25),
     "causal together": Match(constant_masks, cached(), f"causal(offset={S})", scale=1.0),
     "beside a sink": Match(with_sink, cached(), scale=0.25, bias=(B, 1, 1, S + NEW)),
     "grouped heads": Match(grouped_pieces, cached(heads=2), heads=(H, 2), bias=(B, 1, 1, S + NEW)),
@@ -351,6 +365,7 @@ KEEP = {
         lambda *given: of(limited)(*given).nan_to_num(0.0), "reads the NaN", cached()
     ),
     "merged by log-sum-exp, hidden by -inf": Keep(of(merged, -torch.inf), "may be hidden by -inf", cached()),
+    "merged by log-sum-exp, and all may be hidden": Keep(merged_hidden, "all may be hidden", cached()),
     "a part without gradients": Keep(of(detached), "no gradient flows", cached()),
     "a maximum that is detached once": Keep(of(detached_once), "no rule knows", cached()),
     "weights of a part read": Keep(of(with_weights_read), "weights are also read", cached()),

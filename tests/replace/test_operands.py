@@ -58,7 +58,9 @@ class Setting:
         )
         site = SimpleNamespace(output=output, terms=[SimpleNamespace(node=node) for node in terms])
         verdict: Any = SimpleNamespace(
-            site=site, form=SimpleNamespace(site=form), example=SimpleNamespace(scale=scale, head_dim=64)
+            site=site,
+            form=SimpleNamespace(site=form, starts=(query, key, value)),
+            example=SimpleNamespace(scale=scale, head_dim=64),
         )
         result = self.call(lambda *read: read[0], query, key, value)
         return Graft(verdict, Proof(), result, (result,))

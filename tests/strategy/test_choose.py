@@ -17,7 +17,7 @@ from neuron_attn_rewrite.errors import ConfigError, DeviceError
 from neuron_attn_rewrite.hardware import HARDWARE
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, Intervals, KeyPadding, Limited, MaskSpec
-from neuron_attn_rewrite.problem import AttentionProblem
+from neuron_attn_rewrite.problem import AttentionProblem, Prior
 from neuron_attn_rewrite.strategy import cost, profile
 from neuron_attn_rewrite.strategy.choose import NATIVE, choose, notes
 from neuron_attn_rewrite.strategy.clauses import DTYPES, Setting
@@ -179,6 +179,7 @@ LIMITED = MaskSpec((Limited("key >= first[batch, query]"),))
 ROWS = MaskSpec((Intervals(((0, 5),) * 2048),))
 ONE = {"q_len": 1, "mask": FULL}
 D128 = {"head_dim": 128, "v_head_dim": 128}
+APART = {"q_len": 64, "kv_len": 1088, "prior": Prior(1024), "mask": BACK}
 OLD = {"sdk": "2.28", "target": "trn1", "cores": 1}
 # Kernel, setting, what it can compute, the nearest it can't, and a word of the clause.
 BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
@@ -192,6 +193,17 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("flash_fwd", {}, {"empty_rows": EmptyRows.MEAN}, {"empty_rows": EmptyRows.OTHER}, 'empty_rows="any"'),
     ("flash_fwd", {"target": "trn1", "cores": 1}, {"mask": PADDED}, {"mask": CAUSAL}, "trn1 lacks"),
     ("flash_fwd", {"target": "trn1", "cores": 1}, {"q_len": 1, "mask": MaskSpec((Band(upper=2047),))}, {}, ""),
+    ("flash_fwd", {}, {"prior": None}, {"prior": Prior(1024)}, "keys in one tensor"),
+    ("flash_prior", {}, APART, {}, "keys in two tensors"),
+    ("flash_prior", {}, APART, APART | {"batch": 0}, "no size may be 0"),
+    ("flash_prior", {}, APART, APART | {"num_heads": 7}, "num_heads 7 must be a multiple of num_kv_heads 2"),
+    ("flash_prior", {}, APART | {"head_dim": 256}, APART | {"head_dim": 257}, "head_dim 257"),
+    ("flash_prior", {}, APART | {"v_head_dim": 256}, APART | {"v_head_dim": 257}, "v_head_dim 257"),
+    ("flash_prior", {}, APART | {"dtype": torch.float16}, APART | {"dtype": torch.float64}, "float64"),
+    ("flash_prior", {}, APART | {"scale": -1.0}, APART | {"scale": float("inf")}, "scale inf"),
+    ("flash_prior", {}, APART | {"softcap": 1e-3}, APART | {"softcap": 0.0}, "softcap 0.0"),
+    ("flash_prior", {}, APART | {"empty_rows": EmptyRows.ZERO}, APART | {"empty_rows": EmptyRows.MEAN}, "mean"),
+    ("flash_prior", {"target": "trn1", "cores": 1}, {}, APART, "trn1 lacks"),
     ("attention_cte", {"target": "trn3"}, {}, {}, ""),
     ("attention_cte", {"target": "trn1"}, {}, {"mask": FULL}, "runs on trn2, trn3, not on trn1"),
     ("attention_cte", {"sdk": "2.26"}, {}, {"mask": FULL}, "SDK 2.27 to 2.32, not with 2.26"),
@@ -216,6 +228,12 @@ BORDERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     ("attention_cte", {}, {}, {"softcap": 50.0}, "no softcap"),
     ("attention_cte", {}, {"empty_rows": EmptyRows.ANY}, {"empty_rows": EmptyRows.ZERO}, "undefined"),
     ("attention_cte", {"sdk": "2.29"}, {"mask": ROWS}, {}, ""),
+    ("attention_cte", {}, APART, APART | {"prior": Prior(1024, is_shared=False)}, "one length for the whole batch"),
+    ("attention_cte", {}, APART, APART | {"prior": Prior(1024, is_masked=True)}, "without padding"),
+    ("attention_cte", {}, APART | {"batch": 2, "prior": Prior(1024, 256)}, {}, ""),
+    ("attention_cte", {}, APART | {"mask": LIMITED, "batch": 2}, {}, ""),
+    ("attention_tkg", {}, APART | {"q_len": 7}, APART | {"q_len": 8}, "q_len 8"),
+    ("attention_segmented_cte", {"sdk": "2.32"}, D128, D128 | {"prior": Prior(1024)}, "keys in one tensor"),
     ("attention_cte", {"sdk": "2.28"}, {"mask": WINDOW}, {"mask": ROWS}, "before SDK 2.29"),
     ("attention_cte", {"sdk": "2.31"}, {"mask": LIMITED}, {}, ""),
     (
@@ -408,6 +426,7 @@ def test_each_clause_of_each_kernel(
 
 # Kernel, targets, first and last release of the SDK, and a problem that it can compute.
 SHIPPED: list[tuple[str, set[str], str, str, dict[str, Any]]] = [
+    ("flash_prior", {"trn2", "trn3"}, "2.26.1", "2.32", APART),
     ("attention_cte", {"trn2", "trn3"}, "2.27", "2.32", {}),
     ("attention_tkg", {"trn2", "trn3"}, "2.28", "2.32", ONE),
     ("attention_segmented_cte", {"trn2", "trn3"}, "2.31", "2.32", D128),
@@ -436,7 +455,7 @@ def test_each_clause_is_tested_on_both_sides(kernel: str) -> None:
     clauses = (KERNELS | BACKWARD)[kernel].clauses
     broken, bordered = set(), set()
     for name, setting, good, bad, words in BORDERS:
-        if name == kernel and words:
+        if name == kernel and words and "keys in" not in words:
             where, p = Setting(**setting), problem(**bad)
             clause = next(c for c in clauses if not c.holds(p, where))
             broken.add(clause)
@@ -449,7 +468,7 @@ def test_each_clause_is_tested_on_both_sides(kernel: str) -> None:
 
 
 def test_a_kernel_without_an_adapter_is_never_chosen() -> None:
-    for name in set(KERNELS) - {"flash_fwd", *vendor.ADAPTERS}:
+    for name in set(KERNELS) - {"flash_fwd", "flash_prior", *vendor.ADAPTERS}:
         decision = choose(problem(), RewriteConfig(policy="always", kernels=(name,)))
         assert decision.kernel == NATIVE and f"{name}: undocumented" in decision.reasons[0]
 
@@ -478,6 +497,7 @@ def test_an_installed_kernel_is_asked_what_it_takes() -> None:
         ("attention_cte", {"scale": 1.0, "v_head_dim": 32}, ["padded to the larger"]),
         ("attention_cte", {"scale": 1.0, "kv_len": 3072, "mask": BACK}, ["a prefix"]),
         ("attention_cte", {"scale": 1.0, "mask": MaskSpec((Chunked(512),))}, ["one interval"]),
+        ("attention_cte", {"scale": 1.0} | APART, []),
         ("attention_cte", {"scale": 1.0, "length": 100, "mask": MaskSpec((Chunked(50),))}, ["one interval", "128"]),
         ("attention_cte", {"scale": 1.0, "bias_shape": (1, 1, 2048, 2048)}, ["each head"]),
         ("attention_tkg", {"scale": 1.0, "q_len": 1, "mask": FULL}, ["0 and 1", "apart"]),
@@ -526,7 +546,12 @@ def test_always_keeps_the_choice_of_the_table() -> None:
         ("SHARDED_KERNEL", {}, CAUSAL, None),
         ("SHARDED_KERNEL", {"lnc": 1}, CAUSAL, "needs LNC 2"),
         ("SLIDING_WINDOW_KERNEL", {}, WINDOW, None),
-        ("SLIDING_WINDOW_KERNEL", {}, CAUSAL, "needs a causal window, and the mask is causal(offset=0)"),
+        (
+            "SLIDING_WINDOW_KERNEL",
+            {},
+            CAUSAL,
+            "causal window over keys in one tensor, and the mask is causal(offset=0)",
+        ),
         ("SLIDING_WINDOW_KERNEL", {}, MaskSpec((KeyPadding("m"),)), "needs a causal window"),
         ("CONTEXT_PARALLEL_KERNEL", {}, CAUSAL, "needs cp_degree > 1"),
         ("STRIDED_CONTEXT_PARALLEL_KERNEL", {}, CAUSAL, "needs cp_degree > 1"),

@@ -32,6 +32,8 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     }
 )
 """By name, as in decisions and in the op's `kernel_name`. Of equally fast kernels the first is chosen."""
+BEHIND: Mapping[str, Adapter] = MappingProxyType({name: a for name, a in ADAPTERS.items() if a.behind})
+"""The kernels of `flash_prior`, by its `kernel_name`."""
 BACKWARD: Mapping[str, Adapter] = MappingProxyType({a.name: a for a in (ATTENTION_BWD, FLASH_ATTN_BWD)})
 """The kernels of `flash_bwd`. The first one that can compute the gradients is chosen."""
 PAGED: Mapping[str, Adapter] = MappingProxyType({FLASH_PAGED.name: FLASH_PAGED})

@@ -29,6 +29,22 @@ class How:
     orders: Orders = AS_GIVEN
 
 
+@dataclass(frozen=True, eq=False)
+class TwoSources:
+    """The operands of `flash_prior`, and what its rows see."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_prior: Tensor
+    value_prior: Tensor
+    lengths: Tensor
+    """Int [1 | batch]: how many keys of the cache are used."""
+    window: int | None
+    terms: Terms
+    """Those of one attention, whose keys are the cache and then the new ones."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One kernel of the SDK: where it is imported from, how it is launched, and how its arguments are made."""
@@ -41,6 +57,8 @@ class Adapter:
     launch: Launch
     run: Callable[..., Any]
     """The function that calls the kernel. Its first argument is the adapter."""
+    behind: Callable[[Adapter, TwoSources, int], Tensor] | None = None
+    """The function that computes `flash_prior` by the kernel. The last argument is the number of physical cores."""
     forward: Adapter | None = None
     """For a backward kernel: the forward kernel that computes its output and log-sum-exp."""
     accepts: Accepted = ACCEPTS_PLAIN
@@ -71,6 +89,11 @@ class Adapter:
         operands = how.orders.to(here, query, key, value)
         out: Tensor = self.run(self, *operands, terms, replace(how, orders=here))
         return turned(out, here.result, how.orders.result).contiguous()
+
+    def attend_behind(self, sources: TwoSources, lnc: int) -> Tensor:
+        """Compute `flash_prior` by the kernel. As `attend`, nothing is checked here."""
+        assert self.behind is not None
+        return self.behind(self, sources, lnc).contiguous()
 
     def call(self, *operands: Any) -> Any:
         """Compute another op. Its operands are those in `torch.ops.neuron_attn`, the terms, and the physical cores."""

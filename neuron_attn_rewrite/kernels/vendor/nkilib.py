@@ -15,7 +15,7 @@ from torch import Tensor
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, PLAIN, Accepted, turned
 from neuron_attn_rewrite.kernels.reference import Terms, visible
-from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, nki_jit
+from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, How, TwoSources, nki_jit
 from neuron_attn_rewrite.kernels.vendor.layouts import (
     Mask,
     column,
@@ -100,6 +100,39 @@ def _attention_cte(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, 
     return turned(out[:, :, :q_len, :v_dim], PLAIN, orders.result)
 
 
+def _cte_behind(adapter: Adapter, sources: TwoSources, lnc: int) -> Tensor:
+    """As `_attention_cte`, with the cache as it lies. One length is for all batch elements."""
+    batch, heads, q_len, _ = sources.query.shape
+    v_dim = sources.value.shape[3]
+    given = (
+        scaled(sources.query, sources.terms.scale),
+        sources.key,
+        sources.value,
+        sources.key_prior,
+        sources.value_prior,
+    )
+    query, key, value, k_prior, v_prior = (
+        folded(padded(t, -1, max(sources.query.shape[3], v_dim))).contiguous() for t in given
+    )
+    out: Tensor = adapter(
+        lnc,
+        q=query,
+        k=key,
+        v=value,
+        scale=1.0,
+        causal_mask=True,
+        k_prior=k_prior,
+        v_prior=v_prior,
+        prior_used_len=sources.lengths.to(torch.int32),
+        sink=column(sources.terms.sink, batch),
+        sliding_window=sources.window,
+        tp_q=True,
+        tp_k=True,
+        tp_out=False,
+    )
+    return out.reshape(batch, heads, q_len, -1)[..., :v_dim]
+
+
 def segment(mask: Mask) -> int:
     """The size of segments that costs least. The kernel computes all keys of the last segment, also unused ones.
 
@@ -170,24 +203,44 @@ def _bounds(
 
 
 def _attention_tkg(adapter: Adapter, query: Tensor, key: Tensor, value: Tensor, terms: Terms, how: How) -> Tensor:
-    """The query heads of a kv head as one batch element, the last keys as the active ones, any mask as 0 and 1."""
+    """The last keys are the active ones. The result is [batch, heads, dim, rows]."""
+    rows, kv_len = query.shape[2], key.shape[2]
+    active, earlier = slice(kv_len - rows, kv_len), slice(0, kv_len - rows)
+    (new_key, k_prior), (new_value, v_prior) = ((t[:, :, active], t[:, :, earlier]) for t in (key, value))
+    return _tkg(adapter, query, new_key, new_value, k_prior, v_prior, terms, how.lnc)
+
+
+def _tkg_behind(adapter: Adapter, s: TwoSources, lnc: int) -> Tensor:
+    return _tkg(adapter, s.query, s.key, s.value, s.key_prior, s.value_prior, s.terms, lnc).mT
+
+
+def _tkg(
+    adapter: Adapter,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_prior: Tensor,
+    v_prior: Tensor,
+    terms: Terms,
+    lnc: int,
+) -> Tensor:
+    """The query heads of a kv head as one batch element, and any mask as 0 and 1."""
     batch, heads, rows, dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    items, group = batch * kv_heads, heads // kv_heads
-    keys = multiple(kv_len, KEY_TILE * how.lnc)
+    kv_heads, earlier = k_prior.shape[1:3]
+    items, group, kv_len = batch * kv_heads, heads // kv_heads, earlier + rows
+    keys = multiple(kv_len, KEY_TILE * lnc)
     query = scaled(query, terms.scale).reshape(items, group, rows, dim)
-    active, earlier = slice(kv_len - rows, kv_len), kv_len - rows
     seen = visible(terms, rows, kv_len, query.device).expand(batch, kv_heads, rows, kv_len)
     # What pads the keys comes before the active ones, which are the last.
     hidden = padded(seen[..., :earlier].to(torch.uint8), -1, keys - rows)
-    mask = torch.cat([hidden, seen[..., active].to(torch.uint8)], -1).reshape(items, 1, rows, keys)
+    mask = torch.cat([hidden, seen[..., earlier:].to(torch.uint8)], -1).reshape(items, 1, rows, keys)
     out: Tensor = adapter(
-        how.lnc,
+        lnc,
         q=query.permute(3, 0, 1, 2).reshape(dim, -1).contiguous(),
-        k_active=folded(key[:, :, active]).permute(2, 0, 1).reshape(dim, -1).contiguous(),
-        v_active=folded(value[:, :, active])[:, None].contiguous(),
-        k_prior=padded(folded(key[:, :, :earlier]), 1, keys)[:, None].contiguous(),
-        v_prior=padded(folded(value[:, :, :earlier]), 1, keys)[:, None].contiguous(),
+        k_active=folded(key).permute(2, 0, 1).reshape(dim, -1).contiguous(),
+        v_active=folded(value)[:, None].contiguous(),
+        k_prior=padded(folded(k_prior), 1, keys)[:, None].contiguous(),
+        v_prior=padded(folded(v_prior), 1, keys)[:, None].contiguous(),
         mask=mask.expand(items, group, rows, keys).permute(3, 0, 1, 2).contiguous(),
         sink=column(terms.sink, 1),
     )
@@ -244,6 +297,7 @@ ATTENTION_CTE = Adapter(
     needs="q k v scale causal_mask k_prior v_prior prior_used_len sink sliding_window tp_q tp_k tp_out",
     launch=nki_jit,
     run=_attention_cte,
+    behind=_cte_behind,
     accepts=Accepted((PLAIN, "BHDS"), (PLAIN, "BHDS"), (PLAIN,), (PLAIN, "BHDS")),
 )
 ATTENTION_SEGMENTED_CTE = Adapter(
@@ -264,6 +318,7 @@ ATTENTION_TKG = Adapter(
     needs="q k_active v_active k_prior v_prior mask sink",
     launch=nki_jit,
     run=_attention_tkg,
+    behind=_tkg_behind,
     accepts=Accepted(result=("BHDS",)),
 )
 ATTENTION_BWD = Adapter(

@@ -27,6 +27,7 @@ from neuron_attn_rewrite.strategy.clauses import (
     Bridge,
     Clause,
     Kernel,
+    behind_cache,
     causal_band,
     is_limited,
     is_padded,
@@ -47,6 +48,8 @@ def _widest(problem: AttentionProblem) -> int:
 
 def _band_of_cte(problem: AttentionProblem) -> Band:
     """As `causal_band`. Behind a prefix the new keys are causal, and every key of the prefix is computed."""
+    if problem.prior is not None:
+        return behind_cache(problem)
     behind = Band(upper=problem.mask.band.upper)
     return behind if mask(problem).kind == "prior" else causal_band(problem)
 
@@ -109,7 +112,17 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 Clause(
                     "kernel-mask",
                     "before SDK 2.31 it has no bounds for each of the batch {p.batch}, and the mask is {p.mask}",
-                    lambda p, s: p.batch == 1 or not is_limited(p) or takes("attention_cte", "position_bias", s),
+                    lambda p, s: (
+                        p.batch == 1
+                        or p.prior is not None
+                        or not is_limited(p)
+                        or takes("attention_cte", "position_bias", s)
+                    ),
+                ),
+                Clause(
+                    "kernel-mask",
+                    "of a cache it takes one length for the whole batch, without padding, and the mask is {p.mask}",
+                    lambda p, _: p.prior is None or (p.prior.is_shared and not p.prior.is_masked),
                 ),
                 Clause(
                     "kernel-bias",
@@ -136,7 +149,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
                 Bridge(
                     "the first keys become a prefix",
-                    lambda p, _: mask(p).kind == "prior",
+                    lambda p, _: p.prior is None and mask(p).kind == "prior",
                     lambda p: 2 * (p.key_bytes + p.value_bytes),
                 ),
                 Bridge("the mask becomes one interval of keys a row", lambda p, _: mask(p).kind == "rows"),
@@ -154,6 +167,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
             computed_band=_band_of_cte,
             skips_for_strided_rows=True,
             bias_bytes=4,
+            sources=(1, 2),
         ),
         "attention_tkg": Kernel(
             (
@@ -183,12 +197,18 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 Bridge("the mask is written out as 0 and 1", lambda *_: True, lambda p: 2 * p.scores),
                 Bridge(
                     "earlier and new keys are copied apart",
-                    lambda *_: True,
+                    lambda p, _: p.prior is None,
+                    lambda p: 2 * (p.key_bytes + p.value_bytes),
+                ),
+                Bridge(
+                    "the cache is copied, with room for the new keys",
+                    lambda p, _: p.prior is not None,
                     lambda p: 2 * (p.key_bytes + p.value_bytes),
                 ),
                 Bridge("keys are padded to a multiple of 128 a core", lambda p, s: p.kv_len % (128 * s.cores) > 0),
             ),
             folds_groups=True,
+            sources=(1, 2),
         ),
         "attention_segmented_cte": Kernel(
             (
