@@ -13,7 +13,6 @@ one row. Results go to .generation/, one line of JSON for each model, so that a 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -98,7 +97,7 @@ def generate(model: Any, mask: Tensor) -> Tensor:
     """Tokens of a greedy search, after a random prompt."""
     tokens = torch.randint(3, 200, mask.shape, generator=torch.Generator().manual_seed(1))
     result: Tensor = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, num_beams=1
+        tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True
     )
     return result
 
@@ -142,7 +141,10 @@ def _child(name: str, pipe: Any) -> None:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     warnings.simplefilter("ignore")
-    pipe.send(examine(name))
+    try:
+        pipe.send(examine(name))
+    except Exception as error:  # while tokens are generated
+        pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
 
 def examine_apart(name: str) -> Line:
@@ -152,9 +154,9 @@ def examine_apart(name: str) -> Line:
     process.start()
     there.close()
     line: Line = {"error": f"more than {SECONDS} s"}
-    with contextlib.suppress(EOFError):
+    try:
         line = here.recv() if here.poll(SECONDS) else line
-    if process.exitcode:
+    except EOFError:
         line = {"error": f"the process died (limit {MEMORY // 2**30} GB)"}
     process.kill()
     process.join()

@@ -99,7 +99,8 @@ class Generator:
         self._check(inputs, options)
         self._cache.reset()
         try:
-            return self._model.generate(inputs, **{self._names.cache: self._cache}, **options)
+            options = {**options, self._names.cache: self._cache, "use_cache": True}
+            return self._model.generate(inputs, **options)
         except RewriteError:
             raise
         except Exception as error:
