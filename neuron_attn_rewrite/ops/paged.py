@@ -8,7 +8,9 @@ nothing gives zeros. scale, softcap, sink, lnc, the dtypes and the result are th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -160,27 +162,45 @@ class FlashPaged:
         )
 
     def on_cpu(self) -> Tensor:
-        """The result on the CPU: one tile of rows at a time, against the keys of its tiles and the new keys."""
+        """The result on the CPU: one run of rows at a time, against the columns and the new keys that it sees."""
         out = self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
-        j = torch.arange(self.kv_blocks.shape[1] * self.key_cache.shape[2])
         for start in range(0, self.query.shape[2], ROWS):
-            rows = slice(start, min(start + ROWS, self.query.shape[2]))
             tiles = (self.tile_q == start // ROWS).nonzero()[:, 0]
-            blocks = self.kv_blocks.clamp_min(0)[self.tile_kv[tiles]].flatten()
-            keys, values = (c[blocks].transpose(0, 1).flatten(1, 2)[None] for c in (self.key_cache, self.value_cache))
-            lo, hi = self.tile_bounds[tiles, : rows.stop - start].unbind(2)
-            prior = ((lo[:, :, None] <= j) & (j < hi[:, :, None])).permute(1, 0, 2).flatten(1)
-            i = torch.arange(rows.stop)
-            lo, hi = self.active_bounds[rows].unbind(1)
-            new = (lo[:, None] <= i) & (i < hi[:, None]) & (i <= i[rows, None])
-            keys, values = (
-                torch.cat([keys, self.key[:, :, : rows.stop]], 2),
-                torch.cat([values, self.value[:, :, : rows.stop]], 2),
-            )
-            out[:, :, rows] = cpu.attention(
-                self.query[:, :, rows], keys, values, self._terms(torch.cat([prior, new], 1))
-            )
+            bounds, active = self.tile_bounds[tiles], self.active_bounds[start : start + ROWS]
+            bounds = bounds[:, : len(active)]
+            blocks = self.kv_blocks[self.tile_kv[tiles]]
+            for run in _runs(bounds, active, start):
+                rows = slice(start + run.start, start + run.stop)
+                out[:, :, rows] = self._run(rows, blocks, bounds[:, run], active[run])
         return out
+
+    def _run(self, rows: slice, blocks: Tensor, bounds: Tensor, active: Tensor) -> Tensor:
+        """The result of some rows, from the blocks [tiles, per_tile] and the bounds [tiles, rows, 2] of their tiles."""
+        lo, hi = bounds.unbind(2)
+        end = torch.minimum(active[:, 1], torch.arange(rows.start + 1, rows.stop + 1))
+        first, last = _span(active[:, 0], end)
+        keys, values = [self.key[:, :, first:last]], [self.value[:, :, first:last]]
+        j = torch.arange(first, last)
+        seen = [(active[:, :1] <= j) & (j < end[:, None])]
+        size = self.key_cache.shape[2]
+        alike = True
+        for t in (lo < hi).any(1).nonzero()[:, 0].tolist():
+            a, b = _span(lo[t], hi[t])
+            used = blocks[t, a // size : -(-b // size)]
+            for cache, parts in ((self.key_cache, keys), (self.value_cache, values)):
+                part = cache[used.clamp_min(0)].transpose(0, 1).flatten(1, 2)
+                parts.insert(-1, part[None, :, a % size : a % size + b - a])
+            j = torch.arange(a, b)
+            seen.insert(-1, (lo[t][:, None] <= j) & (j < hi[t][:, None]))
+            alike = alike and bool(seen[-2].all())
+        query, prior = self.query[:, :, rows], sum(part.shape[1] for part in seen[:-1])
+        key, value = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in (keys, values))
+        if alike and bool((active[:, 0] == first).all() and (end == torch.arange(rows.start + 1, rows.stop + 1)).all()):
+            # Every row sees all earlier columns, and the new keys up to its own.
+            upper = None if rows.stop - rows.start == 1 else prior + rows.start - first
+            terms = Terms(self.scale, band_upper=upper, softcap=self.softcap, sink=self.sink)
+            return cpu.attention(query, key, value, terms)
+        return cpu.attention(query, key, value, self._terms(torch.cat(seen, 1)))
 
     def _terms(self, seen: Tensor) -> Terms:
         hidden = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
@@ -240,6 +260,23 @@ class FlashPaged:
             lnc=self.lnc,
             finish=lambda out: out.reshape(1, heads, padded, v_dim)[:, :, :q_len],
         )
+
+
+def _runs(bounds: Tensor, active: Tensor, start: int) -> Iterator[slice]:
+    """Neighbouring rows that are to be computed together: in each tile, what they see ends at the same column.
+
+    A row that sees no earlier new key begins a request, and a run. `bounds` is [tiles, rows, 2].
+    """
+    ends = bounds[..., 1].where(bounds[..., 0] < bounds[..., 1], 0)
+    new = (ends[:, 1:] != ends[:, :-1]).any(0) | (active[1:, 0] == torch.arange(start + 1, start + len(active)))
+    cuts = [0, *(new.nonzero()[:, 0] + 1).tolist(), len(active)]
+    return (slice(a, b) for a, b in pairwise(cuts))
+
+
+def _span(lo: Tensor, hi: Tensor) -> tuple[int, int]:
+    """The smallest interval that holds all intervals [lo, hi) of a list. (0, 0) if they are empty."""
+    some = lo < hi
+    return (int(lo[some].min()), int(hi[some].max())) if some.any() else (0, 0)
 
 
 def _error(name: str, rule: str, tensor: Tensor) -> InputError:
