@@ -33,6 +33,8 @@ class AttentionProblem:
     softcap: float | None = None
     sink: bool = False
     empty_rows: EmptyRows = EmptyRows.NEVER
+    block_size: int | None = None
+    """Keys in a block, if key and value lie in the blocks of a cache that a block table names. None if they do not."""
 
     @classmethod
     def of(

@@ -353,6 +353,11 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "Keys and values lie in the blocks of a cache, and the kernel reads them there.",
             "Nothing to do. No copy of the keys and values is made.",
         ),
+        "cache-copied": Entry(
+            "choice",
+            "Keys and values are gathered from the blocks of a cache, and no kernel can read them there.",
+            "The copy stays, and a kernel may read the copy. The report says what the kernel demands.",
+        ),
         "cost": Entry(
             "choice",
             "The cost model, or a measured profile, compared the kernel with the native operators.",

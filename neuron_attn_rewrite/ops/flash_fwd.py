@@ -124,7 +124,7 @@ def forward_on_xla(query: Tensor, key: Tensor, value: Tensor, **options: Any) ->
 def forward_with_gradients(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """`flash_fwd` while autograd records: its gradients are `flash_bwd`."""
     bias, sink = options.get("bias"), options.get("sink")
-    if any(map(_has_tangent, (query, key, value, bias, sink))):
+    if any(map(has_tangent, (query, key, value, bias, sink))):
         return forward_decomposed(query, key, value, **options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias, sink)):
         result: Tensor = cast(Any, _Attention).apply(query, key, value, bias, sink, options)
@@ -138,7 +138,7 @@ def _below_autograd(query: Tensor, key: Tensor, value: Tensor, options: dict[str
         return result
 
 
-def _has_tangent(tensor: Tensor | None) -> bool:
+def has_tangent(tensor: Tensor | None) -> bool:
     """Whether forward-mode differentiation, as in torch.func.jvp, runs through this tensor."""
     inside = getattr(forward_ad, "_current_level", -1) >= 0
     return tensor is not None and inside and cast(Any, forward_ad).unpack_dual(tensor).tangent is not None

@@ -19,6 +19,7 @@ from neuron_attn_rewrite.masks.affine import Affine, Below, Element, Floor, Inde
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import EmptyRows, Limited, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
+from neuron_attn_rewrite.patterns.blocks import InBlocks
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.strategy.choose import Decision
 from neuron_attn_rewrite.strategy.forms import Form
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
 """Larger bounds are reduced to this one. No tensor has so many keys, and the number fits int32."""
+OF_BLOCKS = ("scale", "band_lower", "band_upper", "bounds", "softcap", "sink", "lnc")
+"""The keyword arguments of `flash_fwd` that `flash_blocks` has too."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -71,14 +74,14 @@ class Emitter:
             "kernel_name": decision.kernel,
             "orders": None if form.orders == AS_GIVEN else str(form.orders),
         }
-        result = self._new(
-            output.next,
-            torch.ops.neuron_attn.flash_fwd.default,
-            query,
-            self._operand(site.key, site.dtype),
-            self._scaled(site, "value", self._operand(site.value, site.dtype)),
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        op, key = torch.ops.neuron_attn.flash_fwd.default, self._operand(site.key, site.dtype)
+        operands = [query, key, self._scaled(site, "value", self._operand(site.value, site.dtype))]
+        if form.blocks:
+            op = torch.ops.neuron_attn.flash_blocks.default
+            operands.append(self._table(form.blocks))
+            options = {name: options[name] for name in OF_BLOCKS} | {"cache_order": form.blocks.order}
+        given = {name: value for name, value in options.items() if value is not None}
+        result = self._new(output.next, op, *operands, **given)
         if site.value_scale != 1.0:
             result = self._on(result, aten.mul.Scalar, site.value_scale)
         result = self._scaled(site, "output", result, result.next)
@@ -89,6 +92,12 @@ class Emitter:
             assert same is not None  # else there is an obstacle
             result = same
         return result
+
+    def _table(self, blocks: InBlocks) -> fx.Node:
+        """The block table, int32 [batch, blocks of an element]. It is checked where it comes from, before any write."""
+        (one, _), source = blocks.gathered, blocks.table.node
+        checked = self._on(source, torch.ops.neuron_attn.checked_blocks.default, self._size(one.blocks), one.wraps)
+        return self._moved(checked, blocks.table.layout)
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """An operand or the result, multiplied or divided by its tensor scales."""

@@ -1,6 +1,7 @@
-"""Equivalent forms of an attention: as it was found, and with the chunks of a chunked mask as batch elements.
+"""Equivalent forms of an attention: as it was found, with the chunks of a chunked mask as batch elements, and with keys
+and values in the blocks of a cache from which the model gathers them.
 
-A form is a site with the same nodes and output, whose operands have another layout.
+A form is a site with the same output, whose operands have another layout, or are what the model makes them of.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING
 from neuron_attn_rewrite.graph.sizes import at
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.masks.proof import Proof
+from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, dim_size, layout_steps, merged, split
+from neuron_attn_rewrite.patterns.blocks import InBlocks, in_blocks
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
@@ -34,6 +37,8 @@ class Form:
     """The bridges that it needs."""
     orders: Orders = AS_GIVEN
     """The order of dims of each operand and of the result. The site's targets are in these orders."""
+    blocks: InBlocks | None = None
+    """How the model gathers key and value from a cache. The site's key and value are the cache then."""
     layout_bytes: int = 0
     """Bytes moved to bring operands and result into these orders, beyond those of the model's own transposes."""
 
@@ -42,6 +47,28 @@ def forms(site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int])
     """The attention as it was found, then its other forms, for values of the symbols in its sizes."""
     found = ((site, proof, ()), in_chunks(site, proof))
     return tuple(Form(s, p, problem_at(s, p, values), reasons) for s, p, reasons in filter(None, found))
+
+
+def reads_in_place(
+    site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int], prover: Prover
+) -> Form | Reason | None:
+    """The attention to a cache in blocks, without a copy of its keys and values. None if the model makes no such copy.
+
+    A reason if a kernel can't read the cache at the output: the cache or the table changes after the copy is made.
+    """
+    blocks = in_blocks(site, prover.evaluator)
+    if not isinstance(blocks, InBlocks):
+        return blocks
+    if any(scale.on == "value" for scale in site.operand_scales):
+        return None
+    for gathered in blocks.gathered:
+        for node in gathered.node.all_input_nodes:
+            if prover.writes.between(node, gathered.node, site.output):
+                return Reason("cache-copied", f"{node.name} is written after {gathered.node.name} has read it")
+    problem = replace(problem_at(site, proof, values), block_size=at(blocks.block_size, values))
+    words = "the blocks of the cache are read in place, without a copy of their keys"
+    of_cache = replace(site, key=blocks.key, value=blocks.value)
+    return Form(of_cache, proof, problem, (Reason("cache-in-blocks", words),), blocks=blocks)
 
 
 def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, tuple[Reason, ...]] | None:
