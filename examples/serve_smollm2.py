@@ -20,9 +20,9 @@ from neuron_attn_rewrite import RewriteConfig, register_with_transformers
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
 REQUESTS = 64
-LENGTHS = (8, 96)
+LENGTHS = (8, 48)
 """Tokens of the shortest prompt and of the longest one."""
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 PAGE = 32
 """Tokens in a block of the cache."""
 BATCH_TOKENS = 512
