@@ -1,5 +1,5 @@
 # Needs make and Python >= 3.11; everything else is installed into .venv and .venv-xla, at pinned versions.
-#   make example      rewrite two models with real weights, let one generate, and compare with the originals
+#   make example      rewrite two models with real weights, compare, generate and serve with them
 #   make test         the tests, on torch 2.13 and transformers 5
 #   make test-xla     the same tests, on torch 2.9, torch-xla 2.9 and transformers 4.57
 #   make lint         ruff, mypy and the layers of imports
@@ -32,6 +32,7 @@ example: .venv/stamp
 	.venv/bin/python examples/smollm2.py
 	.venv/bin/python examples/minilm.py
 	.venv/bin/python examples/smollm2_generate.py
+	.venv/bin/python examples/serve_smollm2.py
 
 examples: .venv/stamp
 	for name in bert_embeddings whisper_encoder llama_prefill vit t5 unet; do \

@@ -49,6 +49,8 @@ class AttentionProblem:
     empty_rows: EmptyRows = EmptyRows.NEVER
     prior: Prior | None = None
     """The keys that lie apart, in a cache. They are the first ones. None if all keys are one tensor."""
+    block_size: int | None = None
+    """Keys in a block, if key and value lie in the blocks of a cache that a block table names. None if they do not."""
 
     @classmethod
     def of(

@@ -283,7 +283,7 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
         "no-kernel-call": Entry(
             "kernel",
             'With attn_implementation="neuron_nki", transformers asks for something that no kernel does.',
-            _LEFT + "The report says what: dropout, attention weights, a paged cache, or a mask of another form.",
+            _LEFT + "The report says what: dropout, attention weights, a ring as a cache, or another form of mask.",
         ),
         "size-zero": Entry("kernel", "A size is 0.", _LEFT + "Capture with example inputs that are not empty."),
         "head-groups": Entry(
@@ -354,6 +354,16 @@ REASONS: Mapping[str, Entry] = MappingProxyType(
             "choice",
             "An exact step brings the operands into the form that the kernel takes.",
             "Nothing to do. Another kernel may need fewer such steps (kernels=).",
+        ),
+        "cache-in-blocks": Entry(
+            "choice",
+            "Keys and values lie in the blocks of a cache, and the kernel reads them there.",
+            "Nothing to do. No copy of the keys and values is made.",
+        ),
+        "cache-copied": Entry(
+            "choice",
+            "Keys and values are gathered from the blocks of a cache, and no kernel can read them there.",
+            "The copy stays, and a kernel may read the copy. The report says what the kernel demands.",
         ),
         "cost": Entry(
             "choice",

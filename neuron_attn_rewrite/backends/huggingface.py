@@ -3,6 +3,8 @@
     register_with_transformers()
     model = AutoModel.from_pretrained(..., attn_implementation="neuron_nki")
 
+It works with `generate`, and with continuous batching, `generate_batch` (`backends/continuous.py`).
+
 transformers passes scale, softcap, sinks and masks by name, so only the mask is left to prove. The mask function of the
 model is evaluated for each query and key and fitted to claims, like the mask of a graph. Padding stays a vector over
 the keys. While a model is captured (torch.export, torch.compile), its graph gets scaled_dot_product_attention.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,17 +24,19 @@ import torch
 from torch import Tensor, nn
 
 import neuron_attn_rewrite.ops  # noqa: F401  registers torch.ops.neuron_attn
+from neuron_attn_rewrite.backends.continuous import PREFIX, SUFFIX, PagedStep, admit, paged_step
 from neuron_attn_rewrite.config.options import RewriteConfig
 from neuron_attn_rewrite.config.strategies import FlashAttentionStrategy
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
 from neuron_attn_rewrite.kernels.orders import Orders
 from neuron_attn_rewrite.masks.fit import fit_rows
-from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, MaskSpec
+from neuron_attn_rewrite.masks.spec import Band, EmptyRows, KeyPadding, Limited, MaskSpec
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.report.data import NodeReport, SiteReport
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose
+from neuron_attn_rewrite.strategy.legality import OURS as OUR_KERNEL
 
 NAME = "neuron_nki"
 OURS = "_neuron_attn_rewrite_registration"
@@ -57,14 +61,17 @@ class Registration:
     """The result of `register_with_transformers`, which collects a report."""
 
     config: RewriteConfig
-    _sites: dict[SiteReport, None] = field(default_factory=dict)
+    _sites: dict[object, SiteReport] = field(default_factory=dict)
     _names: WeakKeyDictionary[nn.Module, str] = field(default_factory=WeakKeyDictionary)
 
     @property
     def report(self) -> RewriteReport:
-        """The attentions that were called so far: one site for each layer, shape and mask."""
+        """The attentions that were called so far: one site for each layer, shape and mask.
+
+        In continuous batching, where each step has its own shape, one for each layer, with the shape of its first step.
+        """
         config = self.config
-        return RewriteReport(tuple(self._sites), config.target, config.logical_cores, config.policy, 0, 0)
+        return RewriteReport(tuple(self._sites.values()), config.target, config.logical_cores, config.policy, 0, 0)
 
     def reset(self) -> None:
         """Start a new report."""
@@ -84,6 +91,10 @@ class Registration:
 
 def register_with_transformers(config: RewriteConfig | None = None, *, name: str = NAME) -> Registration:
     """Register an attention function and a mask function. Without the second, transformers would drop causal masks.
+
+    The attention function is also registered as `paged|<name>`, and continuous batching takes it: `generate_batch`
+    reads the paged cache with `torch.ops.neuron_attn.flash_paged`. A layer that this op can't compute is computed as
+    transformers does, from a copy of its keys, with a reason in the report. `policy` has no effect there.
 
     Args:
         config: see `RewriteConfig`. `verify` and `require` have no effect.
@@ -121,8 +132,10 @@ def register_with_transformers(config: RewriteConfig | None = None, *, name: str
         return _attention(registration, module, query, key, value, attention_mask, **options)
 
     setattr(forward, OURS, registration)
-    attention.register(name, forward)
+    for known_as in (name, PREFIX + name, name + SUFFIX):
+        attention.register(known_as, forward)
     masks.register(name, make_mask)
+    admit(lambda implementation: hasattr(attention().get(implementation, None), OURS))
     return registration
 
 
@@ -191,6 +204,18 @@ def _attention(
             return sdpa(module, query, key, value, attention_mask, **shared)  # type: ignore[no-any-return]
         return _eager(module, query, key, value, attention_mask, {**shared, "softcap": softcap, "s_aux": s_aux})
 
+    cache = options.pop("cache", None)
+    if cache is not None:
+        step = paged_step(module, cache, options)
+        if not _capturing():
+            no = "it has a position bias" if position_bias is not None else ""
+            no = _unsupported(None, value.shape[2], dropout, options) or no
+            out = _paged(registration, step, module, (query, key, value), scaling, softcap, s_aux, no)
+            if out is not None:
+                return out, None
+        key, value = step.update(key, value)
+        attention_mask, is_causal = step.mask(query.shape[2], key.shape[2]), False
+        return native()
     if _capturing():
         return native()
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -216,12 +241,9 @@ def _attention(
         empty_rows=EmptyRows.NEVER if padding is None and bias is None else EmptyRows.ZERO,
     )
     name = registration.name_of(module)
-    if unsupported:
-        none = FlashAttentionStrategy.NONE
-        decision = Decision(none, NATIVE, registration.config.logical_cores, (Reason("no-kernel-call", unsupported),))
-    else:
-        decision = choose(problem, registration.config, name)
-    registration._sites.setdefault(_site(name, problem, decision))
+    decision = _native(unsupported, registration.config) if unsupported else choose(problem, registration.config, name)
+    site = _site(name, problem, decision)
+    registration._sites.setdefault(site, site)
     if decision.kernel == NATIVE:
         return native()
     band, row_bounds = problem.mask.band, problem.mask.row_bounds
@@ -246,14 +268,65 @@ def _attention(
     return out, None
 
 
+def _paged(
+    registration: Registration,
+    step: PagedStep,
+    module: nn.Module,
+    operands: tuple[Tensor, Tensor, Tensor],
+    scaling: float | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    unsupported: str,
+) -> Tensor | None:
+    """A layer of continuous batching by `flash_paged`, [1, q_len, num_heads, v_head_dim]; None if it can't compute it.
+
+    The new keys and values are written into the cache then. The op reads those from before.
+    """
+    query, key, value = operands
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    config, name = registration.config, registration.name_of(module)
+    problem = AttentionProblem.of(
+        query.shape,
+        value.shape,
+        query.dtype,
+        scale,
+        MaskSpec((Limited("key <= query of the same request"),)),
+        softcap=softcap,
+        sink=sink is not None,
+    )
+    no = unsupported or step.why_not(key, value)
+    if not no and config.kernels and OUR_KERNEL not in config.kernels:
+        no = f"only {OUR_KERNEL} has a form for a cache in blocks, and config.kernels leaves it out"
+    ours = replace(config, policy="always", kernels=(OUR_KERNEL,))
+    decision = _native(no, config) if no else choose(problem, ours, name)
+    if decision.kernel != NATIVE:
+        in_place = Reason("cache-in-blocks", "the blocks of the cache are read in place, without a copy of their keys")
+        decision = replace(decision, kernel="flash_paged", reasons=(in_place,))
+    registration._sites.setdefault((name, decision), _site(name, problem, decision))
+    if decision.kernel == NATIVE:
+        return None
+    assert step.blocks is not None
+    schedule = step.schedule(query.shape[2])
+    key_cache, value_cache = (blocks.transpose(1, 2) for blocks in step.blocks)
+    tiles = (getattr(schedule, field.name).to(query.device) for field in fields(schedule))
+    out: Tensor = torch.ops.neuron_attn.flash_paged(
+        query, key, value, key_cache, value_cache, *tiles, scale=scale, softcap=softcap, sink=sink, lnc=decision.lnc
+    )
+    step.write(key, value)
+    return out.transpose(1, 2)
+
+
+def _native(reason: str, config: RewriteConfig) -> Decision:
+    none = FlashAttentionStrategy.NONE
+    return Decision(none, NATIVE, config.logical_cores, (Reason("no-kernel-call", reason),))
+
+
 def _unsupported(mask: Tensor | None, kv_len: int, dropout: float, options: dict[str, Any]) -> str:
     """Why no kernel can be called; "" if one may be."""
     if dropout:
         return "dropout is active"
     if options.get("output_attentions") or options.get("head_mask") is not None:
         return "the attention weights are returned, or heads are masked"
-    if options.get("cache") is not None:
-        return "the cache is paged"
     if mask is not None and (mask.dim() != 4 or mask.shape[-1] < kv_len):
         return f"the mask has the shape {list(mask.shape)}, not [batch, heads, queries, keys]"
     return ""
@@ -299,7 +372,7 @@ def _eager(
 
 
 def _site(name: str, problem: AttentionProblem, decision: Decision) -> SiteReport:
-    taken = decision.kernel != NATIVE
+    taken, op = decision.kernel != NATIVE, "flash_paged" if decision.kernel == "flash_paged" else "flash_fwd"
     return SiteReport(
         name,
         f'attn_implementation="{NAME}"',
@@ -319,5 +392,5 @@ def _site(name: str, problem: AttentionProblem, decision: Decision) -> SiteRepor
         strategy=decision.strategy,
         kernel=decision.kernel,
         reasons=decision.reasons,
-        after=(NodeReport("flash_fwd", "torch.ops.neuron_attn.flash_fwd", role="added"),) if taken else (),
+        after=(NodeReport(op, f"torch.ops.neuron_attn.{op}", role="added"),) if taken else (),
     )

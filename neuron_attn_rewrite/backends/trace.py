@@ -30,7 +30,7 @@ from neuron_attn_rewrite.rewriter import rewrite
 
 WHOLE_MODEL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Tolerance of the output of a lowered model, relative to the largest magnitude. XLA rounds differently."""
-OPS = (torch.ops.neuron_attn.flash_fwd.default, torch.ops.neuron_attn.flash_prior.default)
+CALLS = tuple(getattr(torch.ops.neuron_attn, name).default for name in ("flash_fwd", "flash_prior", "flash_blocks"))
 
 
 def rewrite_for_trace(
@@ -181,7 +181,7 @@ def verify_trace(
     error, tolerance = _difference(module, inputs)
     report = getattr(module, "report", None)
     sites = _without_scores(report.sites) if isinstance(report, RewriteReport) else ()
-    calls = [n for n in module.graph.nodes if n.target in OPS] if isinstance(module, fx.GraphModule) else None
+    calls = [n for n in module.graph.nodes if n.target in CALLS] if isinstance(module, fx.GraphModule) else None
     check = TraceCheck(
         unused_inputs=lowered.unused_inputs,
         baked_weights=lowered.baked_weights,

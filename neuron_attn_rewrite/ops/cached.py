@@ -1,24 +1,27 @@
-"""How the ops that read a cache, `flash_prior` and `flash_paged`, run on each device."""
+"""How the ops that read a cache, `flash_prior`, `flash_paged` and `flash_blocks`, run on each device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from neuron_attn_rewrite.kernels import vendor
 from neuron_attn_rewrite.kernels.reference import Terms
+from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
 from neuron_attn_rewrite.ops import launch, simulated
 from neuron_attn_rewrite.ops.arguments import check_devices, check_plain, checked_terms, readable
+from neuron_attn_rewrite.ops.blocks import FlashBlocks
 from neuron_attn_rewrite.ops.flash_fwd import has_tangent
 from neuron_attn_rewrite.ops.paged import FlashPaged
 from neuron_attn_rewrite.ops.prior import FlashPrior
 
-SHARED = ("scale", "softcap", "sink", "lnc")
-"""The keyword arguments that have the rules of `flash_fwd`."""
+Call: TypeAlias = FlashPrior | FlashPaged | FlashBlocks
+SHARED = ("scale", "softcap", "sink", "lnc", "band_lower", "band_upper", "bounds")
+"""The keyword arguments that have the rules of `flash_fwd`. Not every op has all of them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class CachedOp:
     """One of the ops, by its name and its arguments."""
 
     name: str
-    arguments: type[FlashPrior] | type[FlashPaged]
+    arguments: type[FlashPrior] | type[FlashPaged] | type[FlashBlocks]
 
     def fake(self, *tensors: Tensor, **options: Any) -> Tensor:
         """The result without its values."""
@@ -55,7 +58,7 @@ class CachedOp:
             tensors,
             options,
             result=_result_shape(call),
-            launched=lambda: self._launched(call, tensors),
+            launched=lambda: self.on_device(*tensors, **options),
             decomposed=call.decomposed,
         )
 
@@ -87,21 +90,24 @@ class CachedOp:
         result: Tensor = getattr(torch.ops.neuron_attn, self.name).default(*tensors, **options)
         return result
 
-    def _launched(self, call: FlashPrior | FlashPaged, tensors: tuple[Tensor, ...]) -> Tensor:
-        kernel = call.kernel_name
+    def on_device(self, *tensors: Tensor, launcher: Launch = nki_jit, **options: Any) -> Tensor:
+        """By the kernel that was chosen."""
+        call = self._checked(tensors, options)
+        kernel = getattr(call, "kernel_name", self.name)
         if kernel == self.name:
-            return launch.run(call.launch(launch.generation()))
+            return launch.run(call.launch(launch.generation()), launcher)
         if isinstance(call, FlashPrior):
             return call.by(vendor.require(kernel))
         terms = Terms(call.scale, softcap=call.softcap, sink=call.sink)
         result: Tensor = vendor.require(kernel).call(*tensors, terms, call.lnc)
         return result
 
-    def _checked(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> FlashPrior | FlashPaged:
+    def _checked(self, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> Call:
         call = self.arguments(*tensors, **options)
         needed = [f.name for f in fields(call) if f.default is MISSING and f.name not in SHARED]
         check_plain(self.name, **{name: getattr(call, name) for name in needed})
-        checked_terms(call.query, call.key, call.value, op=self.name, **{name: getattr(call, name) for name in SHARED})
+        shared = {name: getattr(call, name) for name in SHARED if hasattr(call, name)}
+        checked_terms(call.query, call.key, call.value, op=self.name, **shared)
         others = {field.name: getattr(call, field.name) for field in fields(call)}
         operands = {name: t for name, t in others.items() if isinstance(t, Tensor)}
         check_plain(self.name, **operands)
@@ -110,5 +116,5 @@ class CachedOp:
         return call
 
 
-def _result_shape(call: FlashPrior | FlashPaged) -> tuple[int, ...]:
+def _result_shape(call: Call) -> tuple[int, ...]:
     return (*call.query.shape[:3], call.value.shape[3])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.ops import flash_fwd, paged, prior
+from neuron_attn_rewrite.ops import blocks, flash_fwd, paged, prior
 from neuron_attn_rewrite.ops.arguments import Choice, schema
 from neuron_attn_rewrite.ops.cached import CachedOp
 
@@ -48,8 +48,8 @@ _implement(
     flash_fwd.backward_on_device,
 )
 LIBRARY.impl("flash_fwd", flash_fwd.forward_with_gradients, "Autograd")
-_PRIOR, _PAGED = CachedOp(prior.NAME, prior.FlashPrior), CachedOp(paged.NAME, paged.FlashPaged)
-for _op in (_PRIOR, _PAGED):
+_PRIOR, BLOCKS = CachedOp(prior.NAME, prior.FlashPrior), CachedOp(blocks.NAME, blocks.FlashBlocks)
+for _op in (_PRIOR, CachedOp(paged.NAME, paged.FlashPaged), BLOCKS):
     _define(f"{_op.name}({schema(_op.arguments)}) -> Tensor")
     _implement(_op.name, _op.on_cpu, _op.decomposed, _op.fake, _op.on_xla)
 LIBRARY.impl(_PRIOR.name, _PRIOR.with_gradients, "Autograd")
@@ -57,3 +57,6 @@ for _device in ("CPU", "CUDA", "XLA"):
     _keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{_device}"))
     LIBRARY.impl("flash_fwd", partial(flash_fwd.forward_in_autocast, _device.lower(), _keys), f"Autocast{_device}")
     LIBRARY.impl(_PRIOR.name, partial(_PRIOR.in_autocast, _device.lower(), _keys), f"Autocast{_device}")
+LIBRARY.impl(blocks.NAME, blocks.with_gradients, "Autograd")
+_define("checked_blocks(Tensor block_table, SymInt blocks, bool wraps=False) -> Tensor")
+_implement("checked_blocks", *(blocks.checked_blocks,) * 2, blocks.fake_checked_blocks, blocks.checked_blocks)

@@ -8,7 +8,10 @@ nothing gives zeros. scale, softcap, sink, lnc, the dtypes and the result are th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,7 +22,9 @@ from neuron_attn_rewrite.kernels import cpu, reference, vendor
 from neuron_attn_rewrite.kernels.nki import prepare
 from neuron_attn_rewrite.kernels.nki.prepare import Launch
 from neuron_attn_rewrite.kernels.nki.tiling import ROWS
+from neuron_attn_rewrite.kernels.orders import PLAIN
 from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
+from neuron_attn_rewrite.kernels.schedule import Schedule
 
 NAME = "flash_paged"
 
@@ -160,27 +165,45 @@ class FlashPaged:
         )
 
     def on_cpu(self) -> Tensor:
-        """The result on the CPU: one tile of rows at a time, against the keys of its tiles and the new keys."""
+        """The result on the CPU: one run of rows at a time, against the columns and the new keys that it sees."""
         out = self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
-        j = torch.arange(self.kv_blocks.shape[1] * self.key_cache.shape[2])
         for start in range(0, self.query.shape[2], ROWS):
-            rows = slice(start, min(start + ROWS, self.query.shape[2]))
             tiles = (self.tile_q == start // ROWS).nonzero()[:, 0]
-            blocks = self.kv_blocks.clamp_min(0)[self.tile_kv[tiles]].flatten()
-            keys, values = (c[blocks].transpose(0, 1).flatten(1, 2)[None] for c in (self.key_cache, self.value_cache))
-            lo, hi = self.tile_bounds[tiles, : rows.stop - start].unbind(2)
-            prior = ((lo[:, :, None] <= j) & (j < hi[:, :, None])).permute(1, 0, 2).flatten(1)
-            i = torch.arange(rows.stop)
-            lo, hi = self.active_bounds[rows].unbind(1)
-            new = (lo[:, None] <= i) & (i < hi[:, None]) & (i <= i[rows, None])
-            keys, values = (
-                torch.cat([keys, self.key[:, :, : rows.stop]], 2),
-                torch.cat([values, self.value[:, :, : rows.stop]], 2),
-            )
-            out[:, :, rows] = cpu.attention(
-                self.query[:, :, rows], keys, values, self._terms(torch.cat([prior, new], 1))
-            )
+            bounds, active = self.tile_bounds[tiles], self.active_bounds[start : start + ROWS]
+            bounds = bounds[:, : len(active)]
+            blocks = self.kv_blocks[self.tile_kv[tiles]]
+            for run in _runs(bounds, active, start):
+                rows = slice(start + run.start, start + run.stop)
+                out[:, :, rows] = self._run(rows, blocks, bounds[:, run], active[run])
         return out
+
+    def _run(self, rows: slice, blocks: Tensor, bounds: Tensor, active: Tensor) -> Tensor:
+        """The result of some rows, from the blocks [tiles, per_tile] and the bounds [tiles, rows, 2] of their tiles."""
+        lo, hi = bounds.unbind(2)
+        end = torch.minimum(active[:, 1], torch.arange(rows.start + 1, rows.stop + 1))
+        first, last = _span(active[:, 0], end)
+        keys, values = [self.key[:, :, first:last]], [self.value[:, :, first:last]]
+        j = torch.arange(first, last)
+        seen = [(active[:, :1] <= j) & (j < end[:, None])]
+        size = self.key_cache.shape[2]
+        alike = True
+        for t in (lo < hi).any(1).nonzero()[:, 0].tolist():
+            a, b = _span(lo[t], hi[t])
+            used = blocks[t, a // size : -(-b // size)]
+            for cache, parts in ((self.key_cache, keys), (self.value_cache, values)):
+                part = cache[used.clamp_min(0)].transpose(0, 1).flatten(1, 2)
+                parts.insert(-1, part[None, :, a % size : a % size + b - a])
+            j = torch.arange(a, b)
+            seen.insert(-1, (lo[t][:, None] <= j) & (j < hi[t][:, None]))
+            alike = alike and bool(seen[-2].all())
+        query, prior = self.query[:, :, rows], sum(part.shape[1] for part in seen[:-1])
+        key, value = (torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in (keys, values))
+        if alike and bool((active[:, 0] == first).all() and (end == torch.arange(rows.start + 1, rows.stop + 1)).all()):
+            # Every row sees all earlier columns, and the new keys up to its own.
+            upper = None if rows.stop - rows.start == 1 else prior + rows.start - first
+            terms = Terms(self.scale, band_upper=upper, softcap=self.softcap, sink=self.sink)
+            return cpu.attention(query, key, value, terms)
+        return cpu.attention(query, key, value, self._terms(torch.cat(seen, 1)))
 
     def _terms(self, seen: Tensor) -> Terms:
         hidden = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
@@ -188,58 +211,102 @@ class FlashPaged:
 
     def launch(self, target: str = "gen3") -> Launch:
         """The launch of our NKI kernel. A row of a cache is one token of one head."""
-        if target == "gen2":
-            raise InputError("the NKI kernel of flash_paged needs range_select, which gen2 does not have.")
         prepare.refuse(self.query, self.value)
-        query, key, value, active_bounds = self.query, self.key, self.value, self.active_bounds
-        key_cache, value_cache, tile_q, tile_kv = self.key_cache, self.value_cache, self.tile_q, self.tile_kv
-        _, heads, q_len, head_dim = query.shape
-        blocks, kv_heads, block_size, v_dim = value_cache.shape
-        query, scale = positive_scale(query, self.scale)
-        padded = -(-q_len // ROWS) * ROWS
-        query, key, value = (pad(t, (0, 0, 0, padded - q_len)) for t in (query, key, value))
-        behind = torch.arange(1, q_len + 1, dtype=torch.int32, device=query.device)
-        active_bounds = torch.stack([active_bounds[:, 0], torch.minimum(active_bounds[:, 1], behind)], 1)
-        active_bounds = pad(active_bounds, (0, 0, 0, padded - q_len))
-        p = torch.arange(ROWS, dtype=torch.int32, device=query.device)
-        head = torch.arange(heads, dtype=torch.int32, device=query.device)
-        q_rows = head[:, None, None] * padded + p[:, None] + tile_q * ROWS
-        # Out of range where there is no block, or where the keys are those of the tile before.
-        repeated = torch.cat([tile_kv.new_zeros(1, dtype=torch.bool), tile_kv[1:] == tile_kv[:-1]])
-        there = self.kv_blocks[tile_kv].masked_fill(repeated[:, None], -1)[:, :, None]
-        offset = torch.arange(block_size, dtype=torch.int32, device=query.device)
-        kv_rows = ((there * kv_heads + head[:kv_heads, None, None, None]) * block_size + offset).masked_fill(
-            there < 0, blocks * kv_heads * block_size
-        )
-        kv_rows = kv_rows.reshape(kv_heads, len(tile_q), -1, ROWS).transpose(2, 3)
-        section = prepare.section(query, value)
-        tensors = {
-            "q": query.reshape(-1, head_dim),
-            "k": key.reshape(-1, head_dim),
-            "v": value.reshape(-1, v_dim),
-            "k_cache": key_cache.reshape(-1, head_dim),
-            "v_cache": value_cache.reshape(-1, v_dim),
-            "q_rows": q_rows,
-            "kv_rows": kv_rows.to(torch.int32),
-            "tile_bounds": self.tile_bounds.transpose(0, 1).flatten(1).float(),
-            "active_bounds": active_bounds.view(-1, ROWS, 2).transpose(0, 1).flatten(1).float(),
-        }
-        if self.sink is not None:
-            tensors["sink"] = self.sink.float()[:, None].expand(heads, ROWS)
-        return Launch(
-            module="neuron_attn_rewrite.kernels.nki.paged",
-            kernel="flash_paged",
-            tensors={name: tensor.contiguous() for name, tensor in tensors.items()},
-            static={
-                "group": heads // kv_heads,
-                "kv_heads": kv_heads,
-                "scale": scale,
-                "softcap": self.softcap,
-                "section": section,
-            },
-            lnc=self.lnc,
-            finish=lambda out: out.reshape(1, heads, padded, v_dim)[:, :, :q_len],
-        )
+        q_len = self.query.shape[2]
+        behind = torch.arange(1, q_len + 1, dtype=torch.int32, device=self.query.device)
+        active = torch.stack([self.active_bounds[:, 0], torch.minimum(self.active_bounds[:, 1], behind)], 1)
+        schedule = Schedule(self.tile_q, self.tile_kv, self.kv_blocks, self.tile_bounds, active)
+        new, caches = (self.key, self.value), (self.key_cache, self.value_cache)
+        terms = Terms(self.scale, softcap=self.softcap, sink=self.sink)
+        return launch_tiles(self.query, new, caches, schedule, terms, lnc=self.lnc, target=target)
+
+
+def launch_tiles(
+    query: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    caches: tuple[Tensor, Tensor],
+    schedule: Schedule,
+    terms: Terms,
+    *,
+    lnc: int,
+    target: str,
+    order: str = PLAIN,
+) -> Launch:
+    """The launch of the kernel of a schedule.
+
+    Args:
+        query: [1, num_heads, q_len, head_dim].
+        new: key and value of the new rows. Without them, `active_bounds` is not read.
+        caches: of keys and values, each [blocks, num_kv_heads, block_size, dim], or in another `order` of its dims.
+        schedule: with active bounds that end before the next row.
+        terms: scale, softcap and sink.
+        lnc: physical cores.
+        target: the NeuronCore.
+        order: the letters B, H and S, in the order of these dims, and D. A row of the cache is one token of one head.
+    """
+    if target == "gen2":
+        raise InputError("the NKI kernel of flash_paged needs range_select, which gen2 does not have.")
+    tile_q, tile_kv = schedule.tile_q, schedule.tile_kv
+    _, heads, q_len, head_dim = query.shape
+    blocks, kv_heads, block_size, v_dim = (caches[1].shape[order.index(letter)] for letter in PLAIN)
+    apart = {letter: prod(caches[1].shape[i + 1 : 3]) for i, letter in enumerate(order)}
+    query, scale = positive_scale(query, terms.scale)
+    padded = -(-q_len // ROWS) * ROWS
+    query = pad(query, (0, 0, 0, padded - q_len))
+    p = torch.arange(ROWS, dtype=torch.int32, device=query.device)
+    head = torch.arange(heads, dtype=torch.int32, device=query.device)
+    # Out of range where there is no block, or where the keys are those of the tile before.
+    repeated = torch.cat([tile_kv.new_zeros(1, dtype=torch.bool), tile_kv[1:] == tile_kv[:-1]])
+    there = schedule.kv_blocks[tile_kv].masked_fill(repeated[:, None], -1)[:, :, None]
+    offset = torch.arange(block_size, dtype=torch.int32, device=query.device)
+    kv_rows = there * apart["B"] + head[:kv_heads, None, None, None] * apart["H"] + offset * apart["S"]
+    kv_rows = kv_rows.masked_fill(there < 0, blocks * kv_heads * block_size)
+    tensors = {
+        "q": query.reshape(-1, head_dim),
+        "k_cache": caches[0].reshape(-1, head_dim),
+        "v_cache": caches[1].reshape(-1, v_dim),
+        "q_rows": head[:, None, None] * padded + p[:, None] + tile_q * ROWS,
+        "kv_rows": kv_rows.reshape(kv_heads, len(tile_q), -1, ROWS).transpose(2, 3).to(torch.int32),
+        "tile_bounds": schedule.tile_bounds.transpose(0, 1).flatten(1).float(),
+    }
+    if new is not None:
+        active = pad(schedule.active_bounds, (0, 0, 0, padded - q_len)).view(-1, ROWS, 2).transpose(0, 1)
+        key, value = (pad(t, (0, 0, 0, padded - q_len)) for t in new)
+        tensors |= {"k": key.reshape(-1, head_dim), "v": value.reshape(-1, v_dim)}
+        tensors["active_bounds"] = active.flatten(1).float()
+    if terms.sink is not None:
+        tensors["sink"] = terms.sink.float()[:, None].expand(heads, ROWS)
+    return Launch(
+        module="neuron_attn_rewrite.kernels.nki.paged",
+        kernel="flash_paged",
+        tensors={name: tensor.contiguous() for name, tensor in tensors.items()},
+        static={
+            "group": heads // kv_heads,
+            "kv_heads": kv_heads,
+            "scale": scale,
+            "softcap": terms.softcap,
+            "section": prepare.section(query, caches[1]),
+        },
+        lnc=lnc,
+        finish=lambda out: out.reshape(1, heads, padded, v_dim)[:, :, :q_len],
+    )
+
+
+def _runs(bounds: Tensor, active: Tensor, start: int) -> Iterator[slice]:
+    """Neighbouring rows that are to be computed together: in each tile, what they see ends at the same column.
+
+    A row that sees no earlier new key begins a request, and a run. `bounds` is [tiles, rows, 2].
+    """
+    ends = bounds[..., 1].where(bounds[..., 0] < bounds[..., 1], 0)
+    new = (ends[:, 1:] != ends[:, :-1]).any(0) | (active[1:, 0] == torch.arange(start + 1, start + len(active)))
+    cuts = [0, *(new.nonzero()[:, 0] + 1).tolist(), len(active)]
+    return (slice(a, b) for a, b in pairwise(cuts))
+
+
+def _span(lo: Tensor, hi: Tensor) -> tuple[int, int]:
+    """The smallest interval that holds all intervals [lo, hi) of a list. (0, 0) if they are empty."""
+    some = lo < hi
+    return (int(lo[some].min()), int(hi[some].max())) if some.any() else (0, 0)
 
 
 def _error(name: str, rule: str, tensor: Tensor) -> InputError:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from neuron_attn_rewrite.kernels.vendor.sdk import has
+from neuron_attn_rewrite.ops.blocks import checked_blocks
+from neuron_attn_rewrite.ops.definitions import BLOCKS
 from neuron_attn_rewrite.ops.flash_fwd import backward_on_device, forward_on_device
 
 WRAPPERS = ("libtorch_neuronx_lite.nki.nki_hop:wrap_nki", "torch_neuronx:wrap_nki")
 """Where TorchNeuron keeps what turns a NKI kernel into a node of AOTAutograd's graph."""
+
+
+RULES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "flash_fwd": forward_on_device,
+        "flash_bwd": backward_on_device,
+        "flash_blocks": BLOCKS.on_device,
+        "checked_blocks": checked_blocks,
+    }
+)
+"""What computes an op, with a way to launch kernels."""
 
 
 def wrap_nki() -> Callable[[Any], Any] | None:
@@ -41,15 +55,16 @@ def dissolved(wrap: Callable[[Any], Any]) -> Iterator[None]:
 
     def rule(compute: Callable[..., Any]) -> Callable[..., Any]:
         def on_device(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            given = {} if compute is checked_blocks else {"launcher": launcher}
             with mode:
-                return compute(*args, **(kwargs or {}), launcher=launcher)
+                return compute(*args, **(kwargs or {}), **given)
 
         return on_device
 
     untyped: Any = torch.library
     library = untyped.Library("neuron_attn", "FRAGMENT")
     try:
-        for op, compute in (("flash_fwd", forward_on_device), ("flash_bwd", backward_on_device)):
+        for op, compute in RULES.items():
             untyped.register_torch_dispatch(f"neuron_attn::{op}", FunctionalTensorMode, rule(compute), lib=library)
         yield
     finally:

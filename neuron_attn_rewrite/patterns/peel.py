@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from math import copysign, frexp, inf, isfinite, prod
 from typing import TypeAlias
@@ -147,21 +148,8 @@ class Walk:
         return self.evaluator.constant(value)
 
     def made_alike(self, a: object, b: object) -> bool:
-        """Whether two arguments are made by the same operators from the same inputs, and so have the same value."""
-        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-            return type(a) is type(b) and a == b
-        if {a, b} & self.evaluator.changed:
-            return False  # what they hold when they are read may differ
-        if a is b:
-            return True
-        if a.op != b.op or a.op not in ("call_function", "get_attr"):
-            return False
-        if a.op == "get_attr":
-            return a.target == b.target or _equal(self.evaluator.value(a), self.evaluator.value(b))
-        if a.target != b.target or draws(a):
-            return False
-        (given, like), (other, unlike) = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
-        return like == unlike and all(map(self.made_alike, given, other))
+        """See `made_alike`."""
+        return made_alike(self.evaluator, a, b)
 
     def tables(self, *nodes: fx.Node) -> tuple[CellTable, ...] | None:
         """The nodes' values for all inputs, element by element; None if one is not known, or too large to compare."""
@@ -217,6 +205,24 @@ def scaled_by_number(evaluator: Evaluator, node: fx.Node) -> tuple[fx.Node, floa
             joined = product(1.0, 1 / number if name == "div" else number)
             return None if joined is None else (scaled, joined)
     return None
+
+
+def made_alike(evaluator: Evaluator, a: object, b: object) -> bool:
+    """Whether two arguments are made by the same operators from the same inputs, and so have the same value."""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and a == b
+    if {a, b} & evaluator.changed:
+        return False  # what they hold when they are read may differ
+    if a is b:
+        return True
+    if a.op != b.op or a.op not in ("call_function", "get_attr"):
+        return False
+    if a.op == "get_attr":
+        return a.target == b.target or _equal(evaluator.value(a), evaluator.value(b))
+    if a.target != b.target or draws(a):
+        return False
+    (given, like), (other, unlike) = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
+    return like == unlike and all(map(partial(made_alike, evaluator), given, other))
 
 
 def _equal(one: object, two: object) -> bool:

@@ -20,6 +20,7 @@ from neuron_attn_rewrite.masks.behind import Behind
 from neuron_attn_rewrite.masks.proof import Dense, Padding, Proof
 from neuron_attn_rewrite.masks.spec import EmptyRows, Limited, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Layout, run_layout
+from neuron_attn_rewrite.patterns.blocks import InBlocks
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.patterns.sources import Sources
 from neuron_attn_rewrite.strategy.choose import Decision
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 LARGEST_BOUND = 2**30
 """Larger bounds are reduced to this one. No tensor has so many keys, and the number fits int32."""
+OF_BLOCKS = ("band_lower", "band_upper", "bounds")
+"""The keyword arguments of `flash_fwd`, and not of every op, that `flash_blocks` has too."""
 LAYOUT_OPS = {"reshape": aten.reshape.default, "permute": aten.permute.default, "expand": aten.expand.default}
 
 
@@ -69,6 +72,10 @@ class Emitter:
             own["kernel_name"] = None if decision.kernel == PRIOR else decision.kernel
         else:
             op, operands, own = torch.ops.neuron_attn.flash_fwd.default, *self._one_source(form, decision)
+        if form.blocks:
+            op = torch.ops.neuron_attn.flash_blocks.default
+            operands.append(self._table(form.blocks))
+            own = {name: own[name] for name in OF_BLOCKS} | {"cache_order": form.blocks.order}
         options = {name: value for name, value in (shared | own).items() if value is not None}
         result = self._new(output.next, op, query, *operands, **options)
         if site.value_scale != 1.0:
@@ -130,6 +137,12 @@ class Emitter:
         wide = [self._join(aten.expand.default, site.output, t, rows) for t in (seen, places)]
         at_places = self._join(aten.gather.default, site.output, wide[0], 1, wide[1])
         return at_places if inside is None else self._join(aten.logical_and.default, site.output, at_places, inside)
+
+    def _table(self, blocks: InBlocks) -> fx.Node:
+        """The block table, int32 [batch, blocks of an element]. It is checked where it comes from, before any write."""
+        (one, _), source = blocks.gathered, blocks.table.node
+        checked = self._on(source, torch.ops.neuron_attn.checked_blocks.default, self._size(one.blocks), one.wraps)
+        return self._moved(checked, blocks.table.layout)
 
     def _scaled(self, site: AttentionSite, on: str, node: fx.Node, before: fx.Node | None = None) -> fx.Node:
         """An operand or the result, multiplied or divided by its tensor scales."""

@@ -71,6 +71,8 @@ class Kernel:
     """It skips keys in multiples of this number."""
     spills: Callable[[AttentionProblem], int] = lambda _: 0
     """Bytes that it writes to HBM and reads again, which other kernels keep on the core."""
+    in_blocks: tuple[Clause, ...] | None = None
+    """What it demands besides if key and value lie in the blocks of a cache. None if it reads no such cache."""
     bias_bytes: int | None = None
     """Bytes of one element of a bias as it is read. None for the operands' dtype."""
     sources: tuple[int, ...] = (1,)

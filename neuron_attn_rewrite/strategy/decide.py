@@ -19,12 +19,15 @@ from neuron_attn_rewrite.masks.spec import Unproven
 from neuron_attn_rewrite.patterns.site import AttentionSite, UnknownAttention
 from neuron_attn_rewrite.reasons import Reason, internal_error
 from neuron_attn_rewrite.strategy.arrange import arranged
-from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose_among
-from neuron_attn_rewrite.strategy.forms import Form, forms
+from neuron_attn_rewrite.strategy.choose import NATIVE, Decision, choose, choose_among
+from neuron_attn_rewrite.strategy.forms import Form, forms, reads_in_place
 from neuron_attn_rewrite.strategy.gradients import gradients_with_reason
-from neuron_attn_rewrite.strategy.legality import OPEN_SIZES, PRIOR
+from neuron_attn_rewrite.strategy.legality import OPEN_SIZES, OURS, PRIOR
 from neuron_attn_rewrite.strategy.obstacles import obstacle
 from neuron_attn_rewrite.strategy.open_sizes import at_example, missing_size, range_reason, size_from_data
+
+IN_BLOCKS = "flash_blocks"
+"""In place of a kernel's name: the op that reads a cache in blocks."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,13 @@ def _decided(site: AttentionSite, prover: Prover, config: RewriteConfig) -> Verd
     of_sources = (found,) if isinstance(found, Reason) else ()
     possible = forms(site, proof, values, found if isinstance(found, Behind) else None)
     no = obstacle(site, proof, prover, config)
-    form, decision = (possible[0], _native(no, config)) if no else _fastest(possible, prover, config)
+    if no:
+        form, decision = possible[0], _native(no, config)
+    else:
+        in_place = _in_place(reads_in_place(site, proof, values, prover), prover, config)
+        form, decision = in_place if isinstance(in_place, tuple) else _fastest(possible, prover, config)
+        if isinstance(in_place, Reason):
+            decision = replace(decision, reasons=(*decision.reasons, in_place))
     if config.gradients and decision.kernel != NATIVE:
         decision = _with_gradients(decision, form, config)
     of_sizes = (range_reason(site),) if prover.is_dynamic else ()
@@ -95,6 +104,22 @@ def _behind(site: AttentionSite, prover: Prover, config: RewriteConfig) -> Behin
     if missing:
         return Reason("two-sources", f"{PRIOR}: the call needs the size {missing}, and it is no sum of sizes of inputs")
     return found
+
+
+def _in_place(
+    form: Form | Reason | None, prover: Prover, config: RewriteConfig
+) -> tuple[Form, Decision] | Reason | None:
+    """The form that makes no copy of a cache, wherever a kernel can compute it and is wanted. Else the reason."""
+    if not isinstance(form, Form):
+        return form
+    if prover.is_dynamic:
+        config = replace(config, kernels=(OURS,))
+        if size := missing_size(prover.module, form.site, form.proof):
+            return Reason("cache-copied", f"the call needs the size {size}, and it is no sum of sizes of inputs")
+    decision = choose(form.problem, config, form.site.name)
+    if decision.kernel == NATIVE:
+        return Reason("cache-copied", f"the blocks of the cache are copied: {decision.reasons[-1]}")
+    return form, replace(decision, kernel=IN_BLOCKS)
 
 
 def _fastest(possible: Sequence[Form], prover: Prover, config: RewriteConfig) -> tuple[Form, Decision]:

@@ -1,7 +1,8 @@
-"""Equivalent forms of an attention: as it was found, with the chunks of a chunked mask as batch elements, and with the
-keys of a cache apart from the new ones.
+"""Equivalent forms of an attention: as it was found, with the chunks of a chunked mask as batch elements, with the keys
+of a cache apart from the new ones, and with keys and values in the blocks of a cache from which the model gathers them.
 
-A form is a site with the same nodes and output, whose operands have another layout or are read from two sources.
+A form is a site with the same output, whose operands have another layout, are read from two sources, or are what the
+model makes them of.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from neuron_attn_rewrite.graph.sizes import at
 from neuron_attn_rewrite.kernels.orders import AS_GIVEN, Orders
 from neuron_attn_rewrite.masks.behind import Behind
 from neuron_attn_rewrite.masks.proof import Proof
+from neuron_attn_rewrite.masks.prove import Prover
 from neuron_attn_rewrite.masks.spec import Band, Chunked, EmptyRows, MaskSpec
 from neuron_attn_rewrite.patterns.axes import Dims, atoms, dim_size, layout_steps, merged, split
+from neuron_attn_rewrite.patterns.blocks import InBlocks, in_blocks
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.problem import AttentionProblem, Prior
 from neuron_attn_rewrite.reasons import Reason
@@ -38,6 +41,8 @@ class Form:
     """The bridges that it needs."""
     orders: Orders = AS_GIVEN
     """The order of dims of each operand and of the result. The site's targets are in these orders."""
+    blocks: InBlocks | None = None
+    """How the model gathers key and value from a cache. The site's key and value are the cache then."""
     layout_bytes: int = 0
     """Bytes moved to bring operands and result into these orders, beyond those of the model's own transposes."""
     behind: Behind | None = None
@@ -67,6 +72,28 @@ def _apart(site: AttentionSite, behind: Behind, values: Mapping[sympy.Symbol, in
     is_masked |= behind.sources.place is not None and not behind.in_range
     prior = Prior(keys, behind.window, behind.is_shared, is_masked)
     return Form(site, behind.proof, replace(problem, kv_len=keys + new, prior=prior), behind=behind)
+
+
+def reads_in_place(
+    site: AttentionSite, proof: Proof, values: Mapping[sympy.Symbol, int], prover: Prover
+) -> Form | Reason | None:
+    """The attention to a cache in blocks, without a copy of its keys and values. None if the model makes no such copy.
+
+    A reason if a kernel can't read the cache at the output: the cache or the table changes after the copy is made.
+    """
+    blocks = in_blocks(site, prover.evaluator)
+    if not isinstance(blocks, InBlocks):
+        return blocks
+    if any(scale.on == "value" for scale in site.operand_scales):
+        return None
+    for gathered in blocks.gathered:
+        for node in gathered.node.all_input_nodes:
+            if prover.writes.between(node, gathered.node, site.output):
+                return Reason("cache-copied", f"{node.name} is written after {gathered.node.name} has read it")
+    problem = replace(problem_at(site, proof, values), block_size=at(blocks.block_size, values))
+    words = "the blocks of the cache are read in place, without a copy of their keys"
+    of_cache = replace(site, key=blocks.key, value=blocks.value)
+    return Form(of_cache, proof, problem, (Reason("cache-in-blocks", words),), blocks=blocks)
 
 
 def in_chunks(site: AttentionSite, proof: Proof) -> tuple[AttentionSite, Proof, tuple[Reason, ...]] | None:

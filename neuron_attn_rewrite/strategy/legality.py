@@ -8,7 +8,7 @@ from typing import Final
 
 from neuron_attn_rewrite.problem import AttentionProblem
 from neuron_attn_rewrite.reasons import Reason
-from neuron_attn_rewrite.strategy.clauses import Kernel, Setting, first_refusal
+from neuron_attn_rewrite.strategy.clauses import Clause, Kernel, Setting, first_refusal
 from neuron_attn_rewrite.strategy.demands import neuronxcc, nkilib, ours
 
 OURS: Final = ours.OURS
@@ -22,6 +22,9 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType({**ours.KERNELS, **nkilib.KERNE
 BACKWARD: Mapping[str, Kernel] = MappingProxyType({**nkilib.BACKWARD, **neuronxcc.BACKWARD})
 """The kernels for gradients, by the name in `kernels.vendor.BACKWARD`."""
 
+NOT_IN_BLOCKS: Final = (Clause("cache-copied", "it reads no cache in blocks", lambda *_: False),)
+"""What a kernel demands that reads no cache in blocks."""
+
 
 def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | None:
     """Why this kernel can't compute this problem. None if it can."""
@@ -29,7 +32,8 @@ def illegal(name: str, problem: AttentionProblem, setting: Setting) -> Reason | 
     if not reads_as_here(name, problem):
         words = "keys in two tensors, a cache and new ones" if 2 in kernel.sources else "keys in one tensor"
         return Reason("two-sources", f"{name}: it takes {words}")
-    reason = first_refusal(kernel.clauses, problem, setting)
+    more = () if problem.block_size is None else NOT_IN_BLOCKS if kernel.in_blocks is None else kernel.in_blocks
+    reason = first_refusal((*kernel.clauses, *more), problem, setting)
     return reason and reason.behind(f"{name}: ")
 
 

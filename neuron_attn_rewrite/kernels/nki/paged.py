@@ -27,14 +27,14 @@ from neuron_attn_rewrite.kernels.nki.load import load_transposed, load_values
 @nki.jit
 def flash_paged(
     q: Any,
-    k: Any,
-    v: Any,
     k_cache: Any,
     v_cache: Any,
     q_rows: Any,
     kv_rows: Any,
     tile_bounds: Any,
-    active_bounds: Any,
+    k: Any = None,
+    v: Any = None,
+    active_bounds: Any = None,
     sink: Any = None,
     group: int = 1,
     kv_heads: int = 1,
@@ -45,8 +45,8 @@ def flash_paged(
     """The query rows of several requests see a paged cache, tile by tile of a schedule, and then the new keys.
 
     q is [kv_heads * group * q_len, head_dim], where q_len is a multiple of 128. The new keys and values are
-    k [kv_heads * q_len, head_dim] and v [kv_heads * q_len, v_dim]. The cache is k_cache [cache_rows, head_dim] and
-    v_cache [cache_rows, v_dim].
+    k [kv_heads * q_len, head_dim] and v [kv_heads * q_len, v_dim], or None. The cache is k_cache [cache_rows, head_dim]
+    and v_cache [cache_rows, v_dim].
 
     q_rows int32 [heads, 128, tiles]: the rows of q of each tile of the schedule. kv_rows int32
     [kv_heads, tiles, 128, kv_tile / 128]: the rows of the cache, key 128 * b + p at [p, b]; an index out of range keeps
@@ -60,13 +60,17 @@ def flash_paged(
     if nl.program_ndim() > 0:
         cores = nl.num_programs(0)
         core = nl.program_id(0)
-    out = nl.ndarray((q.shape[0], v.shape[1]), dtype=q.dtype, buffer=nl.shared_hbm)
+    v_dim = v_cache.shape[1]
+    out = nl.ndarray((q.shape[0], v_dim), dtype=q.dtype, buffer=nl.shared_hbm)
     # Each core has states of its own. If the cores cannot share the heads equally, both compute all of them.
-    states = nl.ndarray((q.shape[0], v.shape[1] + 2), dtype=nl.float32, buffer=nl.private_hbm)
+    states = nl.ndarray((q.shape[0], v_dim + 2), dtype=nl.float32, buffer=nl.private_hbm)
     tile_bounds_sb = nl.ndarray(tile_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile_bounds_sb, src=tile_bounds)
-    active_bounds_sb = nl.ndarray(active_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=active_bounds_sb, src=active_bounds)
+    active_bounds_sb = None
+    if active_bounds is not None:
+        active_bounds_sb = nl.ndarray(active_bounds.shape, dtype=nl.float32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=active_bounds_sb, src=active_bounds)
+    q_len = q.shape[0] // (kv_heads * group)
     mine = kv_heads
     step = 1
     first = 0
@@ -76,9 +80,13 @@ def flash_paged(
         first = core
     for i in range(mine):
         head = i * step + first
-        _clear(states, head * group * (q.shape[0] // (kv_heads * group)), q.shape[0] // kv_heads, scale, softcap)
+        _clear(states, head * group * q_len, group * q_len, scale, softcap)
         _prior(q, k_cache, v_cache, states, q_rows, kv_rows, tile_bounds_sb, head, group, scale, softcap)
-        _active(q, k, v, states, active_bounds_sb, sink, head, group, kv_heads, scale, softcap, section, out)
+        if k is None:
+            for row in range(head * group * q_len, (head + 1) * group * q_len, ROWS):
+                _store(_loaded(states, row), row, sink, row // q_len, out)
+        else:
+            _active(q, k, v, states, active_bounds_sb, sink, head, group, kv_heads, scale, softcap, section, out)
     return out
 
 
@@ -99,6 +107,13 @@ def _state(tile: Any) -> State:
     """A tile [128, v_dim + 2] as a state: acc, then neg_max, then total."""
     v_dim = tile.shape[1] - 2
     return State(tile[:, 0:v_dim], tile[:, v_dim : v_dim + 1], tile[:, v_dim + 1 : v_dim + 2])
+
+
+def _loaded(states: Any, row: int) -> State:
+    """The states of 128 rows."""
+    tile = nl.ndarray((ROWS, states.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=states[row : row + ROWS, :])
+    return _state(tile)
 
 
 def _packed(state: State) -> Any:
@@ -228,16 +243,18 @@ def _active(
                 tile = QueryTile(
                     load_transposed(q, at, ROWS), bounds[:, column : column + 1], bounds[:, column + 1 : column + 2]
                 )
-                before = nl.ndarray((ROWS, states.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
-                nisa.dma_copy(dst=before, src=states[at : at + ROWS, :])
-                state = flash_step(
-                    tile, loaded, KeyRange(start, last, last, last), None, scale, softcap, _state(before)
-                )
+                before = _loaded(states, at)
+                state = flash_step(tile, loaded, KeyRange(start, last, last, last), None, scale, softcap, before)
                 if stop < row + ROWS:
                     nisa.dma_copy(dst=states[at : at + ROWS, :], src=_packed(state))
                 else:
-                    sink_sb = None
-                    if sink is not None:
-                        sink_sb = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-                        nisa.dma_copy(dst=sink_sb, src=sink.ap([[1, ROWS], [1, 1]], offset=(head * group + g) * ROWS))
-                    nisa.dma_copy(dst=out[at : at + ROWS, :], src=normalised(state, sink_sb, None, out.dtype))
+                    _store(state, at, sink, head * group + g, out)
+
+
+def _store(state: State, row: int, sink: Any, head: int, out: Any) -> None:
+    """Write the output of 128 rows of a query head."""
+    sink_sb = None
+    if sink is not None:
+        sink_sb = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=sink_sb, src=sink.ap([[1, ROWS], [1, 1]], offset=head * ROWS))
+    nisa.dma_copy(dst=out[row : row + ROWS, :], src=normalised(state, sink_sb, None, out.dtype))

@@ -10,12 +10,15 @@ from neuron_attn_rewrite.masks.spec import EmptyRows
 from neuron_attn_rewrite.strategy.clauses import (
     DTYPES,
     GROUPS,
+    NO_BIAS,
+    NO_PADDING,
     SCALE,
     SIZES,
     Clause,
     Kernel,
     behind_cache,
     mask,
+    targets,
 )
 
 OURS: Final = "flash_fwd"
@@ -68,6 +71,16 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
                 ),
             ),
             folds_groups=True,
+            in_blocks=(
+                NO_BIAS,
+                NO_PADDING,
+                Clause(
+                    "empty-rows",
+                    "a query that sees no key of a cache in blocks must give zeros, and here gives the mean of all",
+                    lambda p, _: p.empty_rows is not EmptyRows.MEAN,
+                ),
+                targets("trn2", "trn3"),
+            ),
             # Bounds skip no keys: their values are not known when the kernel is built.
             computed_band=lambda p: p.mask.band,
         ),
