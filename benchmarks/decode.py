@@ -57,8 +57,8 @@ def steps(model: Any, batch: int, capacity: int) -> dict[str, Callable[[int], Ca
         def at(position: int) -> Callable[[], Tensor]:
             mask = (torch.arange(capacity) <= position).long().repeat(batch, 1)
             inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": torch.full((batch, 1), position)}
-            start = torch.tensor(position)
-            return lambda: module(start, cache, inputs)[0]  # type: ignore[no-any-return]
+            place = torch.tensor([position, 1])
+            return lambda: module(place, cache, inputs)[0]  # type: ignore[no-any-return]
 
         return at
 
