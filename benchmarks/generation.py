@@ -6,8 +6,9 @@ python -m benchmarks.generation --only llama t5      these, again
 python -m benchmarks.generation --left               those that do not give equal tokens, again
 python -m benchmarks.generation --known --write      no run: the table of what is known, into docs/generation.md
 
-Each model generates 8 tokens after a prompt of 12, greedily, twice: without padding, and with padding on the left of
-one row. Results go to .generation/, one line of JSON for each model, so that a run can be resumed.
+Each model generates 8 tokens after a prompt of 12, greedily: without padding, and with padding on the left of one row.
+The prompt of a model with an encoder is what the encoder reads, so it is padded on the right too, and beams repeat it.
+Results go to .generation/, one line of JSON for each model, so that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SAMPLE = """
 PROMISED_REPLACED = 0.97
 """Least share of the attentions of models with equal tokens."""
 
-PROMPT, NEW, BATCH, MAX_LENGTH, PROMPT_GRAPH = 12, 8, 2, 32, 16
+PROMPT, NEW, BATCH, MAX_LENGTH, PROMPT_GRAPH, BEAMS = 12, 8, 2, 32, 16, 2
 SECONDS, MEMORY = 300, 5 * 2**30
 """The limits of one model."""
 
@@ -84,7 +85,10 @@ def built(name: str) -> Any:
     for rung in tiny.RUNGS:
         try:
             model: Any = tiny.build(kind, tiny.supports(kind)[0], *rung, TASKS[task or "causal"], fields)
-            model.generation_config.update(eos_token_id=None, pad_token_id=0, forced_eos_token_id=None)
+            settings = model.generation_config
+            settings.update(eos_token_id=None, pad_token_id=0, forced_eos_token_id=None, forced_bos_token_id=None)
+            if model.config.is_encoder_decoder and settings.decoder_start_token_id is None:
+                settings.update(decoder_start_token_id=1)
             generate(model, torch.ones(BATCH, PROMPT, dtype=torch.int64))
         except Exception as error:
             why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
@@ -93,11 +97,17 @@ def built(name: str) -> Any:
     raise tiny.NotBuilt(why)
 
 
-def generate(model: Any, mask: Tensor) -> Tensor:
-    """Tokens of a greedy search, after a random prompt."""
+def generate(model: Any, mask: Tensor, beams: int = 1) -> Tensor:
+    """Tokens after a random prompt, of a greedy search or of one with beams."""
     tokens = torch.randint(3, 200, mask.shape, generator=torch.Generator().manual_seed(1))
     result: Tensor = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        num_beams=beams,
+        use_cache=True,
     )
     return result
 
@@ -109,26 +119,36 @@ def examine(name: str) -> Line:
     except tiny.NotBuilt as error:
         return {"not built": str(error)}
     start = time.process_time()
+    encodes = bool(model.config.is_encoder_decoder)
+    sizes = {
+        "encoder_lengths" if encodes else "prompt_lengths": PROMPT_GRAPH,
+        "batch_size": BATCH * (BEAMS if encodes else 1),
+    }
     try:
-        generator = rewrite_for_generation(
-            model,
-            batch_size=BATCH,
-            max_length=MAX_LENGTH,
-            prompt_lengths=PROMPT_GRAPH,
-            config=RewriteConfig(policy="always"),
-        )
+        generator = rewrite_for_generation(model, max_length=MAX_LENGTH, config=RewriteConfig(policy="always"), **sizes)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     seconds = time.process_time() - start
     full = torch.ones(BATCH, PROMPT, dtype=torch.int64)
     left = full.clone()
     left[1, :5] = 0
-    sites = [site for report in generator.reports.values() for site in report.sites]
+    cases = {"none": (full, 1), "left": (left, 1)}
+    if encodes:
+        cases |= {"right": (left.flip(1), 1), "right, with beams": (left.flip(1), BEAMS)}
+    sites = [
+        site
+        for report in generator.reports.values()
+        for site in report.sites
+        if "one-key" not in {str(reason.code) for reason in site.reasons}  # its weight is 1: there is no attention
+    ]
+    try:
+        equal = {
+            padding: torch.equal(generate(model, *how), generate(generator, *how)) for padding, how in cases.items()
+        }
+    except Exception as error:
+        return {"error": f"generate: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     return {
-        "equal": {
-            padding: torch.equal(generate(model, mask), generate(generator, mask))
-            for padding, mask in (("none", full), ("left", left))
-        },
+        "equal": equal,
         "attentions": len(sites),
         "replaced": sum(site.is_replaced for site in sites),
         "kept": sorted({str(reason.code) for s in sites if not s.is_replaced for reason in s.reasons[:1]}),
@@ -153,9 +173,8 @@ def examine_apart(name: str) -> Line:
     process = get_context("fork").Process(target=_child, args=(name, there), daemon=True)
     process.start()
     there.close()
-    line: Line = {"error": f"more than {SECONDS} s"}
     try:
-        line = here.recv() if here.poll(SECONDS) else line
+        line: Line = here.recv() if here.poll(SECONDS) else {"error": f"more than {SECONDS} s"}
     except EOFError:
         line = {"error": f"the process died (limit {MEMORY // 2**30} GB)"}
     process.kill()

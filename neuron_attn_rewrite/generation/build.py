@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -177,7 +178,10 @@ def _graph(
         given |= encoder.tensors(part.names)
     example = (room.place.new_tensor([cached, length]), [t.clone() for t in state.tensors], given)
     step = step_of(part.module, part.names, state, fresh, None if encoder is None else encoder.kind)
-    graph = _rewritten(graph_name(length, fresh), step, example, config)
+    with warnings.catch_warnings():
+        if encoder is not None:  # keys and values of its output are cached: only a fresh call reads it
+            warnings.filterwarnings("ignore", f".* does not read its input inputs_{part.names.encoder_outputs}")
+        graph = _rewritten(graph_name(length, fresh), step, example, config)
     graph.meta[EXAMPLE] = (example[0], *pytree.tree_leaves(given))
     return graph
 

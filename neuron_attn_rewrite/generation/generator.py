@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuron_attn_rewrite.capture.objects import put_together
 from neuron_attn_rewrite.errors import InputError, RewriteError
-from neuron_attn_rewrite.generation.encoder import MASK, Encoder
+from neuron_attn_rewrite.generation.encoder import MASK, TOKENS, Encoder
 from neuron_attn_rewrite.generation.fit import Window, check_pieces, whole_batch
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
 from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
@@ -56,7 +57,7 @@ class Generator:
         self._part, self._names = part, part.names
         self._state, self._room, self._lengths = state, room, lengths
         self._progress = Progress()
-        self._cache = Cache(self)
+        self._cache = (Cache if encoder is None else EncoderDecoderCache)(self)
         self._encoder = encoder
         self._model = with_forwards(
             model, {**towers.forwards(model), part.path: _forward_of(part.module, self._forward)}
@@ -125,14 +126,12 @@ class Generator:
         prompt = options.get(self._part.prompt, inputs if encoder is None else None)
         if encoder is not None and not isinstance(prompt, Tensor):
             source = options.get(encoder.main, inputs)  # the decoder starts with one token
+            if encoder.main == TOKENS and isinstance(source, Tensor):
+                _check_tokens(encoder.main, source)
             prompt = torch.zeros(len(source), 1, dtype=torch.int64) if isinstance(source, Tensor) else None
         if not isinstance(prompt, Tensor):
             return  # generate makes or asks for it
-        if prompt.dim() != 2 or 0 in prompt.shape or prompt.is_floating_point():
-            raise InputError(
-                f"generate: {self._part.prompt} must be integers [batch, length] with at least one token, not "
-                f"{list(prompt.shape)}, {prompt.dtype}."
-            )
+        _check_tokens(self._part.prompt, prompt)
         rows, length = prompt.shape
         settings = options.get("generation_config") or self._model.generation_config
 
@@ -255,6 +254,19 @@ class Generator:
         return result[:, fill[0] : fill[0] + rows]
 
 
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    """Check the tokens of a caller.
+
+    Raises:
+        InputError: they are no tokens, or there are none.
+    """
+    if tokens.dim() != 2 or 0 in tokens.shape or tokens.is_floating_point():
+        raise InputError(
+            f"generate: {name} must be integers [batch, length] with at least one token, not "
+            f"{list(tokens.shape)}, {tokens.dtype}."
+        )
+
+
 def _forward_of(module: Any, call: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
     """A function in the place of the `forward` of a module."""
     signature = inspect.signature(module.forward)
@@ -272,7 +284,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     is_compileable = False
 
     def __init__(self, generator: Generator) -> None:
-        super().__init__(layers=[])
+        cache_utils.Cache.__init__(self, layers=[])
         self._generator = generator
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
@@ -323,6 +335,29 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             tensor = state.tensors[number]
             tensor.copy_(tensor.roll(progress.tokens - tokens, 2))  # the newest token is always the last
         progress.tokens = tokens
+
+
+class EncoderDecoderCache(Cache, cache_utils.EncoderDecoderCache):  # type: ignore[misc]
+    """The same for a model with an encoder: `generate` of some asks for this class, or reads the layers."""
+
+    @property
+    def is_updated(self) -> dict[int, bool]:
+        """For `generate`, keys and values of the encoder's output are known: the graphs compute them."""
+        return {0: True}
+
+    @property
+    def self_attention_cache(self) -> Any:
+        """Keys and values of the decoder, with room for all tokens."""
+        return self._layers().self_attention_cache
+
+    @property
+    def cross_attention_cache(self) -> Any:
+        """Keys and values of what the encoder gives."""
+        return self._layers().cross_attention_cache
+
+    def _layers(self) -> Any:
+        generator = self._generator
+        return put_together(generator._state.going_on, [generator._room.place, *generator._state.tensors])
 
 
 CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
