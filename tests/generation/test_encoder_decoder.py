@@ -176,13 +176,6 @@ def test_a_result_of_whisper_holds_the_cache(whisper: Pair) -> None:
     torch.testing.assert_close(new.scores, old.scores, rtol=1e-4, atol=1e-4)
 
 
-def test_whisper_reads_a_long_input_in_pieces(whisper: Pair) -> None:
-    length = 2 * FRAMES + 20
-    mask = torch.ones(1, length, dtype=torch.int64)
-    tokens = same(whisper, features(1, length), attention_mask=mask, return_timestamps=True)
-    assert tokens.shape[1] > NEW
-
-
 WRONG: dict[str, tuple[Tensor, dict[str, Any], str]] = {
     "long": (tokens_of(1, 11), {}, r"\[1, 11\].*or shorter ones"),
     "mask": (
