@@ -70,7 +70,9 @@ class InBlocks:
 
 def gathered(node: fx.Node, dims: Dims) -> Gathered | None:
     """The sources of a tensor that is gathered by numbers of blocks, given what its dims run over; else None."""
-    name, given = op_name(node), arguments(node) if node.op == "call_function" else {}
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name, given = op_name(node), arguments(node)
     if name == "index":
         used = [(i, index) for i, index in enumerate(given["indices"]) if index is not None]
         if len(used) != 1:
