@@ -129,6 +129,7 @@ class RewrittenModule(fx.GraphModule):
         return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        self._expected = None  # fake tensors can't be copied, and it is read from the graph again
         copied: Any = super().__deepcopy__(memo)
         for path, part in copied.named_modules():  # torch forgets which buffers are not part of a state_dict
             part._non_persistent_buffers_set = self.get_submodule(path)._non_persistent_buffers_set & set(part._buffers)

@@ -38,7 +38,7 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNS = re.compile(r"^```(python|console)$", re.MULTILINE)
 CODE_WITHOUT_FENCE = re.compile(r"^ {4,}(from \w|import |>>> |\$ )", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
-CANNOT_RUN = {"serving.md": ["needs a Neuron device"]}
+CANNOT_RUN = {"generation.md": ["needs a Neuron device"], "serving.md": ["needs a Neuron device"]}
 """Every block that runs on none of the two stacks, and why."""
 
 
