@@ -297,6 +297,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     get_max_cache_shape = get_max_length
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something is cached. Models ask it to find out whether a call is the first one."""
+        return self.get_seq_length() > 0
+
     def get_query_offset(self, *args: Any) -> int:
         """The position of the next token."""
         return self.get_seq_length()
