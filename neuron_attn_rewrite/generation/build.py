@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from neuron_attn_rewrite.config.options import RewriteConfig
-from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.errors import CaptureError, InputError, RewriteWarning
 from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
 from neuron_attn_rewrite.generation.encoder import Encode, Encoder
@@ -104,9 +105,18 @@ def rewrite_for_generation(
     state = State.of(grown, room)
     graphs = {
         graph_name(length, fresh): _graph(part, state, room, length, fresh, encoder, config)
-        for fresh, each in ((True, lengths.prompts), (False, (*lengths.steps, *lengths.pieces)))
+        for fresh, each in ((True, lengths.prompts), (False, lengths.steps))
         for length in each
     }
+    for length in lengths.pieces:
+        try:
+            graphs[graph_name(length, False)] = _graph(part, state, room, length, False, encoder, config)
+        except CaptureError as error:
+            lengths = replace(lengths, pieces=())
+            words = (
+                f"prompts of more than {length} tokens are processed token by token after the first {length}. {error}"
+            )
+            warnings.warn(words, RewriteWarning, stacklevel=2)
     if encoder is not None:
         encode = Encode(model.get_encoder())
         graphs |= {name: _rewritten(name, encode, (each,), config) for name, each in encoder.examples.items()}

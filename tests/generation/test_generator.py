@@ -9,7 +9,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from neuron_attn_rewrite import CaptureError, Generator, InputError, RewriteConfig, rewrite_for_generation
+from neuron_attn_rewrite import (
+    CaptureError,
+    Generator,
+    InputError,
+    RewriteConfig,
+    RewriteWarning,
+    rewrite_for_generation,
+)
 from tests.models import DECODER, VOCABULARY
 
 CONFIG = RewriteConfig(policy="always")
@@ -193,6 +200,19 @@ def test_a_model_that_caches_nothing_says_why() -> None:
     config = transformers.BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(CaptureError, match=r"config\.is_decoder is False"):
         rewrite_for_generation(transformers.BertLMHeadModel(config).eval(), max_length=16)
+
+
+def test_a_long_prompt_token_by_token_where_no_graph_takes_a_piece() -> None:
+    config = transformers.MptConfig(vocab_size=VOCABULARY, d_model=64, n_layers=2, n_heads=4, use_cache=True)
+    torch.manual_seed(0)
+    model = transformers.MptForCausalLM(config).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    with pytest.warns(RewriteWarning, match="prompts of more than 8 tokens are processed token by token"):
+        generator = rewrite_for_generation(model, batch_size=2, max_length=24, prompt_lengths=8, config=CONFIG)
+    assert list(generator.graphs) == ["prefill[8]", "decode"]
+    tokens, mask = prompt(2, 13)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(generator.generate(tokens, **options), model.generate(tokens, **options))
 
 
 # The comparison with the model
