@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct with its real weights generates from rewritten graphs: the same tokens, and more a second.
 
-Run by `make example`, or with its packages installed: python examples/smollm2_generate.py
+With the packages of `make example` installed: python examples/smollm2_generate.py
 """
 
 from __future__ import annotations
