@@ -17,22 +17,11 @@ from neuron_attn_rewrite import (
     RewriteWarning,
     rewrite_for_generation,
 )
-from tests.models import DECODER, VOCABULARY
+from tests.generation.models import make
+from tests.models import VOCABULARY
 
 CONFIG = RewriteConfig(policy="always")
 MAX_LENGTH, BATCH = 48, 3
-
-
-def make(kind: str = "Llama", **fields: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**{**DECODER, "use_cache": True, **fields})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(4)  # large scores, so that a wrong mask shows
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,10 @@ from neuron_attn_rewrite.generation.layers import FixedLayer, Room, SlidingLayer
 from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
 from neuron_attn_rewrite.generation.position import Position
 from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
-from tests.models import DECODER, VOCABULARY
+from tests.generation.models import make
+from tests.models import VOCABULARY
 
 BATCH, CAPACITY, WINDOW, SPARE = 2, 24, 6, 2
-
-
-def make(kind: str, **fields: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**{**DECODER, "use_cache": True, **fields})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.mul_(4)  # large scores, so that a wrong mask shows
-    model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    return model
 
 
 @pytest.fixture(scope="module")
