@@ -7,13 +7,13 @@ python -m benchmarks.coverage --write    put it into docs/coverage.md, in the pl
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
 
+from benchmarks.pages import write_table
 from neuron_attn_rewrite import CaptureError, RewriteConfig, rewrite
 from tests.models import PADDINGS, Family, variants
 
@@ -69,11 +69,7 @@ def main() -> None:
     text = f"**{stack()}**\n\n{table()}\n"
     print(text)
     if arguments.write:
-        major = "a" if transformers.__version__.startswith("5") else "b"
-        begin, end = (f"<!-- coverage {major} {word} -->" for word in ("begin", "end"))
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        page = DOCS.read_text(encoding="utf-8")
-        DOCS.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", page), encoding="utf-8")
+        write_table(DOCS, "coverage", text)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks.pages import write_table
 from benchmarks.zoo import tiny
 from neuron_attn_rewrite import RewriteConfig, rewrite_for_generation
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "generation.md"
-STACK = "a" if transformers.__version__.startswith("5") else "b"
 RESULTS = ROOT / ".generation" / f"{tiny.version().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 TASKS = {
@@ -264,13 +264,6 @@ def broken(lines: Sequence[Line]) -> list[str]:
     return said
 
 
-def write(text: str) -> None:
-    """Put the table of this stack in its place in the docs."""
-    begin, end = (f"<!-- generation {STACK} {word} -->" for word in ("begin", "end"))
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    DOCS.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", DOCS.read_text()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="a fixed sample, checked against what is promised")
@@ -290,7 +283,7 @@ def main() -> None:
     lines = [line for name, line in sorted(results.items()) if name in chosen]
     print(table(lines))
     if given.write:
-        write(table(lines))
+        write_table(DOCS, "generation", table(lines))
     if given.sample and (said := broken(lines)):
         sys.exit("broken: " + "; ".join(said))
 

@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import transformers
 from rich.progress import track
 
+from benchmarks.pages import write_table
 from benchmarks.zoo import tiny
 from benchmarks.zoo.examine import examine_apart
 from benchmarks.zoo.table import Line, shares, summary, table, verdict
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "coverage.md"
-STACK = "a" if transformers.__version__.startswith("5") else "b"
 RESULTS = ROOT / ".zoo" / f"{tiny.version().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 SAMPLE = """
@@ -78,13 +76,6 @@ def broken(lines: list[Line]) -> list[str]:
     return said + [f"{line['model']} {line['attention']}: {line['failed']}" for line in lines if "failed" in line]
 
 
-def write(text: str) -> None:
-    """Put the table of this stack in its place in the docs."""
-    begin, end = (f"<!-- zoo {STACK} {word} -->" for word in ("begin", "end"))
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    DOCS.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", DOCS.read_text()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="a fixed sample, checked against what is promised")
@@ -105,7 +96,7 @@ def main() -> None:
     lines = [line for (name, _), line in sorted(results.items()) if name in names]
     print(table(lines))
     if given.write:
-        write(table(lines))
+        write_table(DOCS, "zoo", table(lines))
     if given.sample and (said := broken(lines)):
         sys.exit(f"{summary(lines)}\n\nbroken: {'; '.join(said)}")
 

@@ -10,22 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from importlib import import_module
-from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuron_attn_rewrite.errors import RewriteError
-from neuron_attn_rewrite.kernels.nki.tiling import ROWS
-from neuron_attn_rewrite.kernels.schedule import Schedule, make_schedule
+from neuron_attn_rewrite.kernels.schedule import Schedule, kv_tile_of, make_schedule
 
 PREFIX = "paged|"
 """What transformers puts before the name of an attention implementation whose keys lie in a paged cache."""
 SUFFIX = "|paged"
 """Ours, from transformers 5 on, which takes the prefix away. No mask is made for an implementation of this name."""
-KV_TILE = 512
-"""The keys of a tile, at least."""
 _HOOKED = "_neuron_attn_rewrite_hook"
 
 
@@ -151,9 +147,7 @@ def _schedule(
     tables = [
         [slot // block_size for slot in at[key_ends[r] : key_ends[r] + context_lens[r] : block_size]] for r in requests
     ]
-    unit = lcm(ROWS, block_size)
-    kv_tile = -(-KV_TILE // unit) * unit
-    return make_schedule(query_lens, context_lens, tables, block_size, kv_tile=kv_tile, q_len=q_len)
+    return make_schedule(query_lens, context_lens, tables, block_size, kv_tile=kv_tile_of(block_size), q_len=q_len)
 
 
 def admit(is_ours: Callable[[str], bool]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from operator import index
 from typing import Any
 
@@ -20,6 +21,8 @@ from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 
 MOST = 2**31 - 1
 """The largest number in a schedule, whose tensors are int32."""
+KV_TILE = 512
+"""Keys of a tile, at least, if nothing else is asked for."""
 NO_BLOCK = -1
 """The block number of a place in a tile of keys that has no block."""
 
@@ -45,13 +48,19 @@ class Schedule:
         return int((self.tile_kv[1:] != self.tile_kv[:-1]).sum()) + int(len(self.tile_kv) > 0)
 
 
+def kv_tile_of(block_size: int) -> int:
+    """The keys of a tile for blocks of this size: at least `KV_TILE`, a multiple of 128 and of the size."""
+    unit = lcm(ROWS, block_size)
+    return -(-KV_TILE // unit) * unit
+
+
 def make_schedule(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     block_size: int,
     *,
-    kv_tile: int = 512,
+    kv_tile: int = KV_TILE,
     window: int | None = None,
     q_len: int | None = None,
     tiles: int | None = None,

@@ -29,7 +29,7 @@ from neuron_attn_rewrite.kernels.nki.prepare import Launch
 from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 from neuron_attn_rewrite.kernels.orders import PLAIN
 from neuron_attn_rewrite.kernels.reference import Terms
-from neuron_attn_rewrite.kernels.schedule import NO_BLOCK, Schedule
+from neuron_attn_rewrite.kernels.schedule import NO_BLOCK, Schedule, kv_tile_of
 from neuron_attn_rewrite.kernels.vendor.layouts import multiple, row_bounds
 from neuron_attn_rewrite.ops.arguments import BOUNDS_DTYPES, readable
 from neuron_attn_rewrite.ops.flash_fwd import has_tangent
@@ -40,8 +40,6 @@ CACHE_ORDERS = tuple(f"{''.join(letters)}D" for letters in permutations("BHS"))
 """The orders of the dims of a cache: blocks (B), heads (H), the rows of a block (S), and last the size of a row (D)."""
 OF_FLASH_FWD = ("scale", "band_lower", "band_upper", "bounds", "softcap", "sink", "lnc")
 """The keyword arguments that `flash_fwd` has too."""
-KV_TILE = 512
-"""Keys of a tile, at least, if there are so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +184,7 @@ class FlashBlocks:
         prepare.refuse(self.query, self.value_cache)
         batch, heads, q_len, head_dim = self.query.shape
         size, count = _plain(self.key_cache, self.cache_order).shape[2], self.block_table.shape[1]
-        unit = lcm(ROWS, size) // size
-        per_tile = min(multiple(count, unit), multiple(-(-KV_TILE // size), unit))
+        per_tile = min(multiple(count, lcm(ROWS, size) // size), kv_tile_of(size) // size)
         tiles = -(-count // per_tile)
         table = pad(self.block_table.to(torch.int32), (0, tiles * per_tile - count), value=NO_BLOCK)
         shared = len(table) == 1
