@@ -32,14 +32,11 @@ from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.schedule import NO_BLOCK, Schedule, kv_tile_of
 from neuron_attn_rewrite.kernels.vendor.layouts import multiple, row_bounds
 from neuron_attn_rewrite.ops.arguments import BOUNDS_DTYPES, readable
-from neuron_attn_rewrite.ops.flash_fwd import has_tangent
 from neuron_attn_rewrite.ops.paged import launch_tiles
 
 NAME = "flash_blocks"
 CACHE_ORDERS = tuple(f"{''.join(letters)}D" for letters in permutations("BHS"))
 """The orders of the dims of a cache: blocks (B), heads (H), the rows of a block (S), and last the size of a row (D)."""
-OF_FLASH_FWD = ("scale", "band_lower", "band_upper", "bounds", "softcap", "sink", "lnc")
-"""The keyword arguments that `flash_fwd` has too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +145,15 @@ class FlashBlocks:
         pages = _plain(cache, self.cache_order)[table.clamp_min(0).long()]
         return pages.transpose(1, 2).flatten(2, 3)
 
-    def copied(self) -> tuple[Tensor, Tensor]:
-        """Copies of all keys and values, [batch, num_kv_heads, length, dim] each."""
-        self._check_form()
+    def as_one(self) -> tuple[Tensor, Tensor, Tensor, Terms]:
+        """The same with copies of all keys and values: query, key, value and terms."""
         table = self.block_table.expand(len(self.query), -1)
-        return self._copied(self.key_cache, table), self._copied(self.value_cache, table)
+        key, value = (self._copied(cache, table) for cache in (self.key_cache, self.value_cache))
+        return self.query, key, value, self._terms()
 
     def decomposed(self) -> Tensor:
         """The result by plain torch operators, from copies of all keys and values."""
-        return reference.attention(self.query, *self.copied(), self._terms())
+        return reference.attention(*self.as_one())
 
     def on_cpu(self) -> Tensor:
         """The result on the CPU: one batch element at a time, from copies of the blocks that its rows see."""
@@ -229,24 +226,6 @@ class FlashBlocks:
 def _plain(cache: Tensor, order: str) -> Tensor:
     """A view of a cache as [blocks, heads, block_size, dim]."""
     return cache if order == PLAIN else cache.permute([order.index(letter) for letter in PLAIN])
-
-
-def with_gradients(*tensors: Tensor, **options: Any) -> Tensor:
-    """`flash_blocks` while autograd records: gradients are those of `flash_fwd` on copies of the keys."""
-    operands = (*tensors, options.get("sink"))
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if recorded or any(map(has_tangent, operands)):
-        call = FlashBlocks(*tensors, **options)
-        copied = call.copied()
-        call.check()
-        if readable(*tensors):
-            call.check_values()
-        terms = {name: getattr(call, name) for name in OF_FLASH_FWD}
-        result: Tensor = torch.ops.neuron_attn.flash_fwd.default(call.query, *copied, **terms)
-        return result
-    with torch._C._AutoDispatchBelowAutograd():
-        below: Tensor = torch.ops.neuron_attn.flash_blocks.default(*tensors, **options)
-    return below
 
 
 def checked_blocks(block_table: Tensor, blocks: int, wraps: bool = False) -> Tensor:

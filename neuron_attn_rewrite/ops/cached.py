@@ -67,7 +67,9 @@ class CachedOp:
         given = [value for value in (*tensors, *options.values()) if isinstance(value, Tensor)]
         records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         call = self._checked(tensors, options) if records or any(map(has_tangent, given)) else None
-        if isinstance(call, FlashPrior):
+        if call is not None and not isinstance(call, FlashPaged):
+            if readable(*tensors):
+                call.check_values()
             query, key, value, terms = call.as_one()
             named = {field.name: getattr(terms, field.name) for field in fields(terms)}
             result: Tensor = torch.ops.neuron_attn.flash_fwd.default(query, key, value, lnc=call.lnc, **named)

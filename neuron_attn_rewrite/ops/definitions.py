@@ -52,11 +52,11 @@ _PRIOR, BLOCKS = CachedOp(prior.NAME, prior.FlashPrior), CachedOp(blocks.NAME, b
 for _op in (_PRIOR, CachedOp(paged.NAME, paged.FlashPaged), BLOCKS):
     _define(f"{_op.name}({schema(_op.arguments)}) -> Tensor")
     _implement(_op.name, _op.on_cpu, _op.decomposed, _op.fake, _op.on_xla)
-LIBRARY.impl(_PRIOR.name, _PRIOR.with_gradients, "Autograd")
+for _op in (_PRIOR, BLOCKS):
+    LIBRARY.impl(_op.name, _op.with_gradients, "Autograd")
 for _device in ("CPU", "CUDA", "XLA"):
     _keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(f"Autocast{_device}"))
     LIBRARY.impl("flash_fwd", partial(flash_fwd.forward_in_autocast, _device.lower(), _keys), f"Autocast{_device}")
     LIBRARY.impl(_PRIOR.name, partial(_PRIOR.in_autocast, _device.lower(), _keys), f"Autocast{_device}")
-LIBRARY.impl(blocks.NAME, blocks.with_gradients, "Autograd")
 _define("checked_blocks(Tensor block_table, SymInt blocks, bool wraps=False) -> Tensor")
 _implement("checked_blocks", *(blocks.checked_blocks,) * 2, blocks.fake_checked_blocks, blocks.checked_blocks)
