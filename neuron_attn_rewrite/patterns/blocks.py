@@ -20,7 +20,6 @@ from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.reasons import Reason
 from neuron_attn_rewrite.values.evaluator import Evaluator
 
-INTEGERS = (torch.int32, torch.int64)
 BLOCK_AXIS = -1
 """The axis of the blocks of a cache. No axis of the scores has this number."""
 ORDERS = tuple(f"{''.join(letters)}D" for letters in permutations("BHS"))
@@ -85,7 +84,7 @@ def gathered(node: fx.Node, dims: Dims) -> Gathered | None:
     else:
         return None
     cache = given["weight" if name == "embedding" else "self"]
-    if not isinstance(table, fx.Node) or not isinstance(cache, fx.Node) or dtype(table) not in INTEGERS:
+    if not isinstance(table, fx.Node) or not isinstance(cache, fx.Node) or dtype(table) not in views.INDICES:
         return None
     count = 1 if name == "gather" else len(shape(table))
     table_dims = dims[at : at + count]
@@ -106,7 +105,7 @@ def gathered(node: fx.Node, dims: Dims) -> Gathered | None:
 def _numbers(table: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
     """The tensor that the numbers of blocks are read from, before views and casts to more bits."""
     while True:
-        if op_name(table) in views.CASTS and {dtype(table), dtype(views.source(table))} <= set(INTEGERS):
+        if op_name(table) in views.CASTS and {dtype(table), dtype(views.source(table))} <= set(views.INDICES):
             if dtype(table) != torch.int64:
                 return table, dims
             table = views.source(table)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import fx
 
 from neuron_attn_rewrite.graph.drafts import DRAFT
@@ -24,8 +23,6 @@ from neuron_attn_rewrite.patterns import views
 from neuron_attn_rewrite.patterns.axes import Dim, Dims, atoms, axis_dim, dim_size, layout_steps
 from neuron_attn_rewrite.patterns.site import AttentionSite, Operand
 from neuron_attn_rewrite.reasons import Reason
-
-INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -272,7 +269,7 @@ def _index_put(site: AttentionSite, node: fx.Node, dims: Dims, at: int) -> _Read
     batch, _, queries, _ = site.dims
     by_dim = dict(given)
     others = [i for i in by_dim if i != at]
-    if values["accumulate"] or at not in by_dim or any(dtype(index) not in INTEGERS for index in by_dim.values()):
+    if values["accumulate"] or at not in by_dim or any(dtype(index) not in views.INDICES for index in by_dim.values()):
         return None
     if len(others) > 1 or any(dims[i] != batch or not batch for i in others):
         return None

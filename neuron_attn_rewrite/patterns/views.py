@@ -16,6 +16,8 @@ MOVES = RESHAPES | EXPANDS | PERMUTES
 IDENTITIES = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"}
 """Operators that return their tensor. detach is not one of them: its gradients differ."""
 CASTS = {"to", "_to_copy", "type_as"}
+INDICES = (torch.int64, torch.int32)
+"""The dtypes of tensors of indices. Others are masks."""
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
 
 

@@ -212,9 +212,9 @@ def test_gradients_are_those_of_all_keys_together() -> None:
 
 def test_lengths_are_checked_where_gradients_are_recorded_too() -> None:
     query, *others = Cache().tensors([5, 201])
-    for given in (query, query.clone().requires_grad_()):
+    for rows in (query, query.clone().requires_grad_()):
         with pytest.raises(InputError, match=r"prior_lengths must lie in \[0, 200\]"):
-            flash_prior(given, *others, scale=0.3)
+            flash_prior(rows, *others, scale=0.3)
 
 
 def test_autocast_casts_operands_of_different_dtypes_alone() -> None:
