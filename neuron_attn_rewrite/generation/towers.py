@@ -60,9 +60,14 @@ class Tower(nn.Module):
     def forward(self, floats: list[Tensor]) -> Any:
         """What the tower gives."""
         rest = iter(floats)
-        given = pytree.tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, self.given)
+
+        def argument(leaf: Any) -> Any:
+            if _is_float(leaf):
+                return next(rest)
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf  # the tower may write into it
+
         with ConstantIntegers():
-            return self.module(**given)
+            return self.module(**pytree.tree_map(argument, self.given))
 
 
 class Towers:

@@ -58,6 +58,15 @@ def test_tokens_with_padding_on_the_left(llama: Any, generator: Generator, lengt
     assert torch.equal(generator.generate(tokens, **options), llama.generate(tokens, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_and_tokens_of_other_dtypes(llama: Any, generator: Generator, dtype: torch.dtype) -> None:
+    tokens, mask = prompt(BATCH, 13)
+    options = {"attention_mask": mask.to(dtype), "max_new_tokens": 5, "do_sample": False}
+    expected = llama.generate(tokens, **options)
+    assert torch.equal(generator.generate(tokens, **options), expected)
+    assert torch.equal(generator.generate(tokens.int(), **options), expected)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
@@ -140,6 +149,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many rows": ({"rows": 4}, "4 sequences, beams counted, do not fit batch_size=3"),
     "too many beams": ({"num_beams": 2}, "6 sequences, beams counted"),
     "mask of another shape": ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be [3, 6]"),
+    "mask of fractions": ({"attention_mask": torch.full((3, 6), 0.5)}, "attention_mask must hold whole numbers"),
     "another cache": ({"past_key_values": transformers.DynamicCache()}, "past_key_values can't be given"),
     "a kind of cache": ({"cache_implementation": "static"}, "cache_implementation can't be given"),
     "no cache": ({"use_cache": False}, "use_cache=False can't be given"),
