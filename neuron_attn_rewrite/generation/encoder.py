@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_attn_rewrite.errors import CaptureError, InputError
+from neuron_attn_rewrite.generation.fit import whole_numbers
 from neuron_attn_rewrite.generation.step import Names
 
 TOKENS, MASK = "input_ids", "attention_mask"
@@ -134,6 +135,8 @@ class Encoder:
                     raise InputError(f"generate: the encoder needs {name}, as when its graph was made.")
                 if value is None:
                     value = like.new_ones(len(main), *(main if self.takes_tokens else like).shape[1:])
+                if not like.is_floating_point():
+                    value = whole_numbers(name, value)
                 inputs[name] = self._filled(value, like, self.filling if name == self.main else 0)
             if all(value.shape[1:] == example[name].shape[1:] for name, value in inputs.items()):
                 return graph, inputs

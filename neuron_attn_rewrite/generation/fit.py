@@ -65,6 +65,18 @@ def whole_batch(tensor: Tensor, batch: int, dim: int = 0) -> Tensor:
     return torch.cat([tensor, *[tensor.narrow(dim, 0, 1)] * missing], dim) if missing else tensor
 
 
+def whole_numbers(name: str, tensor: Tensor) -> Tensor:
+    """As int64, which the graphs take. `generate` of a model takes masks and tokens of other dtypes too.
+
+    Raises:
+        InputError: there are fractions.
+    """
+    whole = tensor.to(torch.int64)
+    if tensor.is_floating_point() and not torch.equal(whole.to(tensor.dtype), tensor):
+        raise InputError(f"generate: {name} must hold whole numbers, and it is {tensor.dtype} with fractions.")
+    return whole
+
+
 def pad(tensor: Tensor, fill: tuple[int, int], value: float = 0) -> Tensor:
     """A value before and behind the last dim."""
     return torch.nn.functional.pad(tensor, fill, value=value)
@@ -157,6 +169,8 @@ def to_mask(value: Any, usual: Any, sizes: Sizes) -> Any:
         raise InputError(f"generate: the mask must be [{', '.join(map(str, shape))}], not {describe(value)}.")
     if usual.dim() == 4 and value.dtype == torch.bool and usual.dtype != torch.bool:
         value = torch.zeros_like(value, dtype=usual.dtype).masked_fill(~value, torch.finfo(usual.dtype).min)
+    if usual.dim() == 2:
+        value = whole_numbers("attention_mask", value)
     return value.expand(sizes.rows, *value.shape[1:])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from neuron_attn_rewrite.capture.objects import put_together
 from neuron_attn_rewrite.errors import InputError, RewriteError
 from neuron_attn_rewrite.generation.encoder import MASK, TOKENS, Encoder
-from neuron_attn_rewrite.generation.fit import Window, check_pieces, whole_batch
+from neuron_attn_rewrite.generation.fit import Window, check_pieces, whole_batch, whole_numbers
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
 from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
@@ -198,7 +198,7 @@ class Generator:
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
         found = {names.tokens: tokens, names.mask: mask, names.positions: positions}
-        return {name: _whole_numbers(name, tensor) for name, tensor in found.items() if name is not None}
+        return {name: whole_numbers(name, tensor) for name, tensor in found.items() if name is not None}
 
     def _encode(self, given: dict[str, Any]) -> Any:
         """The output of the encoder. A new sequence begins."""
@@ -252,18 +252,6 @@ class Generator:
         if piece.fresh and names.keep is not None:
             return result
         return result[:, fill[0] : fill[0] + rows]
-
-
-def _whole_numbers(name: str, tensor: Tensor) -> Tensor:
-    """As int64, which the graphs take. `generate` of a model takes masks and tokens of other dtypes too.
-
-    Raises:
-        InputError: there are fractions.
-    """
-    whole = tensor.to(torch.int64)
-    if tensor.is_floating_point() and not torch.equal(whole.to(tensor.dtype), tensor):
-        raise InputError(f"generate: {name} must hold whole numbers, and it is {tensor.dtype} with fractions.")
-    return whole
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:

@@ -121,6 +121,13 @@ def test_tokens_of_a_reader(reader: Pair, length: int, padding: str, beams: int,
     same(reader, tokens_of(2, length), num_beams=beams, **mask_of(padding, length), **DECODER[start])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_and_tokens_of_other_dtypes(reader: Pair, dtype: torch.dtype) -> None:
+    mask = mask_of("right", 9)["attention_mask"].to(dtype)
+    tokens = tokens_of(2, 9)
+    assert torch.equal(same(reader, tokens, attention_mask=mask), same(reader, tokens.int(), attention_mask=mask))
+
+
 def test_padding_changes_the_logits(reader: Pair) -> None:
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
 

@@ -172,6 +172,12 @@ def test_tokens_of_text_alone(case: Case) -> None:
     assert torch.equal(found, expected)
 
 
+def test_masks_of_other_dtypes(case: Case) -> None:
+    given = inputs(case.kind, padded=True, seed=2)
+    expected, found = both(case, {**given, "attention_mask": given["attention_mask"].bool()})
+    assert torch.equal(found, expected)
+
+
 def test_another_number_of_images_runs_in_the_model(case: Case) -> None:
     given = inputs(case.kind, rows=1, seed=3)
     with pytest.warns(RewriteWarning, match=f"no graph of .*{case.kind.tower} takes media of shape"):
