@@ -55,7 +55,8 @@ def model_of(kind: str) -> Any:
     settings = model.generation_config
     settings.update(eos_token_id=None, forced_eos_token_id=None, forced_bos_token_id=None)
     if kind == "Whisper":
-        settings.no_timestamps_token_id, settings.is_multilingual = 70, False  # tokens that follow are times
+        # Tokens behind this one are times. A segment that ends at time 0 would be processed again, without end.
+        settings.no_timestamps_token_id, settings.is_multilingual = VOCABULARY - 1, False
     return model
 
 
