@@ -22,6 +22,7 @@ from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
 from neuron_attn_rewrite.generation.step import State, grown_cache, step_of
+from neuron_attn_rewrite.generation.tokens import random_tokens
 from neuron_attn_rewrite.generation.towers import towers
 from neuron_attn_rewrite.generation.trace import EXAMPLE
 from neuron_attn_rewrite.module import RewrittenModule
@@ -221,12 +222,11 @@ def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tu
         keys = (0, width - end) if fresh or attends else None
         return begin, Window(begin, end, 0, (0, length + begin - end), keys, room.batch).fit(part.usual, names)
     cached = 0 if fresh or not attends else (room.capacity - length) // 2
-    vocabulary = part.module.config.get_text_config(decoder=True).vocab_size
     # So that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
     mask[0, 0] = int(cached + length < 2)
     inputs = {
-        names.tokens: torch.randint(0, vocabulary, (room.batch, length)),
+        names.tokens: random_tokens(part.module, room.batch, length),
         names.mask: mask,
         names.positions: (mask.cumsum(1) - 1).clamp_min(0)[:, cached : cached + length],
         names.keep: torch.tensor([length - 1]) if fresh else None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from neuron_attn_rewrite.capture.compare import HALF, LARGEST_ERROR, LARGEST_ERROR_OF_HALF, relative_difference
 from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.generation.generator import Generator
-from neuron_attn_rewrite.generation.part import random_tokens
+from neuron_attn_rewrite.generation.tokens import random_tokens
 
 STEPS = 5
 """How many tokens are generated: one by the prompt's graph, four by the decode graph."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neuron_attn_rewrite.errors import CaptureError, InputError
 from neuron_attn_rewrite.generation.fit import whole_numbers
 from neuron_attn_rewrite.generation.step import Names
+from neuron_attn_rewrite.generation.tokens import random_tokens
 
 TOKENS, MASK = "input_ids", "attention_mask"
 Tensors: TypeAlias = dict[str, Tensor]
@@ -71,9 +72,8 @@ class Encoder:
         encoder = model.get_encoder()
         main = getattr(encoder, "main_input_name", TOKENS)
         if main == TOKENS:
-            size = model.config.get_text_config(encoder=True).vocab_size
             masks = names.encoder_mask is not None and MASK in inspect.signature(encoder.forward).parameters
-            examples = {f"encoder[{n}]": _tokens(size, batch, n, masks, model.device) for n in lengths}
+            examples = {f"encoder[{n}]": _tokens(model, batch, n, masks) for n in lengths}
         elif given is not None and isinstance(given.get(main), Tensor):
             examples = {"encoder": {name: _whole(given[name], batch) for name in (main, MASK) if name in given}}
         else:
@@ -198,9 +198,9 @@ def lengthen(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1) if missing else tensor
 
 
-def _tokens(size: int, batch: int, length: int, masks: bool, device: torch.device) -> Tensors:
-    tokens = torch.randint(0, size, (batch, length), device=device)
-    mask = torch.ones(batch, length, dtype=torch.int64, device=device)
+def _tokens(model: Any, batch: int, length: int, masks: bool) -> Tensors:
+    tokens = random_tokens(model, batch, length, encoder=True)
+    mask = torch.ones_like(tokens)
     mask[0, length // 2 + 1 :] = 0  # with padding, so that the model builds a mask from it
     return {TOKENS: tokens, MASK: mask} if masks else {TOKENS: tokens}
 

@@ -101,11 +101,12 @@ class FixedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return (rows if self.fresh else self.capacity), 0
 
     def get_seq_length(self, *args: Any) -> Any:
-        """How many tokens are cached. A tensor in a continuing call."""
+        """How many tokens are cached: a number, or a `Position` in a continuing call that is captured."""
         if self.fresh:
             return self.new
-        cached = self.start + self.new
-        return cached if torch.compiler.is_exporting() else int(cached)
+        if not torch.compiler.is_exporting():
+            return int(self.start) + self.new
+        return Position(self.start, 1, self.capacity - 1) + self.new
 
     def get_max_length(self) -> int:
         """The capacity."""
@@ -292,6 +293,10 @@ def _cross(layer: Any, room: Room) -> Any:
 
 
 def _indexed(layer: Any, room: Room) -> Any:
+    if getattr(layer, "indexer_position_ids", None) is not None:
+        raise CaptureError(f"the cache has a {type(layer).__name__} with positions of its own.")
+    if layer.indexer_keys is None:  # another layer chooses for this one
+        return FixedLayer(*_keys_and_values(layer, room))
     return IndexedLayer(*_keys_and_values(layer, room), _grown(layer.indexer_keys, 1, room.capacity))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from neuron_attn_rewrite.generation.position import Position
+from neuron_attn_rewrite.generation.position import Width
 
 
 class OwnCache:
@@ -78,7 +78,7 @@ class Answers(TorchFunctionMode):
             return False
         found = operator(*args, **(kwargs or {}))
         if operator is Tensor.__getitem__ and args[0] is self.positions and isinstance(args[1], int):
-            return Position(found, *self.ranges[args[1]]) if args[1] in self.ranges else found
+            return Width(found, *self.ranges[args[1]]) if args[1] in self.ranges else found
         return found
 
 

@@ -31,6 +31,7 @@ from neuron_attn_rewrite.generation.fit import (
     zeros_like,
 )
 from neuron_attn_rewrite.generation.step import CACHES, Names
+from neuron_attn_rewrite.generation.tokens import random_tokens
 
 EMBEDDINGS = "inputs_embeds"
 MEDIA = re.compile(r"pixel_|image|video|vision|audio|input_features|input_values|cross_attention_states")
@@ -215,14 +216,6 @@ def _all_calls(model: Any, path: str, offers: list[Mapping[str, Any]]) -> list[C
                 f"{type(model).__name__}.generate fails itself with {with_what}: {type(error).__name__}: {error}"
             ) from error
     return calls
-
-
-def random_tokens(model: Any, batch: int, length: int) -> Tensor:
-    """Tokens of text, [batch, length]: none that stands for a piece of an image or of other media."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    special = {v for n, v in vars(model.config).items() if re.search(r"token_(id|index)$", n) and isinstance(v, int)}
-    words = torch.tensor([n for n in range(vocabulary) if n not in special])
-    return words[torch.randint(0, len(words), (batch, length))].to(model.device)
 
 
 def _calls(model: Any, path: str, offer: Mapping[str, Any]) -> list[Call]:

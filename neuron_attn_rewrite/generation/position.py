@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 SIZED = (torch.full, torch.zeros, torch.ones, torch.empty, torch.arange)
-"""Operators to which a position is a size."""
+"""Operators to which a position may be a size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,19 +20,28 @@ class Position:
     """A position that can be compared with numbers. To operators of torch it is a tensor.
 
     Models and mask functions of transformers ask whether a mask is too narrow for the keys, or whether a token is the
-    first one. A tensor can't answer while a graph is captured, but the range of a position is known.
+    first one. A tensor can't answer while a graph is captured, but the range of a position is known. The positions of
+    new tokens, `torch.arange(position, position + 3)`, are known to be three.
     """
 
-    tensor: Tensor
+    origin: Tensor
     """Int64 []."""
     least: int
     """It is never smaller."""
     most: int
-    """It is never larger. As the size of a mask this is wide enough."""
+    """It is never larger."""
+    offset: int = 0
+    """How far it is from `origin`."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """Int64 []."""
+        return self.origin + self.offset if self.offset else self.origin
 
     def __add__(self, number: Any) -> Any:
-        moved = self.tensor + number
-        return Position(moved, self.least + number, self.most + number) if isinstance(number, int) else moved
+        if not isinstance(number, int):
+            return self.tensor + number
+        return type(self)(self.origin, self.least + number, self.most + number, self.offset + number)
 
     __radd__ = __add__
 
@@ -39,21 +49,76 @@ class Position:
         return self + -number
 
     def __gt__(self, number: Any) -> Any:
-        if not isinstance(number, int) or self.least <= number < self.most:
-            return self.tensor > number
-        return self.least > number
+        return self._compare(operator.gt, number)
 
-    def __index__(self) -> int:
-        return self.most
+    def __ge__(self, number: Any) -> Any:
+        return self._compare(operator.ge, number)
+
+    def __lt__(self, number: Any) -> Any:
+        return self._compare(operator.lt, number)
+
+    def __le__(self, number: Any) -> Any:
+        return self._compare(operator.le, number)
+
+    def __eq__(self, number: Any) -> Any:
+        if isinstance(number, int) and not self.least <= number <= self.most:
+            return False
+        return self.tensor == number
+
+    def __ne__(self, number: Any) -> Any:
+        equal = self == number
+        return equal.logical_not() if isinstance(equal, Tensor) else not equal
+
+    __hash__ = object.__hash__
+
+    def __mul__(self, number: Any) -> Any:
+        return self.tensor * number
+
+    __rmul__ = __mul__
+
+    def __rsub__(self, number: Any) -> Any:
+        return number - self.tensor
+
+    def __floordiv__(self, number: Any) -> Any:
+        return self.tensor // number
+
+    def __mod__(self, number: Any) -> Any:
+        return self.tensor % number
+
+    def __getattr__(self, name: str) -> Any:
+        """What a tensor has."""
+        return getattr(self.tensor, name)
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def _compare(self, compare: Callable[[Any, Any], Any], number: Any) -> Any:
+        """Of an order: what holds at both ends of the range holds between them."""
+        if isinstance(number, int) and (always := compare(self.least, number)) == compare(self.most, number):
+            return always
+        return compare(self.tensor, number)
 
     @classmethod
     def __torch_function__(
-        cls, operator: Callable[..., Any], kinds: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        cls, called: Callable[..., Any], kinds: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
+        if called is torch.arange and len(args) > 1 and all(isinstance(each, Position) for each in args[:2]):
+            start, end, *step = args
+            if start.origin is end.origin:
+                return torch.arange(0, end.offset - start.offset, *step, **kwargs) + start.tensor
+
         def plain(value: Any) -> Any:
             if not isinstance(value, Position):
                 return value
-            return value.most if operator in SIZED else value.tensor
+            return value.most if isinstance(value, Width) and called in SIZED else value.tensor
 
-        args, kwargs = pytree.tree_map(plain, (args, dict(kwargs or {})))
-        return operator(*args, **kwargs)
+        args, kwargs = pytree.tree_map(plain, (args, kwargs))
+        return called(*args, **kwargs)
+
+
+class Width(Position):
+    """A position that is also the size of a mask. As a size it is `most`, which is wide enough for all keys."""
+
+    def __index__(self) -> int:
+        return self.most

@@ -12,7 +12,7 @@ from torch import Tensor
 from neuron_attn_rewrite import CaptureError, Generator, InputError, RewriteConfig, rewrite_for_generation
 from neuron_attn_rewrite.generation.layers import FixedLayer, Room, SlidingLayer, fixed
 from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
-from neuron_attn_rewrite.generation.position import Position
+from neuron_attn_rewrite.generation.position import Position, Width
 from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
 from tests.generation.models import make
 from tests.models import VOCABULARY
@@ -213,11 +213,44 @@ def test_more_tokens_than_are_held_are_not_taken_back(generator: Generator) -> N
 
 def test_a_position_answers_what_is_known() -> None:
     position = Position(torch.tensor(4), 1, 9)
-    assert (position > 0) is True
-    assert (5 + position - 20 > 0) is False
-    assert torch.equal(position > 3, torch.tensor(True))  # a tensor: it depends
-    assert torch.equal(torch.arange(3) + position, torch.tensor([4, 5, 6]))
-    assert torch.full((2, position + 1), 0.0).shape == (2, 10)
+    always = (position > 0, position >= 1, position < 10, position <= 9, position != 0, position != 10, bool(position))
+    assert all(answer is True for answer in always)
+    never = (5 + position - 20 > 0, position < 1, position >= 10, position == 0, position == 10)
+    assert all(answer is False for answer in never)
+
+
+def test_a_position_is_a_tensor_where_the_answer_depends() -> None:
+    position = Position(torch.tensor(4), 1, 9)
+    depends = (position > 1, position >= 2, position < 9, position <= 8, position == 1, position == 9, position != 4)
+    assert [bool(answer) for answer in depends] == [True, True, True, True, False, False, False]
+    assert all(isinstance(answer, Tensor) for answer in depends)
+    with pytest.raises(TypeError):
+        range(position)  # type: ignore[call-overload]
+    with pytest.raises(TypeError):
+        torch.arange(10)[: position + 1]
+
+
+def test_operators_take_a_position_as_a_tensor() -> None:
+    position = Position(torch.tensor(4), 1, 9) + 1
+    assert torch.equal(torch.arange(3) + position, torch.tensor([5, 6, 7]))
+    assert torch.equal(torch.arange(3) - position, torch.tensor([-5, -4, -3]))
+    found = (2 * position, position * 2, position - torch.tensor(1), 9 - position, position // 2, position % 3)
+    assert [int(value) for value in found] == [10, 10, 4, 4, 2, 2]
+    assert position.dtype == torch.int64 and position.view(1).shape == (1,)
+
+
+def test_the_number_of_new_positions_is_known() -> None:
+    position = Position(torch.tensor(4), 1, 9)
+    assert torch.equal(torch.arange(position, position + 3), torch.tensor([4, 5, 6]))
+    assert torch.equal(torch.arange(position + 1, position + 5, 2, dtype=torch.float32), torch.tensor([5.0, 7.0]))
+    assert len(torch.arange(position)) == 4
+
+
+def test_a_width_is_as_large_as_it_may_be() -> None:
+    width = Width(torch.tensor(4), 1, 9) + 1
+    assert torch.full((2, width), 0.0).shape == (2, 10)
+    assert len(torch.arange(width)) == len(range(width)) == 10
+    assert torch.arange(20)[:width].shape == (10,)
 
 
 def test_what_models_ask_about_positions_and_masks() -> None:
