@@ -233,7 +233,7 @@ class Generator:
         if piece.fresh or state.kind.attends:
             width = piece.length if piece.fresh else self._room.capacity + state.held
             keys = gap, width - gap - cached - piece.end
-        inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names) | encoded
+        inputs = Window(piece.begin, piece.end, cached, fill, keys, self.batch_size).fit(inputs, names)
         if state.kind.own and state.kind.attends and not piece.fresh and names.mask is not None:
             # Such models look up the new tokens at the end of the mask. As keys they come later, and are hidden.
             seen = inputs[names.mask]
@@ -244,7 +244,7 @@ class Generator:
         self._room.place.copy_(torch.tensor([start, piece.length if left else rows]))
         graph = self.graphs[graph_name(piece.length, piece.fresh)]
         result: Tensor
-        result, tensors = graph(self._room.place, state.tensors, inputs)
+        result, tensors = graph(self._room.place, state.tensors, inputs | encoded)
         state.tensors[:] = tensors
         progress.gap = gap
         progress.tokens = rows if piece.fresh else progress.tokens + rows

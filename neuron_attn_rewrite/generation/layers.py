@@ -261,12 +261,19 @@ def kind_of(cache: Any) -> Kind:
 
 
 def _fixed(layer: Any, room: Room) -> Any:
+    if _is_unused(layer):
+        return layer
     for kinds, make in _LAYERS:
         if type(layer) in kinds:  # a derived class may do anything
             return make(layer, room)
     raise CaptureError(
         f"the cache has a {type(layer).__name__}, and no layer of fixed shape is known that does the same."
     )
+
+
+def _is_unused(layer: Any) -> bool:
+    """Whether no attention writes keys into it, such as one that reads images where there are none."""
+    return getattr(layer, "keys", layer) is None
 
 
 def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -289,6 +296,8 @@ def _sliding(layer: Any, room: Room) -> Any:
 
 
 def _cross(layer: Any, room: Room) -> Any:
+    if _is_unused(layer):
+        return layer
     return CrossLayer(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), room.place)
 
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from neuron_attn_rewrite.generation.position import Width
+from neuron_attn_rewrite.generation.position import Slicing, Width
 
 
 class OwnCache:
@@ -62,7 +61,7 @@ class _Grown:
         return key, value
 
 
-class Answers(TorchFunctionMode):
+class Answers(Slicing):
     """Within the block, what models ask about the values of masks and positions has an answer. A graph has no values.
 
     `torch.all` of a tensor is False: a model asks whether a mask hides nothing, and does without it then. The first and
@@ -76,7 +75,7 @@ class Answers(TorchFunctionMode):
     def __torch_function__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator in (torch.all, Tensor.all) and len(args) == 1 and not kwargs:
             return False
-        found = operator(*args, **(kwargs or {}))
+        found = super().__torch_function__(operator, kinds, args, kwargs)
         if operator is Tensor.__getitem__ and args[0] is self.positions and isinstance(args[1], int):
             return Width(found, *self.ranges[args[1]]) if args[1] in self.ranges else found
         return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 SIZED = (torch.full, torch.zeros, torch.ones, torch.empty, torch.arange)
@@ -21,7 +22,7 @@ class Position:
 
     Models and mask functions of transformers ask whether a mask is too narrow for the keys, or whether a token is the
     first one. A tensor can't answer while a graph is captured, but the range of a position is known. The positions of
-    new tokens, `torch.arange(position, position + 3)`, are known to be three.
+    new tokens, `torch.arange(position, position + 3)`, are known to be three; within `Slicing`, those of a slice too.
     """
 
     origin: Tensor
@@ -122,3 +123,23 @@ class Width(Position):
 
     def __index__(self) -> int:
         return self.most
+
+
+class Slicing(TorchFunctionMode):
+    """Within the block, positions are slices of tensors. `tensor[position : position + 3]` has three rows."""
+
+    def __torch_function__(self, called: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if called is Tensor.__getitem__:
+            args = args[0], _plain_index(args[1])
+        return called(*args, **(kwargs or {}))
+
+
+def _plain_index(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_plain_index, index))
+    if not isinstance(index, slice):
+        return index
+    start, stop = index.start, index.stop
+    if isinstance(start, Position) and isinstance(stop, Position) and start.origin is stop.origin:
+        return torch.arange(start, stop, index.step or 1, device=start.device)  # type: ignore[call-overload]
+    return slice(*(each.tensor if type(each) is Position else each for each in (start, stop, index.step)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from neuron_attn_rewrite.errors import CaptureError
 from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.layers import Kind, Room
 from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
+from neuron_attn_rewrite.generation.position import Slicing
 
 CACHES = ("past_key_values", "cache_params")
 """What models of transformers call their cache."""
@@ -255,7 +255,7 @@ class Step(nn.Module):
             inputs = {**inputs, self.names.encoder_outputs: self.encoded(**inputs[self.names.encoder_outputs])}
         last = positions.shape[0] if self.fresh else self.capacity
         answers = Answers(positions, (0, 0) if self.fresh else (1, last), last - 1)
-        with answers if isinstance(state, OwnCache) else nullcontext():
+        with answers if isinstance(state, OwnCache) else Slicing():
             outputs = self.model(**inputs, **{self.names.cache: state}, use_cache=True, return_dict=True)
         pieces = _pieces(place)
         take_apart(state, pieces)

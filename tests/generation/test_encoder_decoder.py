@@ -36,11 +36,42 @@ WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+BERT = {
+    "model_type": "bert",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GEMMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "T5": ("T5ForConditionalGeneration", T5 | {"decoder_start_token_id": 0}),
     "Bart": ("BartForConditionalGeneration", BART | POSITIONS),
     "Marian": ("MarianMTModel", BART | POSITIONS),
     "Whisper": ("WhisperForConditionalGeneration", BART | WHISPER),
+    "Mvp": ("MvpForConditionalGeneration", BART | POSITIONS),
+    "T5Gemma": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": GEMMA, "decoder": GEMMA, "vocab_size": VOCABULARY, "decoder_start_token_id": 2},
+    ),
+    "EncoderDecoder": (
+        "EncoderDecoderModel",
+        {
+            "encoder": BERT,
+            "decoder": BERT | {"is_decoder": True, "add_cross_attention": True},
+            "decoder_start_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
 }
 
 
@@ -127,6 +158,17 @@ def test_masks_and_tokens_of_other_dtypes(reader: Pair, dtype: torch.dtype) -> N
     mask = mask_of("right", 9)["attention_mask"].to(dtype)
     tokens = tokens_of(2, 9)
     assert torch.equal(same(reader, tokens, attention_mask=mask), same(reader, tokens.int(), attention_mask=mask))
+
+
+@pytest.mark.parametrize("kind", ["Mvp", "T5Gemma", "EncoderDecoder"])
+def test_tokens_of_other_models(kind: str) -> None:
+    """One asks for the value of a position, one takes `logits_to_keep`, one has two configs."""
+    model = model_of(kind)
+    generator = rewrite_for_generation(
+        model, batch_size=BATCH, max_length=MAX_LENGTH, encoder_lengths=10, config=CONFIG, verify=False
+    )
+    for padding in ("left", "right"):
+        same((model, generator), tokens_of(2, 9), **mask_of(padding, 9))
 
 
 def test_padding_changes_the_logits(reader: Pair) -> None:

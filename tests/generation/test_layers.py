@@ -12,7 +12,7 @@ from torch import Tensor
 from neuron_attn_rewrite import CaptureError, Generator, InputError, RewriteConfig, rewrite_for_generation
 from neuron_attn_rewrite.generation.layers import FixedLayer, Room, SlidingLayer, fixed
 from neuron_attn_rewrite.generation.own import Answers, OwnCache, own_cache
-from neuron_attn_rewrite.generation.position import Position, Width
+from neuron_attn_rewrite.generation.position import Position, Slicing, Width
 from neuron_attn_rewrite.generation.step import Names, State, grown_cache, step_of
 from tests.generation.models import make
 from tests.models import VOCABULARY
@@ -244,6 +244,44 @@ def test_the_number_of_new_positions_is_known() -> None:
     assert torch.equal(torch.arange(position, position + 3), torch.tensor([4, 5, 6]))
     assert torch.equal(torch.arange(position + 1, position + 5, 2, dtype=torch.float32), torch.tensor([5.0, 7.0]))
     assert len(torch.arange(position)) == 4
+
+
+def test_a_slice_of_new_positions() -> None:
+    position, rows = Position(torch.tensor(4), 1, 9), torch.arange(24).view(12, 2)
+    with Slicing():
+        assert torch.equal(rows[position : position + 3], rows[4:7])
+        assert torch.equal(rows[position - 1 : position + 3 : 2, 1], rows[3:7:2, 1])
+        assert torch.equal(rows[None, position : position + 2, None], rows[None, 4:6, None])
+        assert torch.equal(rows[: position + 1], rows[:5])
+        assert torch.equal(rows[-2:, 0], rows[-2:, 0])
+
+
+class Asks(torch.nn.Module):
+    """A model that computes with the number of cached tokens."""
+
+    def forward(self, place: Tensor, keys: Tensor) -> Tensor:
+        layer = FixedLayer(keys, keys, place)
+        past = layer.get_seq_length()
+        if past == 0 or past + 2 > CAPACITY + 1 or not past:
+            return keys
+        return torch.arange(past, past + 2, device=keys.device)
+
+
+def test_the_number_of_cached_tokens_is_known_while_a_graph_is_captured() -> None:
+    keys = torch.zeros(BATCH, 2, CAPACITY, 4)
+    graph = torch.export.export(Asks(), (place(3, 2), keys), strict=False).module()
+    for count in (1, 7, CAPACITY - 1):
+        assert torch.equal(graph(place(count, 2), keys), torch.tensor([count, count + 1]))
+
+
+def test_a_layer_that_nothing_is_written_into_stays() -> None:
+    cache = transformers.DynamicCache()
+    cache.update(torch.ones(BATCH, 2, 1, 4), torch.ones(BATCH, 2, 1, 4), 1)
+    unused, used = fixed(cache, Room(BATCH, CAPACITY, place(0, 0))).layers
+    assert unused.keys is None and used.keys.shape == (BATCH, 2, CAPACITY, 4)
+    cross = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    cross.cross_attention_cache.layers = [type(unused)()]
+    assert fixed(cross, Room(BATCH, CAPACITY, place(0, 0))).cross_attention_cache.layers[0].keys is None
 
 
 def test_a_width_is_as_large_as_it_may_be() -> None:
