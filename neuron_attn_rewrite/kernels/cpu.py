@@ -8,6 +8,7 @@ Softcap, which that kernel lacks, is computed here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,15 @@ from torch.nn.functional import pad
 from neuron_attn_rewrite.kernels import reference
 from neuron_attn_rewrite.kernels.reference import Terms, narrow, positive_scale, work_dtype
 
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH = torch._scaled_dot_product_flash_attention_for_cpu
 TILE_ROWS = 256
 """Query rows of a tile. Fewer rows skip more keys; more rows make larger matrix products."""
 TILE_SCORES = 2**21
 """Elements of a tile of scores, if scores are stored: 8 MB in float32."""
 WORTH_A_CALL = 2**25
 """A batch element with at least this many multiplications gets its own call, with only the keys that it sees."""
+MANY_BOUNDS = 256
+"""More than these are not looked at one by one."""
 FEW_ROWS = 16
 """With at most this many rows, it is faster to compute the rows of a group of heads together."""
 GROUPED_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -38,8 +41,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor
     kv_len, v_dim = value.shape[2:]
     if not (query.numel() and key.numel() and value.numel()):
         return query.new_zeros(batch, heads, q_len, v_dim)
-    if _is_plain(terms):
-        return _flash(query, key, value, None, terms.scale, causal=terms.band_upper == 0)[0].contiguous()
+    keys = _seen_by_all(terms, kv_len)
+    if keys is not None:
+        return _flash(query, _span(key, keys), _span(value, keys), None, terms.scale, False)[0].contiguous()
+    if _is_causal(terms):
+        return _flash(query, key, value, None, terms.scale, causal=True)[0].contiguous()
     parts = _batch_parts(query, key, terms)
     if len(parts) == 1:
         return _attend(query, key, value, terms)
@@ -74,7 +80,7 @@ def attention_to_parts(
             part = terms.part(b, slice(0, heads), slice(0, q_len), slice(0, key.shape[2]))
             for tile in _tiles(query[b], key[b], part):
                 result, total = _of_tile(query[b], key[b], value[b], part, tile)
-                if bool(result.sum().isnan()):
+                if math.isnan(result.sum().item()):
                     return None
                 out[b, :, tile.rows] = result
                 is_empty = False if tile.mask is None else tile.mask.amax(-1) == float("-inf")
@@ -85,10 +91,30 @@ def attention_to_parts(
     return (outs * weights[..., None]).sum(0).to(query.dtype)
 
 
-def _is_plain(terms: Terms) -> bool:
-    """Whether it is full attention, or causal attention aligned at the top left, without other terms."""
+def _seen_by_all(terms: Terms, kv_len: int) -> slice | None:
+    """The keys that each row sees, if it sees no others and the scores are all that counts.
+
+    In a step of generation this is quick to find out, and the rest takes more time than the attention itself.
+    """
+    bounds, padding = terms.bounds, terms.key_padding
+    others = (terms.band_lower, terms.band_upper, terms.bias, terms.softcap, terms.sink)
+    if any(other is not None for other in others) or (bounds is not None and bounds.numel() > MANY_BOUNDS):
+        return None
+    lo, hi = 0, kv_len
+    if bounds is not None:
+        (low, high), *more = bounds.flatten(0, 1).tolist()
+        if any(pair != [low, high] for pair in more):
+            return None
+        lo, hi = max(low, 0), min(high, kv_len)
+    if lo >= hi or (padding is not None and not bool(padding[:, lo:hi].all())):
+        return None
+    return slice(lo, hi)
+
+
+def _is_causal(terms: Terms) -> bool:
+    """Whether it is causal attention aligned at the top left, without other terms."""
     others = (terms.band_lower, terms.key_padding, terms.bounds, terms.bias, terms.softcap, terms.sink)
-    return terms.band_upper in (None, 0) and all(other is None for other in others)
+    return terms.band_upper == 0 and all(other is None for other in others)
 
 
 def _batch_parts(query: Tensor, key: Tensor, terms: Terms) -> list[slice]:
@@ -113,7 +139,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         if terms.sink is not None:
             shares = (lse - terms.sink.to(lse.dtype)[:, None]).sigmoid()
             result = (result * shares[..., None]).to(query.dtype)
-        if bool(result.sum().isnan()):  # maybe of a hidden key: the flash kernel adds -inf to it, which hides no NaN
+        if math.isnan(
+            result.sum().item()
+        ):  # maybe of a hidden key: the flash kernel adds -inf to it, which hides no NaN
             result = _by_reference(query, key, value, terms, tile)
         if terms.empty_rows == "mean" and tile.mask is not None:
             result = torch.where(tile.mask.amax(-1, keepdim=True) == float("-inf"), empty_row, result)
@@ -255,13 +283,13 @@ def _seen(terms: Terms, rows: slice, lo: int, hi: int) -> tuple[int, int, bool, 
     first, last = max(lo, rows.start + lower), min(hi, rows.stop + upper)
     seen = None
     if terms.bounds is not None and first < last:
-        los, his = terms.bounds[:, rows].unbind(2)
-        los, his = los.clamp_min(first), his.clamp_max(last)
-        # An empty row must not widen the tile.
-        empty = los >= his
-        los, his = los.masked_fill(empty, last), his.masked_fill(empty, first)
-        first, last = int(los.min()), int(his.max())
-        if first < last and (int(los.max()) > first or int(his.min()) < last):
+        part = terms.bounds if rows == slice(0, terms.bounds.shape[1]) else terms.bounds[:, rows]
+        # As numbers: an operator on a few of them takes longer than all of Python's arithmetic.
+        cut = [(max(low, first), min(high, last)) for low, high in part.flatten(0, 1).tolist()]
+        spans = {span for span in cut if span[0] < span[1]}  # an empty row must not widen the tile
+        first, last = min((low for low, _ in spans), default=first), max((high for _, high in spans), default=first)
+        if spans and any(span != (first, last) for span in cut):
+            los, his = part.unbind(2)
             j = torch.arange(first, last)
             seen = ((los[:, :, None] <= j) & (j < his[:, :, None]))[:, None]
     ragged = rows.stop - 1 + lower > first or rows.start + upper < last - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from functools import cache
 from types import MappingProxyType
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class Orders:
     result: str = PLAIN
 
     @classmethod
+    @cache
     def read(cls, text: str) -> Orders:
         """Read the op's argument: four orders of `ORDERS`, separated by commas.
 

@@ -91,16 +91,20 @@ def split(options: Mapping[str, Any]) -> tuple[Terms, Choice]:
 
 
 def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash_fwd", **options: Any) -> Terms:
-    """The terms among the keyword arguments of `flash_fwd`. Operands are [batch, heads, length, dim].
+    """The terms among the keyword arguments of `flash_fwd`, as `check` gives them."""
+    terms, choice = split(options)
+    check_plain(op, query=query, key=key, value=value)
+    return check(query, key, value, terms, choice, op)
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, terms: Terms, choice: Choice, op: str = "flash_fwd") -> Terms:
+    """The terms, with limits of the band that are not too far away. Operands are [batch, heads, length, dim].
 
     No value of a tensor is read.
 
     Raises:
         InputError: an argument does not fit; the message names it.
     """
-    terms, choice = split(options)
-    others = {name: getattr(terms, name) for name in ("key_padding", "bounds", "bias", "sink")}
-    check_plain(op, query=query, key=key, value=value, **{n: t for n, t in others.items() if t is not None})
     for name, tensor, dims in (
         ("query", query, "[batch, num_heads, q_len, head_dim]"),
         ("key", key, "[batch, num_kv_heads, kv_len, head_dim]"),
@@ -130,6 +134,7 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
     ):
         if operand is None:
             continue
+        check_plain(op, **{name: operand})
         if operand.dtype not in dtypes:
             raise _error(op, name, f"must be one of {', '.join(map(str, dtypes))}", operand)
         if operand.dim() != len(full) or any(
@@ -138,6 +143,7 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         ):
             dims = ", ".join(f"{n} | 1" if one else f"{n}" for n, one in zip(full, broadcast, strict=True))
             raise _error(op, name, f"must be [{dims}]", operand)
+    others = {"key_padding": terms.key_padding, "bounds": terms.bounds, "bias": terms.bias, "sink": terms.sink}
     check_devices(op, query, {"key": key, "value": value, **others})
     limits = torch.finfo(work_dtype(query.dtype))
     if not abs(terms.scale) <= limits.max:
@@ -153,6 +159,8 @@ def checked_terms(query: Tensor, key: Tensor, value: Tensor, *, op: str = "flash
         raise InputError(f"{op}: lnc must be 1 or 2, not {choice.lnc}.")
     if choice.kernel_name not in KERNELS:
         raise InputError(f"{op}: kernel_name must be one of {', '.join(KERNELS)}, not {choice.kernel_name!r}.")
+    if terms.band_lower is terms.band_upper is None:
+        return terms
     return replace(terms, band_lower=_near(terms.band_lower), band_upper=_near(terms.band_upper))
 
 

@@ -45,7 +45,7 @@ from neuron_attn_rewrite.kernels.orders import AS_GIVEN, ORDERS, PLAIN, Orders, 
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Launch, nki_jit
 from neuron_attn_rewrite.ops import launch, simulated
-from neuron_attn_rewrite.ops.arguments import Choice, check_grad, check_plain, checked_terms, split
+from neuron_attn_rewrite.ops.arguments import Choice, check, check_grad, check_plain, checked_terms, split
 
 TENSORS = ("bias", "sink", "key_padding", "bounds")
 """The keyword arguments that are tensors. The first two have gradients."""
@@ -57,10 +57,10 @@ def _checked(
     query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Terms, Choice]:
     """The operands as [batch, heads, length, dim], and the keyword arguments, all of them checked."""
-    choice = split(options)[1]
+    terms, choice = split(options)
     check_plain("flash_fwd", query=query, key=key, value=value)
     plain = choice.how.orders.to(AS_GIVEN, query, key, value)
-    return plain, checked_terms(*plain, **options), choice
+    return plain, check(*plain, terms, choice), choice
 
 
 def _in_order(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], compute: Computed) -> Tensor:

@@ -374,6 +374,51 @@ def test_what_a_mask_hides_may_be_no_number(length: int, empty_rows: str, softca
         assert never.any() and relative_error(new, want) <= TOLERANCES[torch.float32]
 
 
+STEPS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+    "all": ([[0, 40], [0, 40]], {}),
+    "the first keys": ([[0, 9], [0, 9]], {}),
+    "some keys": ([[5, 9], [5, 9]], {}),
+    "beyond both ends": ([[-7, 90], [-7, 90]], {}),
+    "no keys": ([[9, 9], [9, 9]], {}),
+    "no keys, mean": ([[9, 3], [9, 3]], {"empty_rows": "mean"}),
+    "one element sees more": ([[5, 9], [5, 10]], {}),
+    "one element sees none": ([[5, 9], [9, 5]], {"empty_rows": "mean"}),
+    "a sink": ([[5, 9], [5, 9]], {"sink": torch.randn(6)}),
+    "a softcap": ([[5, 9], [5, 9]], {"softcap": 2.0}),
+    "a band": ([[5, 9], [5, 9]], {"band_upper": 6}),
+    "the other side of a band": ([[5, 9], [5, 9]], {"band_lower": 6}),
+    "a bias": ([[5, 9], [5, 9]], {"bias": torch.randn(1, 6, 1, 40)}),
+}
+"""Of each batch element, the keys that the one row sees by its bounds. And other terms."""
+HIDDEN: dict[str, list[tuple[int, int]]] = {
+    "nothing": [],
+    "the first key": [(0, 5), (1, 5)],
+    "the last key": [(0, 8), (1, 8)],
+    "a key between, of one element": [(1, 7)],
+    "only keys that the bounds hide": [(0, 4), (1, 9), (1, 39)],
+}
+"""The batch element and the number of each key that the padding hides."""
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_generation(step: str, hidden: str, rows: int) -> None:
+    """Few rows, of which all or not all see the same keys. A key that is hidden from all may be no number."""
+    bounds, options = STEPS[step]
+    sizes = Sizes(q_len=rows, kv_len=40)
+    query, key, value = operands(sizes, torch.float32)
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    for place in HIDDEN[hidden]:
+        padding[place] = False
+    masks = {"key_padding": padding, "bounds": torch.tensor(bounds)[:, None].repeat(1, rows, 1)}
+    options = {"scale": 0.25, **masks, **options}
+    want = expected(query, key, value, **options)
+    never = _hidden_key(options, sizes).all(2)[..., None]
+    key = key.masked_fill(never, float("nan"))
+    assert relative_error(flash_fwd(query, key, value, **options), want) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("strategy", ["SHARDED_KERNEL", "SLIDING_WINDOW_KERNEL"])
 def test_hints_change_no_number(strategy: str) -> None:
     qkv = operands(Sizes(), torch.float32)
