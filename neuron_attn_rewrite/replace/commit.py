@@ -1,4 +1,4 @@
-"""Replaces the attentions whose kernel calls were accepted, and removes the nodes that are unused afterwards."""
+"""Replaces the attentions whose kernel calls were accepted, and removes the nodes that are not needed afterwards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from neuron_attn_rewrite.graph.held import values_read
 from neuron_attn_rewrite.graph.nodes import PERMUTES, eliminate_dead_code, op_name
 from neuron_attn_rewrite.patterns.views import RESHAPES
 from neuron_attn_rewrite.replace.graft import Graft
+from neuron_attn_rewrite.replace.merge import merge
 
 aten = torch.ops.aten
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
     """Replace the output of each accepted attention by its kernel call, and remove unused nodes.
 
-    The module is not recompiled.
+    If there is one, nodes that compute the same become one. The module is not recompiled.
 
     Returns:
         The names of the buffers and parameters whose values the proofs depend on, such as masks and scales.
@@ -30,6 +31,8 @@ def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
                 user.replace_input_with(g.verdict.site.output, g.result)
         _allow_any_strides(g.result)
     eliminate_dead_code(module.graph)
+    if accepted:
+        merge(module.graph)
     module.graph.lint()
     return proven
 
