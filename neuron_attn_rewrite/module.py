@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from neuron_attn_rewrite.capture import handed
 from neuron_attn_rewrite.errors import InputError, RewriteError, RewriteWarning
-from neuron_attn_rewrite.graph.calls import Expected, arguments_of, check_devices
+from neuron_attn_rewrite.graph.calls import Expected, arguments_of
+from neuron_attn_rewrite.graph.lookups import share_lookups
 from neuron_attn_rewrite.graph.writes import changed_in_place
 from neuron_attn_rewrite.report.report import RewriteReport
 from neuron_attn_rewrite.storage import file, interface
@@ -63,6 +64,7 @@ class RewrittenModule(fx.GraphModule):
     @classmethod
     def wrap(cls, module: fx.GraphModule, report: RewriteReport) -> RewrittenModule:
         """A module with the graph, parameters and buffers of `module`, and with this report."""
+        share_lookups(module.graph)
         wrapped = cls(module, module.graph, class_name="RewrittenModule")
         _adopt(module, wrapped)
         for part in wrapped.modules():
@@ -119,9 +121,13 @@ class RewrittenModule(fx.GraphModule):
     def _checked_call(self, *args: Any, **kwargs: Any) -> Any:
         if self._expected is None:
             self._expected = Expected.of(self.graph)
-        given = arguments_of(self._expected, self.meta.get(SIGNATURE), args, kwargs)
-        check_devices(self._expected, given, next(self._tensors(), None))
+        given = arguments_of(self._expected, self.meta.get(SIGNATURE), args, kwargs, self._held_tensor())
         return super().__call__(**given)
+
+    def _held_tensor(self) -> torch.Tensor | None:
+        """The first tensor with dims that the graph reads from the module. `_check_dtypes` has found them."""
+        held = (tensors.get(key) for tensors, key, _ in self._held or ())
+        return next((tensor for tensor in held if tensor is not None and tensor.dim()), None)
 
     def recompile(self) -> Any:
         """As of fx.GraphModule, after a change of the graph."""

@@ -112,6 +112,8 @@ def objects(inputs: Any) -> list[Any]:
 def call(graph: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a captured graph with objects of the caller, and change the objects as the model does."""
     handed = objects((args, kwargs))
+    if not handed:
+        return graph(*args, **kwargs)
     given, given_by_name = opened((args, kwargs))
     tensors = [tensor for value in handed for tensor in pytree.tree_leaves(Given(value))]
     result = graph(*given, **given_by_name)

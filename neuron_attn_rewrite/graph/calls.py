@@ -51,7 +51,11 @@ class Expected:
 
 
 def arguments_of(
-    expectation: Expected, signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    expectation: Expected,
+    signature: inspect.Signature | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    held: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """The arguments of a call by name.
 
@@ -60,9 +64,10 @@ def arguments_of(
         signature: of the model; None if there was none, then the graph's inputs are the arguments.
         args: the positional arguments.
         kwargs: the arguments by name.
+        held: a tensor of the module, if it has one.
 
     Raises:
-        InputError: they do not fit what was captured.
+        InputError: they do not fit what was captured, or are on different devices.
     """
     expected, specs = expectation.values, expectation.specs
     defaults = {} if signature is None else _defaults(signature)
@@ -80,6 +85,7 @@ def arguments_of(
                 f"argument {name!r} was not captured: the captured ones are {', '.join(expected)}. "
                 "Pass it as an example input and rewrite again."
             )
+    leaves: dict[str, list[Any]] = {}
     symbols: dict[Any, int] = {}
     sums: list[tuple[str, Any, int]] = []
     for name, values in expected.items():
@@ -89,9 +95,10 @@ def arguments_of(
             if name not in defaults and not is_fixed:
                 raise InputError(f"argument {name!r} is missing: it was captured as {_describe(values)}.")
             given[name] = defaults[name] if name in defaults else values[0] if values else ()
-        found = pytree.tree_leaves(given[name])
+        found, structure = pytree.tree_flatten(given[name])
+        leaves[name] = found
         comparable = name in specs and (len(found) == len(values) or _is_opened(specs[name]))
-        if comparable and not _has_structure(given[name], specs[name]):
+        if comparable and structure != specs[name] and not _has_structure(given[name], specs[name]):
             raise InputError(f"argument {name!r} {_other_structure(given[name], specs[name], _describe(values))}.")
         if expectation.fits(name, found):
             continue
@@ -102,10 +109,11 @@ def arguments_of(
             now = f"missing: its default is {_describe(found)}" if is_left_out else _describe(found)
             raise InputError(f"argument {name!r} is {now}, but was captured as {_describe(values)}{wrong}.")
     _bind_sums(sums, symbols, expected)
+    _check_devices(expectation, leaves, held)
     return {name: given[name] for name in expected}
 
 
-def check_devices(expectation: Expected, given: Mapping[str, Any], held: torch.Tensor | None) -> None:
+def _check_devices(expectation: Expected, leaves: Mapping[str, list[Any]], held: torch.Tensor | None) -> None:
     """Check that the arguments are on one device, that of a tensor of the module, if all were when it was captured.
 
     A tensor without dims may be anywhere, as for the operators of torch.
@@ -116,8 +124,8 @@ def check_devices(expectation: Expected, given: Mapping[str, Any], held: torch.T
     if not expectation.one_device:
         return
     first = ("the weights are", held)
-    for name, value in given.items():
-        for t in pytree.tree_leaves(value):
+    for name, found in leaves.items():
+        for t in found:
             if not isinstance(t, torch.Tensor) or not t.dim():
                 continue
             if first[1] is None:
