@@ -1,5 +1,5 @@
 # Needs make and Python >= 3.11; everything else is installed into .venv and .venv-xla, at pinned versions.
-#   make example      rewrite two models with real weights, compare, and serve with one
+#   make example      rewrite two models with real weights, compare, generate and serve with one
 #   make test         the tests, on torch 2.13 and transformers 5
 #   make test-xla     the same tests, on torch 2.9, torch-xla 2.9 and transformers 4.57
 #   make lint         ruff, mypy and the layers of imports
@@ -32,6 +32,7 @@ help:
 example: .venv/stamp
 	.venv/bin/python examples/smollm2.py
 	.venv/bin/python examples/minilm.py
+	.venv/bin/python examples/smollm2_generate.py
 	.venv/bin/python examples/serve_smollm2.py
 
 examples: .venv/stamp

@@ -1,12 +1,13 @@
 """SmolLM2-135M-Instruct with its real weights generates from rewritten graphs: the same tokens, and more a second.
 
-With the packages of `make example` installed: python examples/smollm2_generate.py
+Run by `make example`, or with its packages installed: python examples/smollm2_generate.py
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from neuron_attn_rewrite import FlashAttentionStrategy, RewriteConfig, rewrite_f
 TEXT = Path(__file__).parents[1] / "LICENSE"
 PROMPTS = (16, 100, 400, 1024)
 NEW_TOKENS = 64
-LENGTH = PROMPTS[-1] + NEW_TOKENS
-EXPORTED_TOKENS = 16
-"""As many new tokens are enough to measure the slowest way."""
+MORE_TOKENS = 16
+"""As many new tokens are enough to measure the exported graph, which goes on where the rewritten one ends."""
+TOKENS = NEW_TOKENS + MORE_TOKENS
+LENGTH = PROMPTS[-1] + TOKENS
 
 console = Console(highlight=False)
 
@@ -39,29 +41,37 @@ def prompts(tokenizer: Any) -> tuple[Tensor, Tensor]:
 class Clock(BaseStreamer):  # type: ignore[misc]
     """Notes when each new token comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: Callable[[], None]) -> None:
+        """After `NEW_TOKENS` new tokens, `after` is called."""
         self.times: list[float] = []
+        self.after = after
 
     def put(self, value: Tensor) -> None:
         """Called with the prompt, then with the next token of each sequence."""
         self.times.append(time.perf_counter())
+        if len(self.times) == 1 + NEW_TOKENS:
+            self.after()
 
     def end(self) -> None:
         """Called at the end."""
 
-    def tokens_per_second(self, sequences: int) -> float:
-        """Of all sequences together, from the first new token to the last."""
-        first, *later = self.times[1:]
-        return sequences * len(later) / (later[-1] - first)
+    def rates(self) -> tuple[float, float]:
+        """Tokens a second of all sequences together: from the first new token to the last of `NEW_TOKENS`, and then."""
+        times, last = self.times[1:], NEW_TOKENS - 1
+        parts = times[0 : last + 1], times[last:]
+        first, then = (len(PROMPTS) * (len(part) - 1) / (part[-1] - part[0]) for part in parts)
+        return first, then
 
 
-def generate(model: Any, inputs: tuple[Tensor, Tensor], count: int, **options: Any) -> tuple[Tensor, float]:
+def generate(
+    model: Any, inputs: tuple[Tensor, Tensor], after: Callable[[], None] = lambda: None, **options: Any
+) -> tuple[Tensor, tuple[float, float]]:
     """The new tokens, and how many come a second."""
     tokens, mask = inputs
-    clock = Clock()
-    options |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "streamer": clock}
+    clock = Clock(after)
+    options |= {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "streamer": clock}
     found = model.generate(tokens, attention_mask=mask, **options)
-    return found[:, tokens.shape[1] :], clock.tokens_per_second(len(tokens))
+    return found[:, tokens.shape[1] :], clock.rates()
 
 
 def main() -> int:
@@ -74,22 +84,22 @@ def main() -> int:
     # Nothing is compared while the graphs are made: the tokens are, below.
     sizes: dict[str, Any] = {"max_length": LENGTH, "batch_size": len(PROMPTS), "verify": False}
     with console.status("Rewriting: one graph for the prompts, one for each step"):
-        generator = rewrite_for_generation(model, config=RewriteConfig(policy="always", verify=False), **sizes)
+        config = RewriteConfig(policy="always", verify=False)
+        generator = rewrite_for_generation(model, config=config, prompt_lengths=PROMPTS[-1], **sizes)
     with console.status("Exporting the step alone"):
         kept = RewriteConfig(strategy=FlashAttentionStrategy.NONE, verify=False)
+        # A cache of the same size. The generator has room for padding before a prompt that is shorter than the graph's.
+        sizes["max_length"] += PROMPTS[-1] - 1
         exported = rewrite_for_generation(model, config=kept, prompt_lengths=1, **sizes).graphs["decode"]
     reports = generator.reports
     for name, report in reports.items():
         console.print(f"{name}: {len(report.replaced)} of {len(report.sites)} attentions replaced", markup=False)
 
-    with console.status(f"Generating {NEW_TOKENS} tokens for each of {len(PROMPTS)} prompts: the model"):
-        static = {"cache_implementation": "static", "disable_compile": True}
-        wanted, eager = generate(model, inputs, NEW_TOKENS, **static)
-    with console.status("The rewritten graphs"):
-        found, rewritten = generate(generator, inputs, NEW_TOKENS)
-    with console.status("The exported graph"):
-        generator.graphs["decode"] = exported
-        again, alone = generate(generator, inputs, EXPORTED_TOKENS)
+    with console.status(f"Generating {TOKENS} tokens for each of {len(PROMPTS)} prompts: the model"):
+        wanted, (eager, _) = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    with console.status("The rewritten graphs, then the exported one"):
+        found, (rewritten, alone) = generate(generator, inputs, lambda: generator.graphs.update(decode=exported))
+    found, again = found.split((NEW_TOKENS, MORE_TOKENS), 1)
 
     for row, length in enumerate(PROMPTS):
         console.print(f"{length:5} tokens, then {tokenizer.decode(found[row])!r}", markup=False, soft_wrap=True)
@@ -98,8 +108,8 @@ def main() -> int:
         console.print(f"{rate:8.1f}  {name:20} rewritten is {rewritten / rate:.2f} times as fast", markup=False)
     checks = {
         "all attentions are replaced": all(len(r.replaced) == len(r.sites) == 30 for r in reports.values()),
-        f"all {found.numel()} tokens are those of model.generate": torch.equal(found, wanted),
-        "the exported graph gives them too": torch.equal(again, wanted[:, :EXPORTED_TOKENS]),
+        f"all {found.numel()} tokens are those of model.generate": torch.equal(found, wanted[:, :NEW_TOKENS]),
+        f"the {again.numel()} tokens of the exported graph are too": torch.equal(again, wanted[:, NEW_TOKENS:]),
     }
     for claim, holds in checks.items():
         console.print(f"[green]ok[/]      {claim}" if holds else f"[bold red]WRONG[/]   {claim}", soft_wrap=True)
