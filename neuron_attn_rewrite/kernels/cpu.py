@@ -41,12 +41,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor
     kv_len, v_dim = value.shape[2:]
     if not (query.numel() and key.numel() and value.numel()):
         return query.new_zeros(batch, heads, q_len, v_dim)
-    keys = _seen_by_all(terms, kv_len)
+    keys, parts = _in_all_bounds(terms, kv_len), _batch_parts(query, key, terms)
     if keys is not None:
-        return _flash(query, _span(key, keys), _span(value, keys), None, terms.scale, False)[0].contiguous()
+        padding = None if terms.key_padding is None else terms.key_padding[:, keys]
+        hides_nothing = padding is None or bool(padding.all())
+        if hides_nothing or (q_len <= FEW_ROWS and len(parts) == 1 < batch and terms.empty_rows == "zero"):
+            mask = None if padding is None or hides_nothing else _additive(padding[:, None, None], query.dtype)
+            out = _flash(query, _span(key, keys), _span(value, keys), mask, terms.scale, False)[0].contiguous()
+            if mask is None or not math.isnan(out.sum().item()):  # see `_attend`
+                return out
     if _is_causal(terms):
         return _flash(query, key, value, None, terms.scale, causal=True)[0].contiguous()
-    parts = _batch_parts(query, key, terms)
     if len(parts) == 1:
         return _attend(query, key, value, terms)
     out = query.new_empty(batch, heads, q_len, v_dim)
@@ -91,24 +96,23 @@ def attention_to_parts(
     return (outs * weights[..., None]).sum(0).to(query.dtype)
 
 
-def _seen_by_all(terms: Terms, kv_len: int) -> slice | None:
-    """The keys that each row sees, if it sees no others and the scores are all that counts.
+def _in_all_bounds(terms: Terms, kv_len: int) -> slice | None:
+    """The keys that each row sees but for padding, if it sees no others and the scores are all that counts.
 
     In a step of generation this is quick to find out, and the rest takes more time than the attention itself.
     """
-    bounds, padding = terms.bounds, terms.key_padding
     others = (terms.band_lower, terms.band_upper, terms.bias, terms.softcap, terms.sink)
-    if any(other is not None for other in others) or (bounds is not None and bounds.numel() > MANY_BOUNDS):
+    if any(other is not None for other in others):
         return None
     lo, hi = 0, kv_len
-    if bounds is not None:
-        (low, high), *more = bounds.flatten(0, 1).tolist()
+    if terms.bounds is not None:
+        if terms.bounds.numel() > MANY_BOUNDS:
+            return None
+        (low, high), *more = terms.bounds.flatten(0, 1).tolist()
         if any(pair != [low, high] for pair in more):
             return None
         lo, hi = max(low, 0), min(high, kv_len)
-    if lo >= hi or (padding is not None and not bool(padding[:, lo:hi].all())):
-        return None
-    return slice(lo, hi)
+    return slice(lo, hi) if lo < hi else None
 
 
 def _is_causal(terms: Terms) -> bool:

@@ -395,6 +395,7 @@ HIDDEN: dict[str, list[tuple[int, int]]] = {
     "the first key": [(0, 5), (1, 5)],
     "the last key": [(0, 8), (1, 8)],
     "a key between, of one element": [(1, 7)],
+    "all keys of one element": [(1, i) for i in range(40)],
     "only keys that the bounds hide": [(0, 4), (1, 9), (1, 39)],
 }
 """The batch element and the number of each key that the padding hides."""
