@@ -85,11 +85,9 @@ def main() -> int:
     sizes: dict[str, Any] = {"max_length": LENGTH, "batch_size": len(PROMPTS), "verify": False}
     with console.status("Rewriting: one graph for the prompts, one for each step"):
         config = RewriteConfig(policy="always", verify=False)
-        generator = rewrite_for_generation(model, config=config, prompt_lengths=PROMPTS[-1], **sizes)
+        generator = rewrite_for_generation(model, config=config, **sizes)
     with console.status("Exporting the step alone"):
         kept = RewriteConfig(strategy=FlashAttentionStrategy.NONE, verify=False)
-        # A cache of the same size. The generator has room for padding before a prompt that is shorter than the graph's.
-        sizes["max_length"] += PROMPTS[-1] - 1
         exported = rewrite_for_generation(model, config=kept, prompt_lengths=1, **sizes).graphs["decode"]
     reports = generator.reports
     for name, report in reports.items():
