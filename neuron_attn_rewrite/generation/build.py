@@ -29,6 +29,7 @@ from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
 
+@torch.inference_mode(False)
 def rewrite_for_generation(
     model: Any,
     *,
@@ -73,11 +74,12 @@ def rewrite_for_generation(
     config = RewriteConfig.of(config)
     _check_model(model)
     has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
+        if not _is_count(count):
+            raise InputError(f"rewrite_for_generation: {name} must be an integer of at least 1, not {count!r}.")
     by_default = 1 if has_encoder else max_length
     prompts = _lengths("prompt_lengths", by_default if prompt_lengths is None else prompt_lengths, max_length)
     steps = _lengths("decode_lengths", decode_lengths, max_length)
-    if not _is_count(batch_size):
-        raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
     examples: list[Mapping[str, Any]] = [example] if isinstance(example, Mapping) else list(example)
     if not has_encoder:
         _check_examples(examples, batch_size, max_length)
@@ -165,8 +167,6 @@ def _lengths(name: str, given: Any, max_length: int | None = None) -> tuple[int,
     Raises:
         InputError: they are no positive integers, or larger than `max_length`.
     """
-    if max_length is not None and not _is_count(max_length):
-        raise InputError(f"rewrite_for_generation: max_length must be an integer of at least 1, not {max_length!r}.")
     values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     wrong = [value for value in values if not _is_count(value) or value > (max_length or value)]
     if wrong or not values:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from neuron_attn_rewrite import (
     Generator,
     InputError,
     RewriteConfig,
+    RewriteError,
     RewriteWarning,
     rewrite_for_generation,
 )
@@ -150,6 +153,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many beams": ({"num_beams": 2}, "6 sequences, beams counted"),
     "mask of another shape": ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be [3, 6]"),
     "mask of fractions": ({"attention_mask": torch.full((3, 6), 0.5)}, "attention_mask must hold whole numbers"),
+    "a prompt of embeddings": (
+        {"inputs_embeds": torch.ones(3, 6, 64)},
+        "inputs_embeds can't be given",
+    ),
+    "a second context": (
+        {"guidance_scale": 1.5},
+        "guidance_scale can't be given: it calls",
+    ),
+    "its own assistant": ({"assistant_early_exit": 1}, "assistant_early_exit can't be given"),
+    "settings with a kind of cache": (
+        {"generation_config": transformers.GenerationConfig(cache_implementation="static")},
+        "cache_implementation can't be given",
+    ),
     "another cache": ({"past_key_values": transformers.DynamicCache()}, "past_key_values can't be given"),
     "a kind of cache": ({"cache_implementation": "static"}, "cache_implementation can't be given"),
     "no cache": ({"use_cache": False}, "use_cache=False can't be given"),
@@ -171,6 +187,74 @@ def test_what_does_not_fit_is_refused_and_nothing_is_cached(generator: Generator
     assert all(torch.equal(a, b) for a, b in zip(before, generator._state.tensors, strict=True))
 
 
+def test_a_generator_is_no_assistant(generator: Generator) -> None:
+    with pytest.raises(InputError, match="assistant_model must be a model of transformers"):
+        generator.generate(prompt(1, 5)[0], assistant_model=generator, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_generator_is_not_copied(generator: Generator, duplicate: Any) -> None:
+    with pytest.raises(RewriteError, match="a generator can't be copied or pickled: save the model"):
+        duplicate(generator)
+
+
+def test_a_call_inside_of_another_is_refused(llama: Any, generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+
+    def inside(given: Tensor, scores: Tensor) -> Tensor:
+        generator.generate(tokens[:1], max_new_tokens=2)
+        return scores
+
+    with pytest.raises(InputError, match="this generator is in use"):
+        generator.generate(tokens, logits_processor=[inside], **options)
+    assert torch.equal(generator.generate(tokens, **options), llama.generate(tokens, **options))
+
+
+def test_a_call_with_another_cache_is_refused(generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+
+    def with_another(given: Tensor, scores: Tensor) -> Tensor:
+        generator._model(input_ids=tokens, past_key_values=transformers.DynamicCache())
+        return scores
+
+    with pytest.raises(InputError, match="the model is called with another past_key_values"):
+        generator.generate(tokens, attention_mask=mask, logits_processor=[with_another], max_new_tokens=4)
+
+
+def test_a_sequence_that_another_took_the_place_of_does_not_go_on(generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+
+    def without_cache(given: Tensor, scores: Tensor) -> Tensor:
+        generator._model(input_ids=tokens)
+        return scores
+
+    with pytest.raises(InputError, match="the model is called with another past_key_values"):
+        generator.generate(tokens, attention_mask=mask, logits_processor=[without_cache], max_new_tokens=4)
+
+
+def test_in_inference_mode_and_outside_of_it(llama: Any, generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = llama.generate(tokens, **options)
+    with torch.inference_mode():
+        made = rewrite_for_generation(llama, batch_size=2, max_length=12, prompt_lengths=8, verify=False)
+        generator.generate(tokens[:1], num_beams=2, max_new_tokens=4, do_sample=False)
+    assert torch.equal(made.generate(tokens, **options), expected)
+    assert torch.equal(generator.generate(tokens, **options), expected)
+
+
+def test_the_kind_of_cache_that_a_checkpoint_asks_for_is_not_needed() -> None:
+    model = make()
+    model.generation_config.update(cache_implementation="static", max_new_tokens=5)
+    generator = rewrite_for_generation(model, batch_size=2, max_length=24, prompt_lengths=8, config=CONFIG)
+    tokens, mask = prompt(2, 6)
+    assert torch.equal(
+        generator.generate(tokens, attention_mask=mask), model.generate(tokens, attention_mask=mask, do_sample=False)
+    )
+    assert model.generation_config.cache_implementation == "static"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -180,6 +264,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_cached(generator: Generator
         ({"max_length": 16, "prompt_lengths": ()}, "prompt_lengths must be integers"),
         ({"max_length": 16, "decode_lengths": (0,)}, "decode_lengths must be integers"),
         ({"max_length": 16, "decode_lengths": "14"}, "decode_lengths must be integers"),
+        ({"max_length": None}, "max_length must be an integer of at least 1, not None"),
         ({"max_length": True}, "max_length must be an integer"),
     ],
 )
