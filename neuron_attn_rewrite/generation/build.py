@@ -17,7 +17,7 @@ from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
 from neuron_attn_rewrite.generation.encoder import Encode, Encoder
 from neuron_attn_rewrite.generation.fit import Window
-from neuron_attn_rewrite.generation.generator import Generator, graph_name
+from neuron_attn_rewrite.generation.generator import Generator, check_autocast, graph_name
 from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
@@ -73,6 +73,7 @@ def rewrite_for_generation(
     """
     config = RewriteConfig.of(config)
     _check_model(model)
+    check_autocast("rewrite_for_generation", model.device)
     has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
         if not _is_count(count):
@@ -221,7 +222,7 @@ def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tu
         end = min(count, begin + length)
         keys = (0, width - end) if fresh or attends else None
         return begin, Window(begin, end, 0, (0, length + begin - end), keys, room.batch).fit(part.usual, names)
-    cached = 0 if fresh or not attends else (room.capacity - length) // 2
+    cached = 0 if fresh or not attends else (room.capacity - length + 1) // 2  # of a continuing call at least 1
     # So that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
     mask[0, 0] = int(cached + length < 2)

@@ -119,6 +119,7 @@ class Generator:
         Raises:
             InputError: the inputs do not fit the graphs. Nothing is cached then.
         """
+        check_autocast("generate", self._original.device)
         if not self._in_use.acquire(blocking=False):
             raise InputError("generate: this generator is in use. Two calls at the same time need two generators.")
         try:
@@ -321,6 +322,19 @@ class Generator:
         if piece.fresh and names.keep is not None:
             return result
         return result[:, fill[0] : fill[0] + rows]
+
+
+def check_autocast(caller: str, device: torch.device) -> None:
+    """Check that a cache keeps the dtypes of the model.
+
+    Raises:
+        InputError: autocast is on, and changes them.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise InputError(
+            f"{caller}: torch.autocast is on, and a cache has the dtypes that the model has without it. Call "
+            "model.to(dtype) before rewrite_for_generation, and leave autocast out."
+        )
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:

@@ -244,6 +244,22 @@ def test_in_inference_mode_and_outside_of_it(llama: Any, generator: Generator) -
     assert torch.equal(generator.generate(tokens, **options), expected)
 
 
+@pytest.mark.parametrize("max_length", [2, 3])
+def test_the_shortest_sequences(llama: Any, max_length: int) -> None:
+    generator = rewrite_for_generation(llama, batch_size=2, max_length=max_length, prompt_lengths=1, config=CONFIG)
+    tokens, _ = prompt(2, 1)
+    options = {"attention_mask": torch.ones_like(tokens), "max_length": max_length, "do_sample": False}
+    assert torch.equal(generator.generate(tokens, **options), llama.generate(tokens, **options))
+
+
+def test_autocast_is_refused(llama: Any, generator: Generator) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InputError, match="generate: torch[.]autocast is on"):
+            generator.generate(prompt(1, 5)[0], max_new_tokens=4)
+        with pytest.raises(InputError, match="rewrite_for_generation: torch[.]autocast is on"):
+            rewrite_for_generation(llama, max_length=16)
+
+
 def test_the_kind_of_cache_that_a_checkpoint_asks_for_is_not_needed() -> None:
     model = make()
     model.generation_config.update(cache_implementation="static", max_new_tokens=5)
