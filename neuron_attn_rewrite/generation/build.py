@@ -17,7 +17,7 @@ from neuron_attn_rewrite.generation import layers
 from neuron_attn_rewrite.generation.check import compare
 from neuron_attn_rewrite.generation.encoder import Encode, Encoder
 from neuron_attn_rewrite.generation.fit import Window
-from neuron_attn_rewrite.generation.generator import Generator, graph_name
+from neuron_attn_rewrite.generation.generator import Generator, check_autocast, graph_name
 from neuron_attn_rewrite.generation.layers import Room
 from neuron_attn_rewrite.generation.part import Part
 from neuron_attn_rewrite.generation.plan import Lengths
@@ -29,6 +29,7 @@ from neuron_attn_rewrite.module import RewrittenModule
 from neuron_attn_rewrite.rewriter import rewrite
 
 
+@torch.inference_mode(False)
 def rewrite_for_generation(
     model: Any,
     *,
@@ -72,12 +73,14 @@ def rewrite_for_generation(
     """
     config = RewriteConfig.of(config)
     _check_model(model)
+    check_autocast("rewrite_for_generation", model.device)
     has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
+        if not _is_count(count):
+            raise InputError(f"rewrite_for_generation: {name} must be an integer of at least 1, not {count!r}.")
     by_default = 1 if has_encoder else max_length
     prompts = _lengths("prompt_lengths", by_default if prompt_lengths is None else prompt_lengths, max_length)
     steps = _lengths("decode_lengths", decode_lengths, max_length)
-    if not _is_count(batch_size):
-        raise InputError(f"rewrite_for_generation: batch_size must be an integer of at least 1, not {batch_size!r}.")
     examples: list[Mapping[str, Any]] = [example] if isinstance(example, Mapping) else list(example)
     if not has_encoder:
         _check_examples(examples, batch_size, max_length)
@@ -165,8 +168,6 @@ def _lengths(name: str, given: Any, max_length: int | None = None) -> tuple[int,
     Raises:
         InputError: they are no positive integers, or larger than `max_length`.
     """
-    if max_length is not None and not _is_count(max_length):
-        raise InputError(f"rewrite_for_generation: max_length must be an integer of at least 1, not {max_length!r}.")
     values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     wrong = [value for value in values if not _is_count(value) or value > (max_length or value)]
     if wrong or not values:
@@ -221,7 +222,7 @@ def _usual(part: Part, state: State, room: Room, length: int, fresh: bool) -> tu
         end = min(count, begin + length)
         keys = (0, width - end) if fresh or attends else None
         return begin, Window(begin, end, 0, (0, length + begin - end), keys, room.batch).fit(part.usual, names)
-    cached = 0 if fresh or not attends else (room.capacity - length) // 2
+    cached = 0 if fresh or not attends else (room.capacity - length + 1) // 2  # of a continuing call at least 1
     # So that the model builds its mask from it: with padding, and zeros for what comes later.
     mask = (torch.arange(width) < cached + length).repeat(room.batch, 1).long()
     mask[0, 0] = int(cached + length < 2)

@@ -217,3 +217,39 @@ def check_pieces(mask: Any, pieces: list[tuple[int, int]]) -> None:
                 "generate: tokens see later ones that another graph processes, as those of an image do. Make the "
                 "graphs with larger prompt_lengths, so that one holds the whole prompt."
             )
+
+
+def check_states(mask: Any, begin: int) -> None:
+    """Check that no padding follows a token where it changes a state.
+
+    Args:
+        mask: of keys, as `to_mask` gives it.
+        begin: the first position that is processed token by token.
+
+    Raises:
+        InputError: there is padding.
+    """
+    seen = _of_keys(mask)
+    if seen is not None and ((seen == 0) & (seen.cumsum(1) > 0))[:, begin:].any():
+        raise InputError(
+            f"generate: the mask hides tokens behind others after the first {begin}, and a model with a state reads "
+            "them there. Pad on the left, or make the graphs with larger prompt_lengths."
+        )
+
+
+def unseen_rows(mask: Any, end: int, batch: int) -> Tensor | None:
+    """Which sequences of a batch have padding alone so far. None if there is none.
+
+    Args:
+        mask: of keys, as `to_mask` gives it.
+        end: the position behind the last token.
+        batch: how many sequences the graph processes.
+    """
+    seen = _of_keys(mask)
+    unseen = None if seen is None else whole_batch(seen, batch)[:, :end].sum(1) == 0
+    return unseen if unseen is not None and unseen.any() else None
+
+
+def _of_keys(mask: Any) -> Tensor | None:
+    """The mask of a model, or one of those of its layers, that is [batch, keys]."""
+    return next((t for t in pytree.tree_leaves(mask) if isinstance(t, Tensor) and t.dim() == 2), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +16,14 @@ from torch import Tensor
 from neuron_attn_rewrite.capture.objects import put_together
 from neuron_attn_rewrite.errors import InputError, RewriteError
 from neuron_attn_rewrite.generation.encoder import MASK, TOKENS, Encoder
-from neuron_attn_rewrite.generation.fit import Window, check_pieces, whole_batch, whole_numbers
+from neuron_attn_rewrite.generation.fit import (
+    Window,
+    check_pieces,
+    check_states,
+    unseen_rows,
+    whole_batch,
+    whole_numbers,
+)
 from neuron_attn_rewrite.generation.layers import Room, cache_utils
 from neuron_attn_rewrite.generation.part import IGNORED, Part, bound, with_forwards
 from neuron_attn_rewrite.generation.plan import Lengths, Piece
@@ -37,6 +46,15 @@ class Progress:
     """The largest number of tokens that were cached at once."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What was cached before one of several proposed tokens."""
+
+    progress: Progress
+    tensors: Mapping[int, Tensor]
+    """Those of the cache, by number, that each token changes for good."""
+
+
 class Generator:
     """A model that generates by rewritten graphs. `rewrite_for_generation` makes it."""
 
@@ -57,11 +75,15 @@ class Generator:
         self._part, self._names = part, part.names
         self._state, self._room, self._lengths = state, room, lengths
         self._progress = Progress()
+        self._saved: list[Saved] = []
         self._cache = (Cache if encoder is None else EncoderDecoderCache)(self)
         self._encoder = encoder
+        self._in_use = threading.Lock()
+        self._original = model
         self._model = with_forwards(
             model, {**towers.forwards(model), part.path: _forward_of(part.module, self._forward)}
         )
+        self._model.generation_config = without_cache(model.generation_config)
         if encoder is not None:
             original = model.get_encoder()
             encode = with_forwards(original, {"": _forward_of(original, self._encode)})
@@ -97,6 +119,18 @@ class Generator:
         Raises:
             InputError: the inputs do not fit the graphs. Nothing is cached then.
         """
+        check_autocast("generate", self._original.device)
+        if not self._in_use.acquire(blocking=False):
+            raise InputError("generate: this generator is in use. Two calls at the same time need two generators.")
+        try:
+            # A cache of tensors that were made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                return self._generate(inputs, options)
+        finally:
+            self._in_use.release()
+
+    def _generate(self, inputs: Tensor | None, options: Mapping[str, Any]) -> Any:
+        self._model.generation_config = without_cache(self._original.generation_config)
         self._check(inputs, options)
         self._cache.reset()
         try:
@@ -111,17 +145,30 @@ class Generator:
                 f"generate: {type(self._model).__name__} can't merge these inputs: {type(error).__name__}: {error}"
             ) from error
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RewriteError(
+            "a generator can't be copied or pickled: save the model, and call rewrite_for_generation for each copy."
+        )
+
     def _check(self, inputs: Tensor | None, options: Mapping[str, Any]) -> None:
         """Check what the graphs can't process.
 
         Raises:
             InputError: there is something.
         """
-        for name in CONFLICTING:
-            if options.get(name) is not None:
-                raise InputError(f"generate: {name} can't be given: a generator has a cache of its own.")
+        settings = options.get("generation_config") or self._model.generation_config
+
+        def setting(name: str) -> Any:
+            return options[name] if options.get(name) is not None else getattr(settings, name, None)
+
+        for name, reason in REFUSED.items():
+            value = setting(name)
+            if value is not None and not (isinstance(value, int | float) and value == NEUTRAL.get(name)):
+                raise InputError(f"generate: {name} can't be given: {reason}.")
         if options.get("use_cache") is False:
             raise InputError("generate: use_cache=False can't be given: a generator always uses its cache.")
+        if isinstance(options.get("assistant_model"), Generator):
+            raise InputError("generate: assistant_model must be a model of transformers, and can't be a generator.")
         encoder = self._encoder
         prompt = options.get(self._part.prompt, inputs if encoder is None else None)
         if encoder is not None and not isinstance(prompt, Tensor):
@@ -133,11 +180,6 @@ class Generator:
             return  # generate makes or asks for it
         _check_tokens(self._part.prompt, prompt)
         rows, length = prompt.shape
-        settings = options.get("generation_config") or self._model.generation_config
-
-        def setting(name: str) -> Any:
-            return options[name] if options.get(name) is not None else getattr(settings, name, None)
-
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         if rows > self.batch_size:
             raise InputError(
@@ -163,6 +205,7 @@ class Generator:
         names, part = self._names, self._part
         tokens = given[names.tokens]
         rows, count = tokens.shape[:2]
+        self._check_cache(given.get(names.cache))
         encoded = {} if self._encoder is None else self._encoded(self._encoder, given)
         cached = self._progress.tokens
         if cached + count > self.max_length or rows > self.batch_size:
@@ -174,14 +217,35 @@ class Generator:
         kept = min(given.get(names.keep or "") or 1, count)
         plan = self._lengths.plan(count, kept, cached)
         check_pieces(inputs.get(names.mask or ""), [(cached + piece.begin, cached + piece.end) for piece in plan])
+        if self._lengths.fill_left:
+            check_states(inputs.get(names.mask or ""), cached + plan[0].end if plan[0].fresh else cached)
+        proposed = kept if names.keep is not None else count if cached else 1
+        self._saved.clear()
         found = []
         for piece in plan:
+            if piece.begin > count - proposed:
+                self._save()
             result = self._run(piece, inputs, encoded, cached)
             if names.keep is None or piece.end > count - kept:
                 found.append(result[:rows])
         whole = torch.cat(found, 1)
         given_back = whole if names.keep is None else whole[:, -kept:]
         return part.output(**{part.result: given_back, names.cache: self._cache})
+
+    def _check_cache(self, cache: Any) -> None:
+        """Check that a call goes on with the sequence that is cached. Without a cache, a new one begins.
+
+        Raises:
+            InputError: it goes on with another one.
+        """
+        if cache is None:
+            self._progress, self._cache = Progress(), type(self._cache)(self)
+        elif cache is not self._cache:
+            raise InputError(f"generate: the model is called with another {self._names.cache} than the generator's.")
+
+    def _save(self) -> None:
+        state = self._state
+        self._saved.append(Saved(replace(self._progress), {n: state.tensors[n].clone() for n in state.passing}))
 
     def _inputs(self, given: dict[str, Any], cached: int) -> dict[str, Any]:
         names = self._names
@@ -229,6 +293,9 @@ class Generator:
         fill = (piece.filling, 0) if left else (0, piece.filling)
         start = 0 if piece.fresh else progress.gap + progress.tokens
         rows = piece.end - piece.begin
+        unseen = None
+        if self._lengths.fill_left and not piece.fresh:
+            unseen = unseen_rows(inputs.get(names.mask or ""), cached + piece.end, self.batch_size)
         keys = None
         if piece.fresh or state.kind.attends:
             width = piece.length if piece.fresh else self._room.capacity + state.held
@@ -243,15 +310,31 @@ class Generator:
             inputs[names.keep] = torch.tensor([last])
         self._room.place.copy_(torch.tensor([start, piece.length if left else rows]))
         graph = self.graphs[graph_name(piece.length, piece.fresh)]
+        before = [] if unseen is None else [t.clone() for t in state.tensors]
         result: Tensor
         result, tensors = graph(self._room.place, state.tensors, inputs | encoded)
         state.tensors[:] = tensors
+        if unseen is not None:  # padding is processed as if it were not there
+            state.take(before, unseen)
         progress.gap = gap
         progress.tokens = rows if piece.fresh else progress.tokens + rows
         progress.most = max(progress.most, progress.tokens)
         if piece.fresh and names.keep is not None:
             return result
         return result[:, fill[0] : fill[0] + rows]
+
+
+def check_autocast(caller: str, device: torch.device) -> None:
+    """Check that a cache keeps the dtypes of the model.
+
+    Raises:
+        InputError: autocast is on, and changes them.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise InputError(
+            f"{caller}: torch.autocast is on, and a cache has the dtypes that the model has without it. Call "
+            "model.to(dtype) before rewrite_for_generation, and leave autocast out."
+        )
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:
@@ -317,8 +400,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other sequences: the i-th becomes number `beam_idx[i]`."""
-        tensors = self._generator._state.tensors
         state, batch = self._generator._state, self._generator.batch_size
+        tensors = state.tensors
         rows = torch.cat([beam_idx, torch.arange(len(beam_idx), batch, device=beam_idx.device)])
         tensors[:] = [t.index_select(dim, rows) for t, dim in zip(tensors, state.batch_dims, strict=True)]
 
@@ -326,20 +409,29 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """Forget the last tokens: all but `count`, or `-count` of them.
 
         Raises:
-            InputError: layers with a window do not hold the tokens any more that the window shows then.
+            InputError: a state holds them for good, or layers with a window do not hold the tokens any more that the
+                window shows then.
         """
-        progress, state, spare = self._generator._progress, self._generator._state, self._generator._room.spare or 0
+        generator, progress = self._generator, self._generator._progress
+        state, spare = generator._state, generator._room.spare or 0
         tokens = min(count, progress.tokens) if count > 0 else progress.tokens + count
+        saved = next((each for each in generator._saved if each.progress.tokens >= tokens), Saved(progress, {}))
+        progress = replace(saved.progress)
         taken = progress.most - tokens
+        if taken and state.kind.recurrent:
+            raise InputError(f"generate: {taken} tokens are taken back, and the state of this model still holds them.")
         if state.held and taken > spare and progress.gap + progress.most > state.least_held:
             raise InputError(
                 f"generate: {taken} tokens are taken back, and layers with a window hold {spare} more tokens than the "
                 f"window shows. Make the graphs with decode_lengths=(1, {taken + 1})."
             )
+        for number, tensor in saved.tensors.items():
+            state.tensors[number].copy_(tensor)
         for number in state.sliding:
             tensor = state.tensors[number]
             tensor.copy_(tensor.roll(progress.tokens - tokens, 2))  # the newest token is always the last
         progress.tokens = tokens
+        generator._progress = progress
 
 
 class EncoderDecoderCache(Cache, cache_utils.EncoderDecoderCache):  # type: ignore[misc]
@@ -365,7 +457,26 @@ class EncoderDecoderCache(Cache, cache_utils.EncoderDecoderCache):  # type: igno
         return put_together(generator._state.going_on, [generator._room.place, *generator._state.tensors])
 
 
-CONFLICTING = ("past_key_values", "cache_params", "cache_implementation", "inputs_embeds")
+OWN_CACHE = "a generator has a cache of its own"
+ONE_CACHE = "it calls the model with a second cache, and a generator has one"
+REFUSED = {
+    "past_key_values": OWN_CACHE,
+    "cache_params": OWN_CACHE,
+    "cache_implementation": OWN_CACHE,
+    "inputs_embeds": "the graphs take tokens",
+    "guidance_scale": ONE_CACHE,
+    "assistant_early_exit": ONE_CACHE,
+}
+"""Arguments of `generate` that are refused, and why."""
+NEUTRAL = {"guidance_scale": 1}
+"""Values of them that change nothing."""
+
+
+def without_cache(settings: Any) -> Any:
+    """The settings of a model, but for the kind of cache that its checkpoint asks for."""
+    settings = copy.copy(settings)
+    settings.cache_implementation = None
+    return settings
 
 
 PREFILL = "prefill"

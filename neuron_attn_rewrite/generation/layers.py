@@ -252,6 +252,12 @@ def sliding(cache: Any) -> list[SlidingLayer]:
     return [layer for layer in layers(cache) if isinstance(layer, SlidingLayer)]
 
 
+def kept(cache: Any) -> set[int]:
+    """The ids of the tensors that hold what every token has written."""
+    full = [each for each in layers(cache) if isinstance(each, FixedLayer) and not each.is_sliding]
+    return {id(getattr(layer, name, None)) for layer in full for name in ("keys", "values", "indexer_keys")}
+
+
 def kind_of(cache: Any) -> Kind:
     """Which kinds of layers a cache has."""
     linear = [isinstance(layer, Linear) for layer in layers(cache)]

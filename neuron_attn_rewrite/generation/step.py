@@ -81,6 +81,8 @@ class State:
     kind: Kind
     sliding: tuple[int, ...]
     """Which tensors hold the last tokens alone."""
+    passing: tuple[int, ...]
+    """Which tensors each token changes for good: those, and states."""
     batch_dims: tuple[int, ...]
     """Which dim of each tensor is the batch."""
     first: tuple[int, ...]
@@ -128,6 +130,7 @@ class State:
             going_on,
             kind,
             sliding=tuple(number for number, t in enumerate(tensors) if id(t) in last),
+            passing=tuple(number for number, t in enumerate(tensors) if id(t) not in layers.kept(cache)),
             batch_dims=tuple(grown.batch_dims.get(name, 0) for name in names),
             first=numbers,
             zeros=frozenset(new),
@@ -136,6 +139,17 @@ class State:
             held=max((layer.held for layer in sliding), default=0),
             least_held=min((layer.held for layer in sliding), default=0),
         )
+
+    def take(self, others: list[Tensor], which: Tensor) -> None:
+        """Take some sequences of the cache from other tensors.
+
+        Args:
+            others: of the same shapes as `tensors`.
+            which: bool [batch].
+        """
+        for number, (other, dim) in enumerate(zip(others, self.batch_dims, strict=True)):
+            mine = self.tensors[number].movedim(dim, -1)
+            mine.copy_(torch.where(which, other.movedim(dim, -1), mine))
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ def test_an_output_of_the_encoder_can_be_given(reader: Pair) -> None:
     masks = mask_of("right", 9)
     encoded = reader[0].get_encoder()(tokens_of(2, 9), **masks)
     same(reader, encoder_outputs=encoded, **masks)
+    with pytest.raises(InputError, match=r"attention_mask must be \[2, 9\], as encoder_outputs, not \[2, 8\]"):
+        reader[1].generate(encoder_outputs=encoded, **mask_of("right", 8))
 
 
 def test_a_model_that_is_set_to_use_no_cache(reader: Pair) -> None:

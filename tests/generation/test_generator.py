@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from neuron_attn_rewrite import (
     Generator,
     InputError,
     RewriteConfig,
+    RewriteError,
     RewriteWarning,
     rewrite_for_generation,
 )
@@ -67,12 +70,14 @@ def test_masks_and_tokens_of_other_dtypes(llama: Any, generator: Generator, dtyp
     assert torch.equal(generator.generate(tokens.int(), **options), expected)
 
 
+NO_END = {"eos_token_id": VOCABULARY}
+"""Older versions need one to speculate. This one is never generated."""
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
     "several": {"do_sample": True, "num_return_sequences": 3},
-    "n-grams of the prompt": {"prompt_lookup_num_tokens": 3},
-    "many n-grams": {"prompt_lookup_num_tokens": 7},
+    "n-grams of the prompt": {"prompt_lookup_num_tokens": 3, **NO_END},
+    "many n-grams": {"prompt_lookup_num_tokens": 7, **NO_END},
     "an end": {"eos_token_id": 5, "max_new_tokens": 20},
     "penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "total length": {"max_new_tokens": None, "max_length": 25},
@@ -95,7 +100,7 @@ def test_ways_to_generate(llama: Any, generator: Generator, way: str) -> None:
 def test_an_assistant_proposes_tokens(llama: Any, generator: Generator) -> None:
     assistant = make(num_hidden_layers=1)
     tokens, _ = prompt(1, 11)
-    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens), **NO_END}
     expected = llama.generate(tokens, **options)
     assert torch.equal(generator.generate(tokens, assistant_model=assistant, **options), expected)
 
@@ -150,6 +155,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many beams": ({"num_beams": 2}, "6 sequences, beams counted"),
     "mask of another shape": ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be [3, 6]"),
     "mask of fractions": ({"attention_mask": torch.full((3, 6), 0.5)}, "attention_mask must hold whole numbers"),
+    "a prompt of embeddings": (
+        {"inputs_embeds": torch.ones(3, 6, 64)},
+        "inputs_embeds can't be given",
+    ),
+    "a second context": (
+        {"guidance_scale": 1.5},
+        "guidance_scale can't be given: it calls",
+    ),
+    "its own assistant": ({"assistant_early_exit": 1}, "assistant_early_exit can't be given"),
+    "settings with a kind of cache": (
+        {"generation_config": transformers.GenerationConfig(cache_implementation="static")},
+        "cache_implementation can't be given",
+    ),
     "another cache": ({"past_key_values": transformers.DynamicCache()}, "past_key_values can't be given"),
     "a kind of cache": ({"cache_implementation": "static"}, "cache_implementation can't be given"),
     "no cache": ({"use_cache": False}, "use_cache=False can't be given"),
@@ -171,6 +189,90 @@ def test_what_does_not_fit_is_refused_and_nothing_is_cached(generator: Generator
     assert all(torch.equal(a, b) for a, b in zip(before, generator._state.tensors, strict=True))
 
 
+def test_a_generator_is_no_assistant(generator: Generator) -> None:
+    with pytest.raises(InputError, match="assistant_model must be a model of transformers"):
+        generator.generate(prompt(1, 5)[0], assistant_model=generator, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_generator_is_not_copied(generator: Generator, duplicate: Any) -> None:
+    with pytest.raises(RewriteError, match="a generator can't be copied or pickled: save the model"):
+        duplicate(generator)
+
+
+def test_a_call_inside_of_another_is_refused(llama: Any, generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+
+    def inside(given: Tensor, scores: Tensor) -> Tensor:
+        generator.generate(tokens[:1], max_new_tokens=2)
+        return scores
+
+    with pytest.raises(InputError, match="this generator is in use"):
+        generator.generate(tokens, logits_processor=[inside], **options)
+    assert torch.equal(generator.generate(tokens, **options), llama.generate(tokens, **options))
+
+
+def test_a_call_with_another_cache_is_refused(generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+
+    def with_another(given: Tensor, scores: Tensor) -> Tensor:
+        generator._model(input_ids=tokens, past_key_values=transformers.DynamicCache())
+        return scores
+
+    with pytest.raises(InputError, match="the model is called with another past_key_values"):
+        generator.generate(tokens, attention_mask=mask, logits_processor=[with_another], max_new_tokens=4)
+
+
+def test_a_sequence_that_another_took_the_place_of_does_not_go_on(generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+
+    def without_cache(given: Tensor, scores: Tensor) -> Tensor:
+        generator._model(input_ids=tokens)
+        return scores
+
+    with pytest.raises(InputError, match="the model is called with another past_key_values"):
+        generator.generate(tokens, attention_mask=mask, logits_processor=[without_cache], max_new_tokens=4)
+
+
+def test_in_inference_mode_and_outside_of_it(llama: Any, generator: Generator) -> None:
+    tokens, mask = prompt(2, 6)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = llama.generate(tokens, **options)
+    with torch.inference_mode():
+        made = rewrite_for_generation(llama, batch_size=2, max_length=12, prompt_lengths=8, verify=False)
+        generator.generate(tokens[:1], num_beams=2, max_new_tokens=4, do_sample=False)
+    assert torch.equal(made.generate(tokens, **options), expected)
+    assert torch.equal(generator.generate(tokens, **options), expected)
+
+
+@pytest.mark.parametrize("max_length", [2, 3])
+def test_the_shortest_sequences(llama: Any, max_length: int) -> None:
+    generator = rewrite_for_generation(llama, batch_size=2, max_length=max_length, prompt_lengths=1, config=CONFIG)
+    tokens, _ = prompt(2, 1)
+    options = {"attention_mask": torch.ones_like(tokens), "max_length": max_length, "do_sample": False}
+    assert torch.equal(generator.generate(tokens, **options), llama.generate(tokens, **options))
+
+
+def test_autocast_is_refused(llama: Any, generator: Generator) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InputError, match=r"generate: torch\.autocast is on"):
+            generator.generate(prompt(1, 5)[0], max_new_tokens=4)
+        with pytest.raises(InputError, match=r"rewrite_for_generation: torch\.autocast is on"):
+            rewrite_for_generation(llama, max_length=16)
+
+
+def test_the_kind_of_cache_that_a_checkpoint_asks_for_is_not_needed() -> None:
+    model = make()
+    model.generation_config.update(cache_implementation="static", max_new_tokens=5)
+    generator = rewrite_for_generation(model, batch_size=2, max_length=24, prompt_lengths=8, config=CONFIG)
+    tokens, mask = prompt(2, 6)
+    assert torch.equal(
+        generator.generate(tokens, attention_mask=mask), model.generate(tokens, attention_mask=mask, do_sample=False)
+    )
+    assert model.generation_config.cache_implementation == "static"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -180,6 +282,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_cached(generator: Generator
         ({"max_length": 16, "prompt_lengths": ()}, "prompt_lengths must be integers"),
         ({"max_length": 16, "decode_lengths": (0,)}, "decode_lengths must be integers"),
         ({"max_length": 16, "decode_lengths": "14"}, "decode_lengths must be integers"),
+        ({"max_length": None}, "max_length must be an integer of at least 1, not None"),
         ({"max_length": True}, "max_length must be an integer"),
     ],
 )

@@ -178,12 +178,13 @@ def test_tokens_with_a_window(mistral: Any, generator: Generator, length: int) -
     assert torch.equal(generator.generate(tokens[2:], **options), mistral.generate(tokens[2:], **options))
 
 
+@pytest.mark.parametrize("proposed", [2, 5, 8])
 @pytest.mark.parametrize("length", [4, 10, 14])
-def test_tokens_are_taken_back(mistral: Any, generator: Generator, length: int) -> None:
+def test_tokens_are_taken_back(mistral: Any, generator: Generator, length: int, proposed: int) -> None:
     tokens = torch.randint(1, 5, (1, length), generator=torch.Generator().manual_seed(3))  # few words: n-grams repeat
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 14, "do_sample": False}
     options["eos_token_id"] = VOCABULARY  # older versions need one; this one is never generated
-    found = generator.generate(tokens, prompt_lookup_num_tokens=2, **options)
+    found = generator.generate(tokens, prompt_lookup_num_tokens=proposed, **options)
     assert torch.equal(found, mistral.generate(tokens, **options))
 
 
@@ -366,6 +367,32 @@ def test_states_are_those_of_the_model(kind: str) -> None:
         for begin, end in ((0, 8), *((n, n + 1) for n in range(8, 12))):
             check(run.call(begin, end)[:, -1:], wanted[:, end - 1 : end], mask[:, :1])
     assert [tuple(t.shape) for t in run.cache] == again
+
+
+def test_padding_of_a_long_prompt_does_not_change_states() -> None:
+    model = make("Mamba2", state_size=8, num_heads=8, head_dim=16, n_groups=1, chunk_size=8)
+    generator = rewrite_for_generation(model, batch_size=3, max_length=20, prompt_lengths=4, verify=False)
+    tokens = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(12) >= torch.tensor([0, 7, 10])[:, None]).long()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(generator.generate(tokens, attention_mask=mask, **options), expected)
+    before = [t.clone() for t in generator._state.tensors]
+    with pytest.raises(InputError, match="the mask hides tokens behind others after the first 4"):
+        generator.generate(tokens, attention_mask=mask.flip(1), **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, generator._state.tensors, strict=True))
+
+
+def test_tokens_are_taken_back_from_a_state() -> None:
+    model = make("Lfm2", **RECURRENT["Lfm2"][0])
+    generator = rewrite_for_generation(model, max_length=40, prompt_lengths=8, verify=False)
+    tokens = torch.randint(1, 5, (1, 8), generator=torch.Generator().manual_seed(3))  # few words: n-grams repeat
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 24, "do_sample": False}
+    options["eos_token_id"] = VOCABULARY  # older versions need one; this one is never generated
+    expected = model.generate(tokens, **options)
+    assert torch.equal(generator.generate(tokens, prompt_lookup_num_tokens=3, **options), expected)
+    with pytest.raises(InputError, match="tokens are taken back, and the state of this model still holds them"):
+        generator._cache.crop(-10)
 
 
 def test_a_model_that_caches_no_tensors_is_refused(mistral: Any) -> None:
