@@ -143,9 +143,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, terms: Terms, out: Tensor
         if terms.sink is not None:
             shares = (lse - terms.sink.to(lse.dtype)[:, None]).sigmoid()
             result = (result * shares[..., None]).to(query.dtype)
-        if math.isnan(
-            result.sum().item()
-        ):  # maybe of a hidden key: the flash kernel adds -inf to it, which hides no NaN
+        # Maybe of a hidden key: the flash kernel adds -inf to it, which hides no NaN.
+        if math.isnan(result.sum().item()):
             result = _by_reference(query, key, value, terms, tile)
         if terms.empty_rows == "mean" and tile.mask is not None:
             result = torch.where(tile.mask.amax(-1, keepdim=True) == float("-inf"), empty_row, result)
