@@ -5,7 +5,7 @@
 #   make lint         ruff, mypy and the layers of imports
 #   make check        lint and the fast tests, in under a minute
 #   make zoo          a fixed sample of architectures on both stacks; fails where a promise is broken
-#   make generation   a fixed sample of models that generate: their tokens are those of the model
+#   make generation   a fixed sample of models that generate, on both stacks: their tokens are those of the model
 #   make fuzz         300 random programs, rewritten and compared with themselves
 #   make mutations    broken passes: the tests must notice each
 #   make examples     the examples with random weights
@@ -66,8 +66,10 @@ zoo: .venv/stamp .venv-xla/stamp
 	.venv-xla/bin/python -m benchmarks.zoo --sample --jobs 2
 
 generation: export OMP_NUM_THREADS = 1
-generation: .venv/stamp
+generation: export PJRT_DEVICE = CPU
+generation: .venv/stamp .venv-xla/stamp
 	.venv/bin/python -m benchmarks.generation --sample --jobs 2
+	.venv-xla/bin/python -m benchmarks.generation --sample --jobs 2
 
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: .venv/stamp

@@ -52,6 +52,8 @@ SAMPLE = """
     bart bloom codegen cohere2 deepseek_v3 falcon gemma2 gpt2 gpt_neox gptj llama mamba mistral mpt olmo2 opt phi phi3
     qwen2 qwen3 seq2seq:bart seq2seq:t5 stablelm starcoder2
 """.split()
+if transformers.__version__.startswith("4."):
+    SAMPLE.remove("deepseek_v3")  # its experts branch on values there
 PROMISED_REPLACED = 0.97
 """Least share of the attentions of models with equal tokens."""
 

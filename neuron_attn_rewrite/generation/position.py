@@ -78,13 +78,20 @@ class Position:
     __rmul__ = __mul__
 
     def __rsub__(self, number: Any) -> Any:
-        return number - self.tensor
+        if not isinstance(number, int):
+            return number - self.tensor
+        return type(self)(-self.tensor, number - self.most, number - self.least, number)
 
     def __floordiv__(self, number: Any) -> Any:
         return self.tensor // number
 
     def __mod__(self, number: Any) -> Any:
         return self.tensor % number
+
+    def __int__(self) -> int:
+        return int(self.tensor)
+
+    __index__ = __int__
 
     def __getattr__(self, name: str) -> Any:
         """What a tensor has."""
@@ -121,8 +128,10 @@ class Position:
 class Width(Position):
     """A position that is also the size of a mask. As a size it is `most`, which is wide enough for all keys."""
 
-    def __index__(self) -> int:
+    def __int__(self) -> int:
         return self.most
+
+    __index__ = __int__
 
 
 class Slicing(TorchFunctionMode):
