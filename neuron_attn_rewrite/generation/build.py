@@ -116,19 +116,34 @@ def rewrite_for_generation(
         try:
             graphs[graph_name(length, False)] = _graph(part, state, room, length, False, encoder, config)
         except CaptureError as error:
-            lengths = replace(lengths, pieces=())
-            words = (
-                f"prompts of more than {length} tokens are processed token by token after the first {length}. {error}"
-            )
-            warnings.warn(words, RewriteWarning, stacklevel=2)
+            lengths = _without_pieces(lengths, error)
     if encoder is not None:
         encode = Encode(model.get_encoder())
         graphs |= {name: _rewritten(name, encode, (each,), config) for name, each in encoder.examples.items()}
     media = towers(model, part.path, examples if part.path else [], config)
-    generator = Generator(model, part, state, room, lengths, max_length, graphs, media, encoder)
-    if verify:
-        compare(model, generator, examples)
-    return generator
+
+    def made(lengths: Lengths) -> Generator:
+        generator = Generator(model, part, state, room, lengths, max_length, graphs, media, encoder)
+        if verify:
+            compare(model, generator, examples)
+        return generator
+
+    try:
+        return made(lengths)
+    except CaptureError as error:
+        if not lengths.pieces:
+            raise
+        for length in lengths.pieces:
+            del graphs[graph_name(length, False)]
+        return made(_without_pieces(lengths, error))
+
+
+def _without_pieces(lengths: Lengths, error: CaptureError) -> Lengths:
+    """The lengths without those of pieces that can't be processed, and a warning."""
+    (length,) = lengths.pieces
+    words = f"prompts of more than {length} tokens are processed token by token after the first {length}. {error}"
+    warnings.warn(words, RewriteWarning, stacklevel=4)
+    return replace(lengths, pieces=())
 
 
 def _check_examples(examples: Sequence[Mapping[str, Any]], batch_size: int, max_length: int) -> None:

@@ -304,14 +304,46 @@ def test_a_model_that_caches_nothing_says_why() -> None:
         rewrite_for_generation(transformers.BertLMHeadModel(config).eval(), max_length=16)
 
 
-def test_a_long_prompt_token_by_token_where_no_graph_takes_a_piece() -> None:
+class OnlyOneByOne(transformers.LlamaForCausalLM):
+    """Can't be captured with several tokens that follow others, or gives other logits then."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **kw: Any) -> Any:
+        follows = past_key_values is not None and bool(past_key_values.get_seq_length())
+        is_piece = torch.compiler.is_exporting() and follows and input_ids.shape[1] > 1
+        if is_piece and not self.config.bos_token_id:
+            raise ValueError("a piece")
+        result = super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kw)
+        if is_piece:
+            result.logits = result.logits.flip(-1)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "could not be captured|fails"), (1, "the generator is not the model")]
+)
+def test_a_long_prompt_token_by_token_where_no_graph_takes_a_piece(number: int, words: str) -> None:
+    model = make()
+    model.config.bos_token_id = number
+    model.__class__ = OnlyOneByOne
+    sentence = f"prompts of more than 8 tokens are processed token by token.*({words})"
+    sizes: dict[str, Any] = {"batch_size": 2, "max_length": 24, "prompt_lengths": 8}
+    with pytest.warns(RewriteWarning, match=sentence) as found:
+        generator = rewrite_for_generation(model, config=RewriteConfig(policy="always", verify=False), **sizes)
+    assert found[0].filename == __file__
+    assert list(generator.graphs) == ["prefill[8]", "decode"]
+    tokens, mask = prompt(2, 13)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(generator.generate(tokens, **options), model.generate(tokens, **options))
+
+
+def test_a_long_prompt_of_a_model_that_slices_by_position() -> None:
     config = transformers.MptConfig(vocab_size=VOCABULARY, d_model=64, n_layers=2, n_heads=4, use_cache=True)
     torch.manual_seed(0)
     model = transformers.MptForCausalLM(config).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    with pytest.warns(RewriteWarning, match="prompts of more than 8 tokens are processed token by token"):
-        generator = rewrite_for_generation(model, batch_size=2, max_length=24, prompt_lengths=8, config=CONFIG)
-    assert list(generator.graphs) == ["prefill[8]", "decode"]
+    sizes: dict[str, Any] = {"batch_size": 2, "max_length": 24, "prompt_lengths": 8}
+    generator = rewrite_for_generation(model, config=CONFIG, verify=False, **sizes)
+    assert list(generator.graphs) == ["prefill[8]", "decode", "decode[8]"]
     tokens, mask = prompt(2, 13)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(generator.generate(tokens, **options), model.generate(tokens, **options))
