@@ -38,8 +38,9 @@ def _vocabulary(config: Any, encoder: bool) -> int:
         CaptureError: the config does not say it.
     """
     if encoder and hasattr(config, "encoder"):
-        config = config.encoder
-    text = config.get_text_config(encoder=encoder, decoder=not encoder)
+        text = config.encoder.get_text_config()
+    else:
+        text = config.get_text_config(encoder=encoder, decoder=not encoder)
     found = [size for name in SIZES[encoder] if isinstance(size := getattr(text, name, None), int)]
     if not found:
         raise CaptureError(f"{type(text).__name__} has none of {', '.join(SIZES[encoder])}, and tokens must be drawn.")
