@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -342,8 +343,11 @@ def test_a_long_prompt_of_a_model_that_slices_by_position() -> None:
     model = transformers.MptForCausalLM(config).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     sizes: dict[str, Any] = {"batch_size": 2, "max_length": 24, "prompt_lengths": 8}
-    generator = rewrite_for_generation(model, config=CONFIG, verify=False, **sizes)
-    assert list(generator.graphs) == ["prefill[8]", "decode", "decode[8]"]
+    with warnings.catch_warnings(record=True):
+        generator = rewrite_for_generation(model, config=CONFIG, verify=False, **sizes)
+    # transformers 4.57 makes the mask of several tokens from a tensor whose size is the number of cached tokens.
+    pieces = [] if transformers.__version__.startswith("4.") else ["decode[8]"]
+    assert list(generator.graphs) == ["prefill[8]", "decode", *pieces]
     tokens, mask = prompt(2, 13)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(generator.generate(tokens, **options), model.generate(tokens, **options))
