@@ -135,6 +135,14 @@ def _log(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
     return of.through(math.log) if of.lowest > 0 and of.highest < math.inf and not of.is_learned else UNBOUNDED
 
 
+def _rsqrt(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
+    of = r("self")
+    if of.lowest <= 0:
+        return UNBOUNDED
+    inverse = _inverse(of)
+    return inverse if of.is_learned else inverse.through(math.sqrt)
+
+
 def _exp(r: Callable[[str], Range], node: fx.Node, given: Given) -> Range:
     return r("self").through(lambda x: math.exp(x) if x < 700 else math.inf)
 
@@ -202,7 +210,7 @@ RULES: dict[str, Rule] = {
     "log1p": lambda r, node, given: r("self").through(math.log1p) if r("self").lowest >= 0 else UNBOUNDED,
     "log2": lambda r, node, given: _log(r, node, given) * Range(1.4, 1.5),
     "exp": _exp,
-    "rsqrt": lambda r, node, given: _inverse(r("self")).through(math.sqrt) if r("self").lowest > 0 else UNBOUNDED,
+    "rsqrt": _rsqrt,
     "sqrt": lambda r, node, given: r("self").through(math.sqrt) if r("self").lowest >= 0 else UNBOUNDED,
     "square": lambda r, node, given: Range(0.0, math.prod([r("self").magnitude] * 2), r("self").is_learned),
     "abs": lambda r, node, given: Range(0.0, r("self").magnitude, r("self").is_learned),

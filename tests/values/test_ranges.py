@@ -151,6 +151,8 @@ OF_INPUTS: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "the same, and an input added": (lambda x, y, w: torch.addmm(y, x, w), False),
     "the same, with a low literal": (lambda x, y, w: x @ w * -1e5, False),
     "the same, and a normalised input added": (lambda x, y, w: torch.addmm(F.layer_norm(y, (KEYS,)), x, w), True),
+    "divided by its root mean square": (lambda x, y, w: (x @ w) * ((x @ w).square().mean(-1, True) + 1).rsqrt(), True),
+    "an input divided by a learned root": (lambda x, y, w: x * ((x @ w).square() + 1).rsqrt(), False),
     "a normalised input": (lambda x, y, w: F.layer_norm(x, (KEYS,), w[0]), True),
     "a normalised input times an input": (lambda x, y, w: F.layer_norm(x, (KEYS,), y[0]), False),
 }
