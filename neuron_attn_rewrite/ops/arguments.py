@@ -207,10 +207,21 @@ def check_grad(grad: Tensor, query: Tensor, value: Tensor) -> None:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether the values of these tensors can be read without effect: on the CPU, and not while a graph is traced."""
+    """Whether the values of these tensors can be read without effect.
+
+    They are on the CPU, no graph is traced, and no transform of `torch.func` has wrapped them.
+    """
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return False
-    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)
+    return all(
+        t is None
+        or (
+            t.device.type == "cpu"
+            and type(t) in (Tensor, torch.nn.Parameter)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        )
+        for t in tensors
+    )
 
 
 def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:
