@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from neuron_attn_rewrite.errors import CaptureError
+
 SIZED = (torch.full, torch.zeros, torch.ones, torch.empty, torch.arange)
 """Operators to which a position may be a size."""
 
@@ -21,8 +23,8 @@ class Position:
     """A position that can be compared with numbers. To operators of torch it is a tensor.
 
     Models and mask functions of transformers ask whether a mask is too narrow for the keys, or whether a token is the
-    first one. A tensor can't answer while a graph is captured, but the range of a position is known. The positions of
-    new tokens, `torch.arange(position, position + 3)`, are known to be three; within `Slicing`, those of a slice too.
+    first one. A tensor can't answer while a graph is captured, but the range of a position is known.
+    `torch.arange(position, position + 3)` is known to have three elements, and `Slicing` makes slices that are as long.
     """
 
     origin: Tensor
@@ -82,6 +84,12 @@ class Position:
             return number - self.tensor
         return type(self)(-self.tensor, number - self.most, number - self.least, number)
 
+    def __truediv__(self, number: Any) -> Any:
+        return self.tensor / number
+
+    def __neg__(self) -> Any:
+        return 0 - self
+
     def __floordiv__(self, number: Any) -> Any:
         return self.tensor // number
 
@@ -111,10 +119,9 @@ class Position:
         cls, called: Callable[..., Any], kinds: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if called is torch.arange and len(args) > 1 and all(isinstance(each, Position) for each in args[:2]):
+        if called is torch.arange and _is_span(*args[:2]):
             start, end, *step = args
-            if start.origin is end.origin:
-                return torch.arange(0, end.offset - start.offset, *step, **kwargs) + start.tensor
+            return torch.arange(0, end.offset - start.offset, *step, **kwargs) + start.tensor
 
         def plain(value: Any) -> Any:
             if not isinstance(value, Position):
@@ -134,21 +141,52 @@ class Width(Position):
     __index__ = __int__
 
 
+def _is_span(start: Any = None, end: Any = None) -> bool:
+    """Whether the number of positions between these is known."""
+    return isinstance(start, Position) and isinstance(end, Position) and start.origin is end.origin
+
+
 class Slicing(TorchFunctionMode):
-    """Within the block, positions are slices of tensors. `tensor[position : position + 3]` has three rows."""
+    """Within the block, tensors can be sliced by positions. `tensor[position : position + 3]` has three rows.
+
+    Such a slice is a copy. It must not be written: the tensor would not change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[Tensor, int]] = []
+        """Each slice, and how often it was written when it was made."""
 
     def __torch_function__(self, called: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if called is Tensor.__getitem__:
-            args = args[0], _plain_index(args[1])
-        return called(*args, **(kwargs or {}))
+        if called not in (Tensor.__getitem__, Tensor.__setitem__):
+            return called(*args, **(kwargs or {}))
+        index = _plain_index(args[1])
+        result = called(args[0], index, *args[2:])
+        if called is Tensor.__getitem__ and index is not args[1] and not _share_memory(result, args[0]):
+            self.copies.append((result, result._version))
+        return result
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if kind is None and any(copy._version != version for copy, version in self.copies):
+            raise CaptureError("the model writes into a slice that begins at the number of cached tokens")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _plain_index(index: Any) -> Any:
+    """An index without positions. The same object if it has none."""
     if isinstance(index, tuple):
-        return tuple(map(_plain_index, index))
+        plain = tuple(map(_plain_index, index))
+        return index if all(a is b for a, b in zip(index, plain, strict=True)) else plain
     if not isinstance(index, slice):
         return index
     start, stop = index.start, index.stop
-    if isinstance(start, Position) and isinstance(stop, Position) and start.origin is stop.origin:
-        return torch.arange(start, stop, index.step or 1, device=start.device)  # type: ignore[call-overload]
-    return slice(*(each.tensor if type(each) is Position else each for each in (start, stop, index.step)))
+    if _is_span(start, stop):
+        return torch.arange(start, stop, index.step or 1, device=start.device)
+    ends = start, stop, index.step
+    if not any(type(each) is Position for each in ends):
+        return index
+    return slice(*(each.tensor if type(each) is Position else each for each in ends))

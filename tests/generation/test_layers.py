@@ -235,6 +235,7 @@ def test_operators_take_a_position_as_a_tensor() -> None:
     assert torch.equal(torch.arange(3) - position, torch.tensor([-5, -4, -3]))
     found = (2 * position, position * 2, position - torch.tensor(1), 9 - position, position // 2, position % 3)
     assert [int(value) for value in found] == [10, 10, 4, 4, 2, 2]
+    assert int(-position) == -5 and (-position < 0) is True and float(position / 2) == 2.5
     assert position.dtype == torch.int64 and position.view(1).shape == (1,)
 
 
@@ -252,7 +253,43 @@ def test_a_slice_of_new_positions() -> None:
         assert torch.equal(rows[position - 1 : position + 3 : 2, 1], rows[3:7:2, 1])
         assert torch.equal(rows[None, position : position + 2, None], rows[None, 4:6, None])
         assert torch.equal(rows[: position + 1], rows[:5])
-        assert torch.equal(rows[-2:, 0], rows[-2:, 0])
+        assert torch.equal(rows[-2:, 0], torch.tensor([20, 22]))
+        rows[position : position + 2, 0] = -1
+    assert rows[:, 0].tolist() == [0, 2, 4, 6, -1, -1, 12, 14, 16, 18, 20, 22]
+
+
+class Writes(torch.nn.Module):
+    """Writes into a tensor, at the number of cached tokens."""
+
+    def __init__(self, into_slice: bool) -> None:
+        super().__init__()
+        self.into_slice = into_slice
+
+    def forward(self, place: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+        with Slicing():
+            past, rows = Position(place[0], 1, CAPACITY - 2), rows.clone()
+            if self.into_slice:
+                rows[past : past + 2].copy_(new)
+            else:
+                rows[past : past + 2] = new
+        return rows
+
+
+def test_a_slice_by_positions_can_be_written() -> None:
+    rows, new = torch.zeros(CAPACITY, 3), torch.ones(2, 3)
+    graph = torch.export.export(Writes(False), (place(3, 2), rows, new), strict=False).module()
+    for count in (1, 7, CAPACITY - 2):
+        assert graph(place(count, 2), rows, new)[:, 0].nonzero()[:, 0].tolist() == [count, count + 1]
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_a_write_into_the_copy_of_a_slice_is_an_error(is_captured: bool) -> None:
+    given = place(3, 2), torch.zeros(CAPACITY, 3), torch.ones(2, 3)
+    with pytest.raises(CaptureError, match="the model writes into a slice"):
+        if is_captured:
+            torch.export.export(Writes(True), given, strict=False)
+        else:
+            Writes(True)(*given)
 
 
 class Asks(torch.nn.Module):
