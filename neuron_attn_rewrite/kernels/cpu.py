@@ -41,17 +41,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor
     kv_len, v_dim = value.shape[2:]
     if not (query.numel() and key.numel() and value.numel()):
         return query.new_zeros(batch, heads, q_len, v_dim)
-    keys, parts = _in_all_bounds(terms, kv_len), _batch_parts(query, key, terms)
-    if keys is not None:
+    if (keys := _in_all_bounds(terms, kv_len)) is not None:
         padding = None if terms.key_padding is None else terms.key_padding[:, keys]
         hides_nothing = padding is None or bool(padding.all())
-        if hides_nothing or (q_len <= FEW_ROWS and len(parts) == 1 < batch and terms.empty_rows == "zero"):
+        are_few = q_len <= FEW_ROWS and batch > 1 and len(_batch_parts(query, key, terms)) == 1
+        if hides_nothing or (are_few and terms.empty_rows == "zero"):
             mask = None if padding is None or hides_nothing else _additive(padding[:, None, None], query.dtype)
             out = _flash(query, _span(key, keys), _span(value, keys), mask, terms.scale, False)[0].contiguous()
             if mask is None or not math.isnan(out.sum().item()):  # see `_attend`
                 return out
     if _is_causal(terms):
         return _flash(query, key, value, None, terms.scale, causal=True)[0].contiguous()
+    parts = _batch_parts(query, key, terms)
     if len(parts) == 1:
         return _attend(query, key, value, terms)
     out = query.new_empty(batch, heads, q_len, v_dim)
@@ -286,13 +287,13 @@ def _seen(terms: Terms, rows: slice, lo: int, hi: int) -> tuple[int, int, bool, 
     first, last = max(lo, rows.start + lower), min(hi, rows.stop + upper)
     seen = None
     if terms.bounds is not None and first < last:
-        part = terms.bounds if rows == slice(0, terms.bounds.shape[1]) else terms.bounds[:, rows]
-        # As numbers: an operator on a few of them takes longer than all of Python's arithmetic.
-        cut = [(max(low, first), min(high, last)) for low, high in part.flatten(0, 1).tolist()]
-        spans = {span for span in cut if span[0] < span[1]}  # an empty row must not widen the tile
-        first, last = min((low for low, _ in spans), default=first), max((high for _, high in spans), default=first)
-        if spans and any(span != (first, last) for span in cut):
-            los, his = part.unbind(2)
+        los, his = terms.bounds[:, rows].unbind(2)
+        los, his = los.clamp_min(first), his.clamp_max(last)
+        # An empty row must not widen the tile.
+        empty = los >= his
+        los, his = los.masked_fill(empty, last), his.masked_fill(empty, first)
+        first, last = int(los.min()), int(his.max())
+        if first < last and (int(los.max()) > first or int(his.min()) < last):
             j = torch.arange(first, last)
             seen = ((los[:, :, None] <= j) & (j < his[:, :, None]))[:, None]
     ragged = rows.stop - 1 + lower > first or rows.start + upper < last - 1

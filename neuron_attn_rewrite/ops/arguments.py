@@ -207,21 +207,20 @@ def check_grad(grad: Tensor, query: Tensor, value: Tensor) -> None:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether the values of these tensors can be read without effect.
-
-    They are on the CPU, no graph is traced, and no transform of `torch.func` has wrapped them.
-    """
+    """Whether the values of these tensors can be read without effect: on the CPU, and not while a graph is traced."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return False
-    return all(
-        t is None
-        or (
-            t.device.type == "cpu"
-            and type(t) in (Tensor, torch.nn.Parameter)
-            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        )
-        for t in tensors
-    )
+    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)
+
+
+def out_of_range(numbers: Tensor, least: int, end: int) -> int | None:
+    """The first of the numbers that is not in [least, end). None if all are.
+
+    It works within transforms of `torch.func` too, where `tolist` fails in older versions of torch.
+    """
+    if not numbers.numel() or least <= int(numbers.min()) <= int(numbers.max()) < end:
+        return None
+    return next(number for number in map(int, numbers.flatten()) if not least <= number < end)
 
 
 def _error(op: str, name: str, rule: str, tensor: Tensor) -> InputError:

@@ -31,7 +31,7 @@ from neuron_attn_rewrite.kernels.orders import PLAIN
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.schedule import NO_BLOCK, Schedule, kv_tile_of
 from neuron_attn_rewrite.kernels.vendor.layouts import multiple, row_bounds
-from neuron_attn_rewrite.ops.arguments import BOUNDS_DTYPES, readable
+from neuron_attn_rewrite.ops.arguments import BOUNDS_DTYPES, out_of_range, readable
 from neuron_attn_rewrite.ops.paged import launch_tiles
 
 NAME = "flash_blocks"
@@ -252,8 +252,8 @@ def fake_checked_blocks(block_table: Tensor, blocks: int, wraps: bool = False) -
 
 
 def _check_numbers(table: Tensor, least: int, blocks: int) -> None:
-    if table.numel() and not least <= int(table.min()) <= int(table.max()) < blocks:
-        wrong = next(number for number in table.flatten().tolist() if not least <= number < blocks)
+    wrong = out_of_range(table, least, blocks)
+    if wrong is not None:
         raise InputError(
             f"{NAME}: block_table must name blocks from {least} to {blocks - 1} of this cache, and one is {wrong}."
         )

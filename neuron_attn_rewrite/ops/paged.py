@@ -25,6 +25,7 @@ from neuron_attn_rewrite.kernels.nki.tiling import ROWS
 from neuron_attn_rewrite.kernels.orders import PLAIN
 from neuron_attn_rewrite.kernels.reference import Terms, positive_scale
 from neuron_attn_rewrite.kernels.schedule import Schedule
+from neuron_attn_rewrite.ops.arguments import out_of_range
 
 NAME = "flash_paged"
 
@@ -120,8 +121,8 @@ class FlashPaged:
             ("kv_blocks", self.kv_blocks, -1, blocks),
             ("tile_bounds", self.tile_bounds, 0, columns + 1),
         ):
-            if values.numel() and not least <= int(values.min()) <= int(values.max()) < end:
-                wrong = next(v for v in values.flatten().tolist() if not least <= v < end)
+            wrong = out_of_range(values, least, end)
+            if wrong is not None:
                 raise InputError(
                     f"flash_paged: {name} must lie in [{least}, {end - 1}] for this query and cache, and one is "
                     f"{wrong}: make the schedule for the same requests and the same cache."

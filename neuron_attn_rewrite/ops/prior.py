@@ -23,7 +23,7 @@ from neuron_attn_rewrite.kernels.nki.prepare import Launch
 from neuron_attn_rewrite.kernels.nki.tiling import Intervals
 from neuron_attn_rewrite.kernels.reference import Terms
 from neuron_attn_rewrite.kernels.vendor.adapter import Adapter, TwoSources
-from neuron_attn_rewrite.ops.arguments import FARTHEST
+from neuron_attn_rewrite.ops.arguments import FARTHEST, out_of_range
 
 NAME = "flash_prior"
 
@@ -102,11 +102,11 @@ class FlashPrior:
             InputError: a length is negative or beyond the capacity of the cache.
         """
         capacity = self.key_prior.shape[2]
-        wrong = [n for n in self.prior_lengths.tolist() if not 0 <= n <= capacity]
-        if wrong:
+        wrong = out_of_range(self.prior_lengths, 0, capacity + 1)
+        if wrong is not None:
             raise InputError(
                 f"flash_prior: prior_lengths must lie in [0, {capacity}], the capacity of the cache, and one is "
-                f"{wrong[0]}."
+                f"{wrong}."
             )
 
     @property
