@@ -116,7 +116,8 @@ def rewrite_for_generation(
         try:
             graphs[graph_name(length, False)] = _graph(part, state, room, length, False, encoder, config)
         except CaptureError as error:
-            lengths = _without_pieces(lengths, error)
+            _warn_of_pieces(length, error)
+            lengths = replace(lengths, pieces=())
     if encoder is not None:
         encode = Encode(model.get_encoder())
         graphs |= {name: _rewritten(name, encode, (each,), config) for name, each in encoder.examples.items()}
@@ -135,15 +136,14 @@ def rewrite_for_generation(
             raise
         for length in lengths.pieces:
             del graphs[graph_name(length, False)]
-        return made(_without_pieces(lengths, error))
+        generator = made(replace(lengths, pieces=()))  # raises if something else is wrong
+        _warn_of_pieces(length, error)
+        return generator
 
 
-def _without_pieces(lengths: Lengths, error: CaptureError) -> Lengths:
-    """The lengths without those of pieces that can't be processed, and a warning."""
-    (length,) = lengths.pieces
+def _warn_of_pieces(length: int, error: CaptureError) -> None:
     words = f"prompts of more than {length} tokens are processed token by token after the first {length}. {error}"
     warnings.warn(words, RewriteWarning, stacklevel=4)
-    return replace(lengths, pieces=())
 
 
 def _check_examples(examples: Sequence[Mapping[str, Any]], batch_size: int, max_length: int) -> None:

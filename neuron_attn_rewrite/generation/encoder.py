@@ -183,12 +183,11 @@ class Encoder:
         if MASK not in self.last:
             return found, None
         like = self.last[MASK]
+        size = next(iter(given.values())).shape[:2] if self.takes_tokens else like.shape
         if mask is None:
-            rows, length = next(iter(given.values())).shape[:2] if self.takes_tokens else like.shape
-            mask = like.new_ones(rows, length)
-        elif self.takes_tokens and mask.shape != next(iter(given.values())).shape[:2]:
-            wanted = list(next(iter(given.values())).shape[:2])
-            raise InputError(f"generate: {MASK} must be {wanted}, as encoder_outputs, not {list(mask.shape)}.")
+            mask = like.new_ones(size)
+        elif self.takes_tokens and mask.shape != size:
+            raise InputError(f"generate: {MASK} must be {list(size)}, as encoder_outputs, not {list(mask.shape)}.")
         return found, lengthen(mask, like.shape[1]).to(like.dtype)
 
 

@@ -232,8 +232,8 @@ def check_states(mask: Any, begin: int) -> None:
     seen = _of_keys(mask)
     if seen is not None and ((seen == 0) & (seen.cumsum(1) > 0))[:, begin:].any():
         raise InputError(
-            f"generate: the mask hides tokens behind others after the first {begin}, and a model with a state reads "
-            "them there. Pad on the left, or make the graphs with larger prompt_lengths."
+            f"generate: the mask hides tokens behind others after the first {begin}. There a model with a state can't "
+            "skip them. Pad on the left, or make the graphs with larger prompt_lengths."
         )
 
 

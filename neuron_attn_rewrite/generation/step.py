@@ -123,6 +123,7 @@ class State:
             raise CaptureError("the cache holds other numbers than zeros before the first call, and a graph has none.")
         sliding = layers.sliding(cache)
         last = {id(t) for layer in sliding for t in (layer.keys, layer.values)}
+        kept = layers.kept(cache)
         return cls(
             tensors,
             [name.strip("_") for name in names],
@@ -130,7 +131,7 @@ class State:
             going_on,
             kind,
             sliding=tuple(number for number, t in enumerate(tensors) if id(t) in last),
-            passing=tuple(number for number, t in enumerate(tensors) if id(t) not in layers.kept(cache)),
+            passing=tuple(number for number, t in enumerate(tensors) if id(t) not in kept),
             batch_dims=tuple(grown.batch_dims.get(name, 0) for name in names),
             first=numbers,
             zeros=frozenset(new),

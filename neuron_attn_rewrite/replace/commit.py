@@ -19,7 +19,7 @@ aten = torch.ops.aten
 def commit(module: fx.GraphModule, accepted: Sequence[Graft]) -> frozenset[str]:
     """Replace the output of each accepted attention by its kernel call, and remove unused nodes.
 
-    If there is one, nodes that compute the same become one. The module is not recompiled.
+    If any was accepted, nodes that compute the same become one. The module is not recompiled.
 
     Returns:
         The names of the buffers and parameters whose values the proofs depend on, such as masks and scales.
